@@ -1,0 +1,162 @@
+"""The communicator's contract: the only place where ranks meet inside a step.
+
+Every implementation obeys these rules; `comm.cpu` is the reference.
+
+* Membership mask (who is in) and observed mask (who seems silent) are two things. `adopt` sets the first and resets
+  the second to it; a time-out, a notice of death or `update_mask` clears a rank in the second. 1 = alive.
+* Nothing is sent to or awaited from a masked rank. Its tokens count as zero tokens, its rows as zeros.
+* A message of another epoch or incarnation is never accepted.
+* Collectives never raise because of a peer: they stop waiting, take zero tokens, and set the status. What they return
+  is then meaningless for a step that must be exact; the caller reads `status()` once, where it reads the step's
+  result, and does not commit when it is not clean. (With `elastic=False` a time-out raises `CollectiveTimeout`.)
+* An open roll call ends every wait: after `interrupt(epoch)` on any rank, or on seeing a peer's, all collectives of
+  earlier epochs return at once until `adopt` of a view of that epoch or a later one.
+
+COLLECTIVE calls must be made by every living rank in the same order. LOCAL ones touch no peer's progress.
+The idea of a mask buffer beside time-outs is DeepEP's (low-latency mode); the two masks and the epoch are ours.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phalanx.errors import PhalanxError
+from phalanx.world import View
+
+
+class CollectiveTimeout(PhalanxError):
+    """A peer stayed silent past its time-out and elasticity is off."""
+
+    def __init__(self, rank: int, operation: str, seconds: float) -> None:
+        self.rank, self.operation, self.seconds = rank, operation, seconds
+        super().__init__(f"rank {rank} was silent for {seconds:.1f} s in {operation} (--no-elastic: no rank is masked)")
+
+
+@dataclass(frozen=True)
+class Status:
+    """What went wrong since the last `adopt`.
+
+    lost: ranks of the view that are masked by now, by whatever cause.
+    interrupted: the highest epoch for which a peer (or this rank) opened a roll call; 0 when none is open.
+    causes: for each lost rank why: "notice" (the launcher saw it die), "timeout", "operator".
+    detect_s: for each lost rank the seconds between the earliest sign of trouble and its masking.
+    """
+
+    lost: frozenset[int] = frozenset()
+    interrupted: int = 0
+    causes: tuple[tuple[int, str], ...] = ()
+    detect_s: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        return not self.lost and not self.interrupted
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a rank received in one dispatch, ready for its experts.
+
+    x_ND: the tokens received, [N, D]; a token that several local slots want stands here once.
+    row_M: int64 [M], for each (token, local slot) pair the row of x_ND. M >= N.
+    slot_M: int64 [M], for each pair the local slot in [0, S).
+    handle: the implementation's own; `combine` needs it.
+    The order of pairs is (source rank, token, k): deterministic for a given view and batch.
+    """
+
+    x_ND: Tensor
+    row_M: Tensor
+    slot_M: Tensor
+    handle: Any
+
+
+class Communicator(ABC):
+    """Dispatch, combine, all-gather and barrier between the ranks of a view, with masks and time-outs."""
+
+    rank: int
+    ep_size: int
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """How peers reach this communicator: goes into `Member.comm_address`. LOCAL."""
+
+    @abstractmethod
+    def adopt(self, view: View) -> None:
+        """Serve under `view` from now on: map new members, unmap gone ones, restart sequence numbers, clear the
+        status and every interrupt up to `view.epoch`. LOCAL: peers may adopt earlier or later; what a faster peer
+        already sent under the new epoch is kept."""
+
+    @abstractmethod
+    def dispatch(self, x_TD: Tensor, slots_TK: Tensor) -> Dispatched:
+        """Send each token once to every rank that holds one of its slots. COLLECTIVE.
+
+        x_TD: [T, D] in the communicator's dtype, 0 <= T <= max_tokens. slots_TK: int32 [T, K] global slots, -1 = none.
+        Pairs whose slot is on a masked rank are dropped."""
+
+    @abstractmethod
+    def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
+        """Return each pair's row to the token's owner. COLLECTIVE.
+
+        y_MD: [M, D], the experts' outputs in the order of `dispatched`'s pairs. Returns [T, K, D] in the same dtype: row
+        (t, k) is what slots_TK[t, k] made of token t, zeros where there was none. The owner weighs and adds them in the
+        order of k, so that the sum does not depend on where experts live."""
+
+    @abstractmethod
+    def all_gather(self, row: Tensor) -> Tensor:
+        """Everyone's int64 [n] row as int64 [R, n], zeros for masked ranks; n <= 64. COLLECTIVE."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait until every unmasked rank is here. COLLECTIVE."""
+
+    @abstractmethod
+    def query_mask(self) -> Tensor:
+        """uint8 [R], the observed mask, 1 = alive. A copy. LOCAL."""
+
+    @abstractmethod
+    def update_mask(self, rank: int, alive: bool) -> None:
+        """Mask a rank from outside, or clear it back to alive when it is a member of the view. LOCAL."""
+
+    @abstractmethod
+    def status(self) -> Status:
+        """What went wrong since the last `adopt`. LOCAL."""
+
+    @abstractmethod
+    def interrupt(self, epoch: int) -> None:
+        """A roll call for `epoch` is open: end this rank's and every peer's waits of earlier epochs. LOCAL."""
+
+    @abstractmethod
+    def ring(self) -> None:
+        """Wake every peer that sleeps in `sleep`. LOCAL."""
+
+    @abstractmethod
+    def sleep(self, timeout_s: float, wake_fds: tuple[int, ...] = ()) -> bool:
+        """Sleep until a peer rings, a notice or interrupt arrives, one of `wake_fds` is readable, or the time is over.
+        True when a peer, a notice or an interrupt woke us. A ring that came before the call counts. LOCAL."""
+
+    @contextmanager
+    @abstractmethod
+    def patience(self, timeout_s: float) -> Iterator[None]:
+        """Use another peer time-out within the block (warm-up, restore). LOCAL."""
+        yield
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unmap everything. LOCAL."""
+
+
+def empty_view(ep_size: int) -> View:
+    """The view before the first meeting: nobody is in."""
+    return View(0, ep_size, ())
+
+
+def gathered(rows: Tensor, rank: int) -> list[int]:
+    """One rank's row of an `all_gather` as Python integers. LOCAL."""
+    return [int(v) for v in torch.atleast_2d(rows)[rank].tolist()]

@@ -1,0 +1,105 @@
+"""Everything an operator can choose, as one frozen value that travels to every process.
+
+`ServeConfig` is what `phalanx serve` builds from its flags; a field's name is its flag's name with underscores.
+Seconds end in `_s`. How the time-outs relate is in docs/assumptions.md and checked by `check()`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+
+from phalanx.errors import BadConfig
+
+Dtype = Literal["bfloat16", "float32"]
+Device = Literal["cpu"]
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One service: model, ranks, limits, time-outs, HTTP."""
+
+    model: str
+    served_model_name: str = ""
+    dtype: Dtype = "bfloat16"
+    device: Device = "cpu"
+    chat_template: str = ""
+    seed: int = 0
+
+    # ranks and experts
+    ep_size: int = 1
+    min_ranks: int = 1
+    num_redundant_experts: int = 0
+    slots_per_rank: int = 0
+    """Slots a rank and layer; 0: as many as the last `min_ranks` ranks need to hold every expert. Slots that hold no
+    expert cost address space, not memory."""
+    elastic: bool = True
+    threads_per_rank: int = 1
+
+    # engine limits
+    max_model_len: int = 0
+    """Tokens of prompt and answer together; 0: the model's own limit."""
+    max_num_seqs: int = 64
+    """Sequences a rank runs at once."""
+    max_num_batched_tokens: int = 512
+    """Tokens a rank computes in one step; a longer prompt is prefilled in chunks."""
+    block_size: int = 16
+    num_kv_blocks: int = 0
+    """KV blocks a rank; 0: from `kv_cache_memory_mb`."""
+    kv_cache_memory_mb: int = 512
+    max_queued_requests: int = 1024
+    """Requests the service holds beyond those that run; more are answered 429."""
+
+    # time-outs; comm < roll call < restore
+    peer_timeout_s: float = 2.0
+    roll_call_timeout_s: float = 5.0
+    restore_timeout_s: float = 120.0
+    warmup_timeout_s: float = 300.0
+    heartbeat_interval_s: float = 1.0
+    drain_timeout_s: float = 10.0
+
+    # HTTP
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str = ""
+    enable_chaos: bool = False
+
+    # observation
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    events_file: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or os.path.basename(os.path.normpath(self.model))
+
+    def check(self) -> None:
+        """Raise BadConfig for values that contradict themselves. LOCAL."""
+        at_least_one = (
+            "ep_size", "min_ranks", "threads_per_rank", "max_num_seqs", "max_num_batched_tokens", "block_size",
+            "max_queued_requests",
+        )  # fmt: skip
+        for field in at_least_one:
+            if getattr(self, field) < 1:
+                raise BadConfig(f"{_flag(field)} must be at least 1, not {getattr(self, field)}")
+        for field in ("num_redundant_experts", "slots_per_rank", "max_model_len", "num_kv_blocks"):
+            if getattr(self, field) < 0:
+                raise BadConfig(f"{_flag(field)} must not be negative, it is {getattr(self, field)}")
+        for field in self.__struct_fields__:
+            if field.endswith("_s") and getattr(self, field) <= 0:
+                raise BadConfig(f"{_flag(field)} must be more than 0 seconds, not {getattr(self, field)}")
+        if self.min_ranks > self.ep_size:
+            raise BadConfig(f"--min-ranks {self.min_ranks} is more than --ep-size {self.ep_size}")
+        if not 0 <= self.port <= 65535:
+            raise BadConfig(f"--port must lie between 0 and 65535, not {self.port}")
+        if self.roll_call_timeout_s <= self.peer_timeout_s:
+            raise BadConfig(
+                f"--roll-call-timeout ({self.roll_call_timeout_s} s) must be longer than --peer-timeout "
+                f"({self.peer_timeout_s} s) and the longest step, or a slow rank is evicted: raise it"
+            )
+
+
+def _flag(field: str) -> str:
+    return "--" + field.removesuffix("_s").replace("_", "-")

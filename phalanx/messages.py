@@ -1,0 +1,283 @@
+"""What the processes say to each other: msgspec structs, MessagePack on the wire, a tag for each type.
+
+Server -> worker: `ToWorker`. Worker and launcher -> server: `ToServer`. Server -> launcher: `ToLauncher`.
+A token is named by (request, attempt, index): the router takes it only if the attempt is the current one and the
+index is the next, so a token can be neither lost nor doubled when a request moves.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Trigger = Literal["start", "failure", "join", "rebalance", "scale", "operator"]
+RankState = Literal["healthy", "suspected", "dead", "recovering", "rejoining", "paused"]
+FinishReason = Literal["stop", "length", "abort"]
+FaultKind = Literal["kill", "stop", "raise"]
+
+
+class Message(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=True):
+    """Root of everything sent between processes."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose the next token, with the meanings that vLLM and OpenAI give them.
+
+    temperature 0 is greedy. top_k 0 or -1: off. The noise of position i is a function of (seed, i) alone, where i
+    counts the request's output tokens from 0. `logprobs`: how many alternatives to report a token, None for no report.
+    `prompt_logprobs` likewise for the prompt.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+# --- server -> worker
+
+
+class Submit(Message):
+    """Run a request. After a move, `output_ids` holds the tokens that the client already has: go on after them."""
+
+    request_id: str
+    attempt: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    output_ids: list[int] = []
+
+
+class Abort(Message):
+    request_id: str
+
+
+class Pause(Message):
+    """Schedule no request until `Resume`; empty steps go on, so that failures are still found."""
+
+
+class Resume(Message):
+    """Schedule again; a rank that cannot serve tries its recovery once more."""
+
+
+class InjectFault(Message):
+    """Fail on purpose (`testing.faults`): at the start of step `at_step`, or of the next one when it is None."""
+
+    kind: FaultKind
+    at_step: int | None = None
+    where: str = "step"
+    """The fault point: a name from `phalanx.testing.faults.POINTS`."""
+
+
+class Stop(Message):
+    """Finish the step in hand and exit 0."""
+
+
+ToWorker = Submit | Abort | Pause | Resume | InjectFault | Stop
+
+
+# --- worker -> server
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    rank: int
+    """1 = the most likely token."""
+
+
+class TokenOut(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """One committed token, or, with token_id -1, an end without one (an abort).
+
+    index counts output tokens from 0. logprobs: the chosen token first, then the most likely ones.
+    """
+
+    request_id: str
+    attempt: int
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    stop_token: bool = False
+    """The token is an end-of-sequence or a stop token: its text is not shown."""
+    logprobs: list[Logprob] | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """For each prompt token after the first, the token itself and then the most likely ones. Comes before index 0."""
+
+    request_id: str
+    attempt: int
+    entries: list[list[Logprob]]
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """A rank's occupation, for the router's choice and the metrics."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    preemptions: int = 0
+    """Since start."""
+
+
+class Stepped(Message):
+    """What one committed step produced on one rank."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    step: int
+    tokens: list[TokenOut]
+    prompt_logprobs: list[PromptLogprobs] = []
+    load: Load = Load()
+    prompt_tokens: int = 0
+    """Prompt tokens computed in this step."""
+
+
+class Rejected(Message):
+    """This rank cannot ever run the request (it needs more KV blocks than there are, say)."""
+
+    rank: int
+    incarnation: int
+    request_id: str
+    attempt: int
+    reason: str
+
+
+class PhaseSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """How long each phase of a recovery took on one rank."""
+
+    detect: float = 0.0
+    agree: float = 0.0
+    mask: float = 0.0
+    replan: float = 0.0
+    restore: float = 0.0
+    replay: float = 0.0
+    total: float = 0.0
+
+
+class MemberInfo(msgspec.Struct, frozen=True):
+    rank: int
+    incarnation: int
+    pid: int
+    host: str
+    device: str
+
+
+class Adopted(Message):
+    """This rank serves under a new World. Sent once `restore` is done, before the replay."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    members: list[MemberInfo]
+    trigger: Trigger
+    lost: list[int] = []
+    causes: dict[int, str] = {}
+
+
+class Recovered(Message):
+    """This rank committed its first step under `epoch`: the timeline of what that took."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    trigger: Trigger
+    lost: list[int]
+    seconds: PhaseSeconds
+    bytes_restored: dict[str, int]
+    """By source: peer, vault, disk."""
+    steps_replayed: int = 0
+
+
+class CannotServe(Message):
+    """This rank is alive but its view cannot serve (too few ranks or slots, experts lost). It stays and waits."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    reason: str
+
+
+class Paused(Message):
+    rank: int
+    incarnation: int
+    paused: bool
+
+
+# --- launcher -> server
+
+
+class Spawned(Message):
+    rank: int
+    incarnation: int
+    pid: int
+    host: str = "localhost"
+
+
+class Died(Message):
+    """The process is gone. cause: exit | signal | exception | evicted."""
+
+    rank: int
+    incarnation: int
+    cause: str
+    detail: str = ""
+
+
+class Suspected(Message):
+    """A rank finds others silent; a roll call decides."""
+
+    rank: int
+    incarnation: int
+    suspects: list[int]
+    epoch: int
+
+
+ToServer = Stepped | Rejected | Adopted | Recovered | CannotServe | Paused | Spawned | Died | Suspected
+
+
+# --- server -> launcher
+
+
+class Signal(Message):
+    """Send a signal to a rank's process (chaos), by name: SIGKILL, SIGSTOP or SIGCONT."""
+
+    rank: int
+    name: Literal["SIGKILL", "SIGSTOP", "SIGCONT"]
+
+
+class MaskRank(Message):
+    """An operator takes a rank out: it is treated as dead from now on, and exits."""
+
+    rank: int
+
+
+class ShutDown(Message):
+    """The server is going: stop everything."""
+
+    reason: str = ""
+
+
+ToLauncher = Signal | MaskRank | ShutDown
+
+
+def encode(message: Message) -> bytes:
+    """MessagePack bytes. LOCAL."""
+    return msgspec.msgpack.encode(message)
+
+
+to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
+to_server_decoder = msgspec.msgpack.Decoder(ToServer)
+to_launcher_decoder = msgspec.msgpack.Decoder(ToLauncher)
