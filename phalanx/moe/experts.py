@@ -1,0 +1,175 @@
+"""The expert slots of one rank: plain bytes in shared memory, that peers can read when they must restore an expert.
+
+A slot holds one expert of one layer, contiguous: w13 [2F, D] (the gate's rows, then the up projection's), then
+w2 [D, F]. Which expert stands in which slot is data (`held_LS`), so a re-placement only copies bytes.
+
+Shape suffixes: L MoE layers, S slots a rank, F expert width, D model width, M rows, N tokens.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor
+from typing_extensions import Buffer
+
+from phalanx.errors import PhalanxError
+from phalanx.moe.linear import linear
+
+Bytes = npt.NDArray[np.uint8]
+ExpertWeights = tuple[Tensor, Tensor]
+
+_MAGIC = b"PHXSLOTS"
+_HEADER = struct.Struct("=8s16s")
+_PAGE = mmap.PAGESIZE
+_EMPTY = -1
+
+
+class StaleAddress(PhalanxError):
+    """An address no longer leads to the slots it was made for: their owner is gone."""
+
+
+def digest(data: Buffer) -> int:
+    """What an expert's bytes are known by: xxh3_64, below 2**64. LOCAL."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+class SlotBank:
+    """L x S expert slots in one sparse memory file, of which only filled slots take memory.
+
+    Only this process writes. Peers map the file read-only by `address` (`PeerBank`); they check what they copied by its
+    digest, so a slot may be overwritten under a reader.
+    """
+
+    def __init__(
+        self, num_layers: int, slots_per_rank: int, hidden: int, expert_width: int, dtype: torch.dtype
+    ) -> None:
+        self.num_layers, self.slots_per_rank = num_layers, slots_per_rank
+        self.hidden, self.expert_width, self.dtype = hidden, expert_width, dtype
+        self.expert_bytes = 3 * hidden * expert_width * dtype.itemsize
+        self._stride = -(-self.expert_bytes // _PAGE) * _PAGE  # whole pages, so that clearing gives memory back
+        token = os.urandom(16)
+        self._fd = os.memfd_create("phalanx-slots", os.MFD_CLOEXEC)
+        size = _PAGE + num_layers * slots_per_rank * self._stride
+        os.ftruncate(self._fd, size)
+        self._map = mmap.mmap(self._fd, size)
+        self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, token)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        self._held_LS = np.full((num_layers, slots_per_rank), _EMPTY, np.int32)
+        self._digest_LS = np.zeros((num_layers, slots_per_rank), np.uint64)
+        self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self.address = ":".join(
+            str(part)
+            for part in (
+                f"/proc/{os.getpid()}/fd/{self._fd}", num_layers, slots_per_rank, self.expert_bytes, token.hex(),
+            )
+        )  # fmt: skip
+        """Where peers find the slots: path, L, S, bytes an expert, and a token that tells a reused pid apart."""
+
+    @property
+    def held_LS(self) -> npt.NDArray[np.int32]:
+        """int32 [L, S]: the expert each slot holds, -1 for none. A copy. LOCAL."""
+        return self._held_LS.copy()
+
+    @property
+    def digest_LS(self) -> npt.NDArray[np.uint64]:
+        """uint64 [L, S]: the digest of what each slot holds, 0 for none. A copy. LOCAL."""
+        return self._digest_LS.copy()
+
+    def slot_bytes(self, layer: int, slot: int) -> Bytes:
+        """uint8 [expert_bytes], writable: fill it, then `mark` it. LOCAL."""
+        start = _start(self, layer, slot, self._stride)
+        return self._bytes[start : start + self.expert_bytes]
+
+    def weights(self, layer: int, slot: int) -> ExpertWeights:
+        """(w13 [2F, D], w2 [D, F]) of a slot, at a fixed address whatever it holds. LOCAL."""
+        pair = self._weights.get((layer, slot))
+        if pair is None:
+            flat = torch.from_numpy(self.slot_bytes(layer, slot)).view(self.dtype)
+            middle = 2 * self.expert_width * self.hidden
+            w13 = flat[:middle].view(2 * self.expert_width, self.hidden)
+            pair = w13, flat[middle:].view(self.hidden, self.expert_width)
+            self._weights[layer, slot] = pair
+        return pair
+
+    def mark(self, layer: int, slot: int, expert: int, digest: int) -> None:
+        """Say that the slot's bytes are those of `expert`. LOCAL."""
+        self._held_LS[layer, slot] = expert
+        self._digest_LS[layer, slot] = digest
+
+    def clear(self, layer: int, slot: int) -> None:
+        """The slot holds nothing from now on, and its memory goes back to the system. LOCAL."""
+        self._held_LS[layer, slot] = _EMPTY
+        self._digest_LS[layer, slot] = 0
+        self._map.madvise(mmap.MADV_REMOVE, _start(self, layer, slot, self._stride), self._stride)
+
+    def close(self) -> None:
+        """Give the memory back once nobody maps it any more. LOCAL."""
+        self._weights.clear()
+        del self._bytes
+        os.close(self._fd)
+        _unmap(self._map)
+
+
+class PeerBank:
+    """Another rank's slots, read-only. It stays readable after its owner died, as long as it is mapped."""
+
+    def __init__(self, memory: mmap.mmap, num_layers: int, slots_per_rank: int, expert_bytes: int) -> None:
+        self.num_layers, self.slots_per_rank, self.expert_bytes = num_layers, slots_per_rank, expert_bytes
+        self._stride = -(-expert_bytes // _PAGE) * _PAGE
+        self._map = memory
+        self._bytes = np.frombuffer(memory, np.uint8)
+
+    @classmethod
+    def open(cls, address: str) -> PeerBank:
+        """Map the slots behind `SlotBank.address`. Raises StaleAddress when their owner is gone. LOCAL."""
+        path, layers, slots, expert_bytes, token = address.rsplit(":", 4)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StaleAddress(f"{path}: {error.strerror}") from error
+        try:
+            memory = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # the number belongs to something that cannot be mapped
+            raise StaleAddress(f"{path} leads to something else: {error}") from error
+        finally:
+            os.close(fd)
+        if memory[: _HEADER.size] != _HEADER.pack(_MAGIC, bytes.fromhex(token)):
+            memory.close()
+            raise StaleAddress(f"{path} leads to another process's memory")
+        return cls(memory, int(layers), int(slots), int(expert_bytes))
+
+    def slot_bytes(self, layer: int, slot: int) -> Bytes:
+        """uint8 [expert_bytes], read-only. LOCAL."""
+        start = _start(self, layer, slot, self._stride)
+        return self._bytes[start : start + self.expert_bytes]
+
+    def close(self) -> None:
+        """Unmap. LOCAL."""
+        del self._bytes
+        _unmap(self._map)
+
+
+def run_expert(x_ND: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """One expert's SwiGLU: silu(x gate^T) * (x up^T), then down. x_ND [N, D] -> [N, D]. LOCAL."""
+    gate, up = linear(x_ND, w13).chunk(2, dim=-1)
+    return linear(F.silu(gate).mul_(up), w2)
+
+
+def _start(bank: SlotBank | PeerBank, layer: int, slot: int, stride: int) -> int:
+    assert 0 <= layer < bank.num_layers, layer
+    assert 0 <= slot < bank.slots_per_rank, slot
+    return _PAGE + (layer * bank.slots_per_rank + slot) * stride
+
+
+def _unmap(memory: mmap.mmap) -> None:
+    with suppress(BufferError):  # someone still holds a view of it: the last view's end unmaps it
+        memory.close()
