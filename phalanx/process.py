@@ -1,0 +1,77 @@
+"""What a worker is told when it is born, and how a process ties its life to its parent's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+
+import msgspec
+
+from phalanx.config import ServeConfig
+
+EXIT_STOPPED, EXIT_FAILED, EXIT_EVICTED = 0, 1, 3
+"""A worker's exit codes: asked to stop; an exception; the others went on without it."""
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One incarnation of one rank, and how it finds the others."""
+
+    config: ServeConfig
+    rank: int
+    incarnation: int
+    run_dir: str
+    store_host: str
+    store_port: int
+    notices: str
+    launcher_pid: int
+    host: str = "localhost"
+    faults: str = ""
+
+
+def server_endpoint(run_dir: str) -> str:
+    """Where the server hears from workers and launcher. LOCAL."""
+    return f"ipc://{run_dir}/server.sock"
+
+
+def launcher_endpoint(run_dir: str) -> str:
+    """Where the launcher hears from the server. LOCAL."""
+    return f"ipc://{run_dir}/launcher.sock"
+
+
+def worker_endpoint(run_dir: str, rank: int, incarnation: int) -> str:
+    """Where one incarnation of a rank hears from the server. LOCAL."""
+    return f"ipc://{run_dir}/worker-{rank}-{incarnation}.sock"
+
+
+def last_words(run_dir: str, rank: int, incarnation: int) -> str:
+    """The file in which a worker that fails leaves the reason, in one line. LOCAL."""
+    return f"{run_dir}/worker-{rank}-{incarnation}.error"
+
+
+def die_with_parent(parent_pid: int, patience_s: float = 5.0) -> None:
+    """Be killed when `parent_pid` dies. Waits until it is our parent: a grandchild is handed to it a moment after its
+    birth. Exits when the parent is gone already. LOCAL, Linux."""
+    deadline = time.monotonic() + patience_s
+    while os.getppid() != parent_pid:
+        if time.monotonic() > deadline:
+            os._exit(EXIT_FAILED)
+        os.sched_yield()
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(EXIT_FAILED)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of grandchildren whose parent ends (a subreaper). LOCAL, Linux."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
