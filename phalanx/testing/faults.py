@@ -1,0 +1,192 @@
+"""Failing on purpose, in public: named points in the code at which a process can be made to die, stop or raise.
+
+Code that can fail holds a `Faults` object and passes its points: `faults.point("restore")`. In production that is
+NO_FAULTS, and a point costs one empty method call. With chaos enabled it is a `FaultInjector`, armed by an operator
+(POST /chaos, `phalanx chaos`), by a test, or for a process that is only starting by the environment:
+
+    PHALANX_FAULTS="kill@restore:rank=1:n=2"              rank 1 dies when it comes to its second restore
+    PHALANX_FAULTS="stop@dispatch:rank=0:step=7,raise@commit:rank=2:incarnation=1"
+    PHALANX_FAULTS='[{"kind": "kill", "where": "join", "rank": 3}]'
+
+The idea of a public injector that tests and operators share is torchft's. Imports the standard library and
+`phalanx.errors` alone, so that everything may import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from phalanx.errors import BadConfig, PhalanxError
+
+Kind = Literal["kill", "stop", "raise"]
+
+ENVIRONMENT_VARIABLE = "PHALANX_FAULTS"
+
+POINTS: Mapping[str, str] = MappingProxyType(
+    {
+        "start": "a worker's process runs; nothing is loaded",
+        "step": "a step begins",
+        "schedule": "the step's batch is chosen",
+        "prefill": "a batch with prompt tokens is about to run",
+        "decode": "a batch without prompt tokens is about to run",
+        "dispatch": "between what a dispatch sends and what it waits for",
+        "combine": "between what a combine sends and what it waits for",
+        "commit": "the step was checked and is about to be committed",
+        "roll_call": "this rank is about to answer a roll call",
+        "publish": "the roll call is complete and the lowest rank is about to publish the new World",
+        "replan": "the roll call's result was read",
+        "restore": "an expert is about to be restored (once for each)",
+        "adopt": "every expert is restored, the new World is about to be adopted",
+        "barrier": "a barrier is about to be entered",
+        "join": "a newcomer asks to be let in",
+    }
+)
+"""Every fault point: its name, and where it is passed."""
+
+
+class InjectedFault(PhalanxError):
+    """The Python exception that a `raise` fault throws: a stand-in for any bug."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planned failure.
+
+    kind: kill (SIGKILL to this process), stop (SIGSTOP to this process), raise (InjectedFault).
+    where: a name of POINTS. at_step: not before this step; None: at once. count: at the count-th pass from then on.
+    """
+
+    kind: Kind
+    where: str = "step"
+    at_step: int | None = None
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise BadConfig(f"fault kind must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
+        if self.where not in POINTS:
+            raise BadConfig(f"there is no fault point {self.where!r}: choose one of {', '.join(POINTS)}")
+        if self.count < 1:
+            raise BadConfig(f"a fault's count must be at least 1, not {self.count}")
+
+
+class Faults:
+    """The object that production holds: its points do nothing, and it cannot be armed."""
+
+    def arm(self, kind: Kind, at_step: int | None = None, where: str = "step", count: int = 1) -> None:
+        """Plan a fault; see `Fault`. Raises BadConfig here, because chaos is off. LOCAL."""
+        raise BadConfig("faults can be injected only in a service that was started with --enable-chaos")
+
+    def point(self, name: str, step: int | None = None) -> None:
+        """Pass the fault point `name`. `step`: the number of the step in hand, where it is known. LOCAL."""
+
+
+NO_FAULTS = Faults()
+"""The one to use where nothing is to fail; it holds no state."""
+
+
+class FaultInjector(Faults):
+    """Fails at the points it was armed for, once for each time it was armed. Not for several threads at once.
+
+    Points that know no step (those inside a collective) count as part of the last step that a point named."""
+
+    def __init__(self, *faults: Fault) -> None:
+        self._planned = list(faults)
+        self._step = 0
+
+    @property
+    def planned(self) -> tuple[Fault, ...]:
+        """What is still to fail."""
+        return tuple(self._planned)
+
+    def arm(self, kind: Kind, at_step: int | None = None, where: str = "step", count: int = 1) -> None:
+        self._planned.append(Fault(kind, where, at_step, count))
+
+    def point(self, name: str, step: int | None = None) -> None:
+        """Raises InjectedFault, or does not return, when a fault is due."""
+        if step is not None:
+            self._step = step
+        if not self._planned:
+            return
+        assert name in POINTS, f"no fault point is called {name!r}"
+        waiting: list[Fault] = []
+        due: Fault | None = None
+        for fault in self._planned:
+            if fault.where != name or (fault.at_step is not None and self._step < fault.at_step):
+                waiting.append(fault)
+            elif fault.count > 1:
+                waiting.append(replace(fault, count=fault.count - 1))
+            elif due is None:
+                due = fault
+            else:
+                waiting.append(fault)
+        self._planned = waiting
+        if due is not None:
+            _fail(due, self._step)
+
+
+def from_environment(
+    rank: int, incarnation: int = 0, *, enabled: bool, environ: Mapping[str, str] = os.environ
+) -> Faults:
+    """The faults object of a starting process: NO_FAULTS unless `enabled`, else armed by PHALANX_FAULTS. LOCAL.
+
+    An entry without `rank` is for every rank, one without `incarnation` for each process that a rank ever has.
+    Raises BadConfig when the variable cannot be read."""
+    if not enabled:
+        return NO_FAULTS
+    entries = _read(environ.get(ENVIRONMENT_VARIABLE, "").strip())
+    faults = []
+    for entry in entries:
+        where_to = (entry.pop("rank", None), entry.pop("incarnation", None))
+        try:
+            fault = Fault(**entry)
+        except TypeError:
+            raise _unreadable(json.dumps(entry)) from None
+        if where_to[0] in (None, rank) and where_to[1] in (None, incarnation):
+            faults.append(fault)
+    return FaultInjector(*faults)
+
+
+def _read(text: str) -> list[dict[str, Any]]:
+    if not text.startswith(("[", "{")):
+        return [_read_compact(item.strip()) for item in text.replace(";", ",").split(",") if item.strip()]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise _unreadable(text) from None
+    entries = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise _unreadable(text)
+    return entries
+
+
+def _read_compact(item: str) -> dict[str, Any]:
+    """`kind[@point][:rank=R][:incarnation=I][:step=N][:n=COUNT]`"""
+    head, *settings = item.split(":")
+    kind, _, where = head.partition("@")
+    entry: dict[str, Any] = {"kind": kind, "where": where or "step"}
+    names = {"rank": "rank", "incarnation": "incarnation", "step": "at_step", "n": "count"}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in names or not value.isdecimal():
+            raise _unreadable(item)
+        entry[names[name]] = int(value)
+    return entry
+
+
+def _unreadable(text: str) -> BadConfig:
+    return BadConfig(
+        f"{ENVIRONMENT_VARIABLE}: cannot read {text!r}; write kind@point[:rank=R][:incarnation=I][:step=N][:n=COUNT]"
+    )
+
+
+def _fail(fault: Fault, step: int) -> None:
+    if fault.kind == "raise":
+        raise InjectedFault(f"injected at {fault.where} in step {step}")
+    os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)

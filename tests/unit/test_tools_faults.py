@@ -1,0 +1,156 @@
+"""The public fault injector: what is armed happens at its point, in its step, once, and only with chaos enabled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from phalanx.errors import BadConfig
+from phalanx.testing.faults import NO_FAULTS, POINTS, Fault, FaultInjector, InjectedFault, from_environment
+
+
+def test_an_unarmed_injector_passes_every_point() -> None:
+    faults = FaultInjector()
+    for name in POINTS:
+        faults.point(name)
+        NO_FAULTS.point(name, step=3)
+
+
+def test_a_fault_happens_at_its_point_and_only_once() -> None:
+    faults = FaultInjector()
+    faults.arm("raise", where="commit")
+    faults.point("step", step=1)
+    faults.point("dispatch")
+    with pytest.raises(InjectedFault, match="commit in step 1"):
+        faults.point("commit")
+    faults.point("commit")
+    assert faults.planned == ()
+
+
+def test_a_fault_waits_for_its_step_also_at_points_that_know_no_step() -> None:
+    faults = FaultInjector()
+    faults.arm("raise", at_step=5, where="combine")
+    for step in (3, 4):
+        faults.point("step", step=step)
+        faults.point("combine")
+    faults.point("step", step=5)
+    with pytest.raises(InjectedFault, match="combine in step 5"):
+        faults.point("combine")
+
+
+def test_a_step_that_is_already_past_means_the_next_pass() -> None:
+    faults = FaultInjector()
+    faults.point("step", step=90)
+    faults.arm("raise", at_step=5)
+    with pytest.raises(InjectedFault):
+        faults.point("step", step=91)
+
+
+def test_a_count_of_three_lets_two_passes_go() -> None:
+    faults = FaultInjector()
+    faults.arm("raise", where="restore", count=3)
+    faults.point("restore")
+    faults.point("restore")
+    with pytest.raises(InjectedFault):
+        faults.point("restore")
+
+
+def test_two_faults_at_one_point_happen_one_after_the_other() -> None:
+    faults = FaultInjector(Fault("raise", "step"), Fault("raise", "step"))
+    for _ in range(2):
+        with pytest.raises(InjectedFault):
+            faults.point("step", step=0)
+    faults.point("step", step=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"kind": "explode"}, ("explode", "kill")),
+        ({"kind": "kill", "where": "lunch"}, ("lunch", "restore")),
+        ({"kind": "kill", "count": 0}, ("count", "0")),
+    ],
+)
+def test_what_cannot_be_armed_is_refused_by_name(arguments: dict[str, object], names: tuple[str, ...]) -> None:
+    with pytest.raises(BadConfig) as error:
+        FaultInjector().arm(**arguments)  # type: ignore[arg-type]
+    assert all(name in str(error.value) for name in names)
+
+
+def test_production_cannot_be_armed() -> None:
+    with pytest.raises(BadConfig, match="--enable-chaos"):
+        NO_FAULTS.arm("kill")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ()),
+        ("kill", (Fault("kill"),)),
+        ("kill@restore:rank=1:n=2", (Fault("kill", "restore", None, 2),)),
+        ("kill@restore:rank=2", ()),
+        ("stop@dispatch:step=7, raise@commit:rank=1:incarnation=3", (Fault("stop", "dispatch", 7),)),
+        ("raise@join:incarnation=0", (Fault("raise", "join"),)),
+        ('{"kind": "kill", "where": "publish", "rank": 1, "at_step": 4}', (Fault("kill", "publish", 4),)),
+        ('[{"kind": "kill"}, {"kind": "stop", "rank": 0}]', (Fault("kill"),)),
+    ],
+)
+def test_a_starting_process_is_armed_by_its_environment(text: str, expected: tuple[Fault, ...]) -> None:
+    faults = from_environment(1, 0, enabled=True, environ={"PHALANX_FAULTS": text})
+    assert isinstance(faults, FaultInjector)
+    assert faults.planned == expected
+
+
+def test_the_environment_is_ignored_unless_chaos_is_enabled() -> None:
+    assert from_environment(0, enabled=False, environ={"PHALANX_FAULTS": "raise@step"}) is NO_FAULTS
+
+
+@pytest.mark.parametrize(
+    "text", ["kill@lunch", "explode", "kill:rank=one", "kill:colour=2", "[1]", "{", '{"kind": "kill", "colour": 2}']
+)
+def test_an_unreadable_environment_is_refused_with_what_to_write(text: str) -> None:
+    with pytest.raises(BadConfig):
+        from_environment(0, enabled=True, environ={"PHALANX_FAULTS": text})
+
+
+PROGRAM = """
+import sys
+from phalanx.testing.faults import FaultInjector
+faults = FaultInjector()
+faults.arm(sys.argv[1], at_step=2)
+for step in range(4):
+    faults.point("step", step=step)
+    print(step, flush=True)
+"""
+
+
+def test_kill_ends_the_process_by_sigkill_at_its_step() -> None:
+    ended = subprocess.run([sys.executable, "-c", PROGRAM, "kill"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    assert ended.stdout.split() == ["0", "1"]
+
+
+def test_stop_stops_the_process_until_it_is_continued() -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "stop"], stdout=subprocess.PIPE, text=True)
+    try:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        os.kill(process.pid, signal.SIGCONT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert output.split() == ["0", "1", "2", "3"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_importing_the_injector_imports_nothing_heavy() -> None:
+    program = "import sys, phalanx.testing.faults; print(*sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    ours = {name for name in modules if name.startswith("phalanx")}
+    assert ours == {"phalanx", "phalanx.errors", "phalanx.testing", "phalanx.testing.faults"}
+    assert not {"torch", "numpy", "msgspec"} & set(modules)
