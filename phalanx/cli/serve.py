@@ -1,0 +1,81 @@
+"""`phalanx serve MODEL`: the service, from one command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, get_args
+
+import click
+
+from phalanx.config import Device, Dtype, ServeConfig
+from phalanx.errors import PhalanxError
+
+DEFAULT = {name: value for name, value in zip(ServeConfig.__struct_fields__[-len(ServeConfig.__struct_defaults__) :],
+                                              ServeConfig.__struct_defaults__, strict=True)}  # fmt: skip
+
+
+def _option(flag: str, help: str, **kwargs: Any) -> Any:
+    """An option whose default is ServeConfig's, so that both say the same. A flag in seconds has a field in `_s`."""
+    name = flag.removeprefix("--").replace("-", "_")
+    field = name if name in DEFAULT else f"{name}_s"
+    return click.option(flag, field, default=DEFAULT[field], show_default=True, help=help, **kwargs)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", type=click.Path(), required=False)
+@click.option("--model-path", type=click.Path(), default="", help="The same as MODEL.", show_default=False)
+@_option("--served-model-name", "The model's name in the API; by default the directory's.")
+@_option("--dtype", "What weights and activations are computed in.", type=click.Choice(get_args(Dtype)))
+@_option("--device", "Where to compute.", type=click.Choice(get_args(Device)))
+@_option("--chat-template", "A Jinja file to use instead of the model's chat template.", type=click.Path())
+@_option("--seed", "Seeds the requests that bring no seed of their own (0: each at random).", type=int)
+@_option("--ep-size", "Expert-parallel ranks.", type=int)
+@_option("--min-ranks", "Answer 503 when fewer ranks live.", type=int)
+@_option("--num-redundant-experts", "Replicas a layer beyond one for each expert.", type=int)
+@_option("--slots-per-rank", "Expert slots a rank and layer (0: enough for --min-ranks to hold all).", type=int)
+@click.option("--elastic/--no-elastic", default=True, help="Go on without a rank that dies, or end with an error.")
+@_option("--threads-per-rank", "Compute threads a rank; more than one pays only with idle cores.", type=int)
+@_option("--max-model-len", "Tokens of prompt and answer together (0: the model's limit).", type=int)
+@_option("--max-num-seqs", "Sequences a rank runs at once.", type=int)
+@_option("--max-num-batched-tokens", "Tokens a rank computes in one step.", type=int)
+@_option("--block-size", "Tokens a KV block.", type=int)
+@_option("--num-kv-blocks", "KV blocks a rank (0: from --kv-cache-memory-mb).", type=int)
+@_option("--kv-cache-memory-mb", "Memory a rank for its KV cache.", type=int)
+@_option("--max-queued-requests", "Requests waiting in the service; more are answered 429.", type=int)
+@_option("--peer-timeout", "Seconds a silent rank is waited for before it is suspected.", type=float)
+@_option("--roll-call-timeout", "Seconds the living wait for a suspected rank to answer.", type=float)
+@_option("--restore-timeout", "Seconds to restore experts in a recovery.", type=float)
+@_option("--warmup-timeout", "Seconds from the first rank's start to the last one's readiness.", type=float)
+@_option("--heartbeat-interval", "Seconds between empty steps of an idle service.", type=float)
+@_option("--drain-timeout", "Seconds for streams to finish when the service is asked to stop.", type=float)
+@_option("--request-patience", "Seconds a request waits while no rank can serve it.", type=float)
+@_option("--host", "Address to listen on.")
+@_option("--port", "Port to listen on (0: any free one).", type=int)
+@click.option("--api-key", default="", envvar="PHALANX_API_KEY", help="Key that clients must send.", show_default=False)
+@click.option("--enable-chaos", is_flag=True, help="Let `phalanx chaos` make ranks fail.")
+@_option("--log-level", "How much to log.", type=click.Choice(["debug", "info", "warning", "error"]))
+@_option("--log-format", "Lines for people or for machines.", type=click.Choice(["text", "json"]))
+@_option("--events-file", "Append one JSON line for each recovery to this file.", type=click.Path())
+def serve(model: str | None, model_path: str, **options: Any) -> None:
+    """Serve MODEL, a Hugging Face checkpoint directory, over an OpenAI-compatible API."""
+    if bool(model) == bool(model_path):
+        raise click.UsageError("name one model directory: phalanx serve MODEL")
+    try:
+        sys.exit(_serve(ServeConfig(model=model or model_path, **options)))
+    except PhalanxError as error:
+        click.echo(f"phalanx serve: {error}", err=True)
+        sys.exit(2)
+
+
+def _serve(config: ServeConfig) -> int:
+    """Check all that can be checked before anything listens, then run the launcher. LOCAL, blocks."""
+    from phalanx.model.loader import Checkpoint
+    from phalanx.observe.log import set_up_logging
+
+    config.check()
+    config.expert_slots(Checkpoint.open(config.model).config.num_experts)
+    from phalanx.launcher import Launcher, bind
+    from phalanx.testing import faults
+
+    set_up_logging(config.log_level, config.log_format)
+    return Launcher(config, bind(config), faults=faults.from_environment() if config.enable_chaos else "").run()

@@ -1,0 +1,273 @@
+"""The launcher: one a host. It spawns server and workers, watches them, and tells everybody who died.
+
+A worker's end is seen through its pidfd within a millisecond. The first thing that happens then is one word on the
+notice board, which every survivor reads in its waits; only after that comes anything slow. The launcher also owns the
+store in which the ranks agree, so it must live: docs/failures.md says what that means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from phalanx import messages as m
+from phalanx.comm.notices import NoticeBoard
+from phalanx.config import ServeConfig
+from phalanx.errors import BadConfig
+from phalanx.nursery import Nursery
+from phalanx.process import (
+    EXIT_EVICTED,
+    EXIT_STOPPED,
+    WorkerSpec,
+    adopt_orphans,
+    last_words,
+    launcher_endpoint,
+    server_endpoint,
+)
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+log = logging.getLogger("phalanx.launcher")
+
+STOP_PATIENCE_S = 5.0
+"""How long a process may take to end after it was asked to, before it is killed."""
+
+
+@dataclass
+class Worker:
+    """One incarnation of a rank, as the launcher sees it."""
+
+    rank: int
+    incarnation: int
+    pid: int
+    pidfd: int
+    alive: bool = True
+    masked: bool = False
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """Bind, but do not yet listen on, the HTTP address. BadConfig when it is taken. LOCAL."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BadConfig(
+            f"cannot bind --host {config.host} --port {config.port}: {reason}; choose another (0: any free port)"
+        ) from None
+    return listener
+
+
+class Launcher:
+    """Runs one service on this host from its start to its end."""
+
+    def __init__(self, config: ServeConfig, listener: socket.socket, faults: str = "") -> None:
+        self.config = config
+        self._faults = faults
+        self._stopping = False
+        self._exit_code = 0
+        self._run_dir = tempfile.mkdtemp(prefix="phalanx-")
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._workers: dict[int, Worker] = {}
+        self._by_pidfd: dict[int, Worker] = {}
+        adopt_orphans()
+        self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # the wake-up pipe carries it into the loop
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.bind(launcher_endpoint(self._run_dir))
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.setsockopt(zmq.LINGER, 500)
+        self._outbox.connect(server_endpoint(self._run_dir))
+        self._server, self._server_pidfd = self._start_server(listener)
+        self._nursery = Nursery()
+        self._notices = NoticeBoard.create(config.ep_size)
+        self._store = self._start_store()
+
+    # --- life
+
+    def run(self) -> int:
+        """Serve until asked to stop; the exit code. LOCAL, blocks."""
+        try:
+            for rank in range(self.config.ep_size):
+                self._spawn(rank, incarnation=0)
+            for fd in (self._wake, self._server_pidfd):
+                self._poller.register(fd, zmq.POLLIN)
+            self._poller.register(self._inbox, zmq.POLLIN)
+            while not self._stopping:
+                self._serve_events(dict(self._poller.poll()))
+            return self._exit_code
+        finally:
+            self._shut_down()
+
+    def _serve_events(self, events: dict[object, int]) -> None:
+        for fd in [fd for fd in events if fd in self._by_pidfd]:  # deaths before anything else
+            self._buried(self._by_pidfd[fd])
+        if self._wake in events:
+            os.read(self._wake, 64)
+            log.info("asked to stop: finishing streams for at most %.0f s", self.config.drain_timeout_s)
+            self._stopping = True
+        if self._server_pidfd in events:
+            code = self._server.wait()
+            self._stopping = True
+            if code != 0:
+                log.error("the HTTP server ended with exit code %s: stopping the service", code)
+                self._exit_code = 1
+        if self._inbox in events:
+            self._drain_inbox()
+
+    def _drain_inbox(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                message = m.to_launcher_decoder.decode(self._inbox.recv(zmq.NOBLOCK))
+                match message:
+                    case m.Signal(rank=rank, name=name):
+                        self._signal(rank, signal.Signals[name])
+                    case m.MaskRank(rank=rank):
+                        self._mask(rank)
+                    case m.ShutDown(reason=reason):
+                        log.error("the service cannot go on: %s", reason)
+                        self._exit_code = 1
+                        self._stopping = True
+
+    # --- children
+
+    def _start_server(self, listener: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
+        path = os.path.join(self._run_dir, "config.json")
+        with open(path, "wb") as file:
+            file.write(msgspec.json.encode(self.config))
+        fd = listener.fileno()
+        flags = ["--config", path, "--run-dir", self._run_dir, "--fd", str(fd)]
+        command = [sys.executable, "-m", "phalanx.server", *flags]
+        process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, start_new_session=True)
+        listener.close()
+        return process, os.pidfd_open(process.pid)
+
+    def _start_store(self) -> TCPStore:
+        from datetime import timedelta
+
+        from torch._C._distributed_c10d import TCPStore  # late: by now the others import it, too
+
+        return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+
+    def _spawn(self, rank: int, incarnation: int) -> None:
+        spec = WorkerSpec(
+            config=self.config,
+            rank=rank,
+            incarnation=incarnation,
+            run_dir=self._run_dir,
+            store_host="127.0.0.1",
+            store_port=self._store.port,
+            notices=self._notices.address,
+            launcher_pid=os.getpid(),
+            faults=self._faults,
+        )
+        pid = self._nursery.spawn(spec)
+        worker = Worker(rank, incarnation, pid, os.pidfd_open(pid))  # nobody else reaps it, so the pid is still its own
+        self._workers[rank] = self._by_pidfd[worker.pidfd] = worker
+        self._poller.register(worker.pidfd, zmq.POLLIN)
+        self._tell(m.Spawned(rank=rank, incarnation=incarnation, pid=pid))
+
+    def _buried(self, worker: Worker) -> None:
+        """A worker's process is gone: tell the survivors first, then find out why, then tell the server."""
+        worker.alive = False
+        self._notices.declare_dead(worker.rank, worker.incarnation, "operator" if worker.masked else "exit")
+        self._poller.unregister(worker.pidfd)
+        del self._by_pidfd[worker.pidfd]
+        os.close(worker.pidfd)
+        cause, detail = self._autopsy(worker)
+        log.log(
+            logging.INFO if self._stopping else logging.WARNING,
+            "rank %d.%d (pid %d) ended: %s", worker.rank, worker.incarnation, worker.pid, detail,
+        )  # fmt: skip
+        self._tell(m.Died(rank=worker.rank, incarnation=worker.incarnation, cause=cause, detail=detail))
+        if not self.config.elastic and not self._stopping:
+            log.error("a rank is gone and --no-elastic is set: stopping the service")
+            self._exit_code, self._stopping = 1, True
+
+    def _autopsy(self, worker: Worker) -> tuple[str, str]:
+        try:
+            _, status = os.waitpid(worker.pid, 0)
+        except ChildProcessError:
+            return "exit", "its exit status is unknown"
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            return "signal", f"killed by {signal.Signals(-code).name}"
+        if code == EXIT_STOPPED:
+            return "exit", "stopped"
+        if code == EXIT_EVICTED:
+            return "evicted", "the others had gone on without it"
+        with contextlib.suppress(OSError):
+            path = last_words(self._run_dir, worker.rank, worker.incarnation)
+            with open(path, encoding="utf-8") as file:
+                return "exception", file.read().strip()
+        return "exception", f"exit code {code}"
+
+    def _signal(self, rank: int, number: signal.Signals) -> None:
+        worker = self._workers.get(rank)
+        if worker is None or not worker.alive:
+            log.warning("no live process in rank %d to send %s to", rank, number.name)
+            return
+        log.warning("sending %s to rank %d (pid %d), as asked", number.name, rank, worker.pid)
+        signal.pidfd_send_signal(worker.pidfd, number)
+
+    def _mask(self, rank: int) -> None:
+        """An operator takes a rank out: to its peers it is dead from this word on, and it exits when it reads it."""
+        worker = self._workers.get(rank)
+        if worker is None or not worker.alive:
+            log.warning("no live process in rank %d to mask", rank)
+            return
+        log.warning("rank %d.%d is masked by an operator", rank, worker.incarnation)
+        worker.masked = True
+        self._notices.declare_dead(rank, worker.incarnation, "operator")
+
+    def _tell(self, message: m.Spawned | m.Died) -> None:
+        with contextlib.suppress(zmq.Again):
+            self._outbox.send(m.encode(message), zmq.NOBLOCK)
+
+    # --- end
+
+    def _shut_down(self) -> None:
+        self._stopping = True
+        if self._server.poll() is None:
+            self._server.terminate()
+            try:
+                self._server.wait(self.config.drain_timeout_s + STOP_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                log.error("the HTTP server did not end in time: killing it")
+                self._server.kill()
+                self._server.wait()
+        self._nursery.close()
+        for worker in self._workers.values():
+            if worker.alive:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(worker.pidfd, signal.SIGTERM)
+                    signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)  # a stopped one must be able to hear it
+        deadline = time.monotonic() + STOP_PATIENCE_S
+        while self._by_pidfd and (left := deadline - time.monotonic()) > 0:
+            for fd in dict(self._poller.poll(int(left * 1000) + 1)):
+                if fd in self._by_pidfd:
+                    self._buried(self._by_pidfd[fd])
+        for worker in list(self._by_pidfd.values()):
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            self._buried(worker)
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._run_dir, ignore_errors=True)
