@@ -131,53 +131,66 @@ class FaultInjector(Faults):
             _fail(due, self._step)
 
 
-def from_environment(
-    rank: int, incarnation: int = 0, *, enabled: bool, environ: Mapping[str, str] = os.environ
-) -> Faults:
-    """The faults object of a starting process: NO_FAULTS unless `enabled`, else armed by PHALANX_FAULTS. LOCAL.
+def from_environment(environ: Mapping[str, str] = os.environ) -> str:
+    """What PHALANX_FAULTS asks for, checked but not yet meant for any rank; "" for nothing. LOCAL.
 
-    An entry without `rank` is for every rank, one without `incarnation` for each process that a rank ever has.
-    Raises BadConfig when the variable cannot be read."""
-    if not enabled:
-        return NO_FAULTS
-    entries = _read(environ.get(ENVIRONMENT_VARIABLE, "").strip())
-    faults = []
-    for entry in entries:
-        where_to = (entry.pop("rank", None), entry.pop("incarnation", None))
-        try:
-            fault = Fault(**entry)
-        except TypeError:
-            raise _unreadable(json.dumps(entry)) from None
-        if where_to[0] in (None, rank) and where_to[1] in (None, incarnation):
-            faults.append(fault)
-    return FaultInjector(*faults)
+    The one who starts processes reads it, when chaos is enabled, and hands it on to them (`armed`). Raises BadConfig
+    when it cannot be read."""
+    text = environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    _read(text)
+    return text
 
 
-def _read(text: str) -> list[dict[str, Any]]:
+def armed(text: str, rank: int, incarnation: int) -> FaultInjector:
+    """An injector armed with those entries of `text` (as from `from_environment`) that are for this process. LOCAL.
+
+    An entry without `rank` is for every rank, one without `incarnation` for each process that a rank ever has."""
+    return FaultInjector(*(entry.fault for entry in _read(text) if entry.is_for(rank, incarnation)))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    fault: Fault
+    rank: int | None = None
+    incarnation: int | None = None
+
+    def is_for(self, rank: int, incarnation: int) -> bool:
+        return self.rank in (None, rank) and self.incarnation in (None, incarnation)
+
+
+def _read(text: str) -> list[_Entry]:
     if not text.startswith(("[", "{")):
-        return [_read_compact(item.strip()) for item in text.replace(";", ",").split(",") if item.strip()]
+        return [_entry(_compact(item.strip())) for item in text.replace(";", ",").split(",") if item.strip()]
     try:
         value = json.loads(text)
     except ValueError:
         raise _unreadable(text) from None
-    entries = value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise _unreadable(text)
-    return entries
+    return [_entry(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def _read_compact(item: str) -> dict[str, Any]:
+def _compact(item: str) -> dict[str, Any]:
     """`kind[@point][:rank=R][:incarnation=I][:step=N][:n=COUNT]`"""
     head, *settings = item.split(":")
     kind, _, where = head.partition("@")
-    entry: dict[str, Any] = {"kind": kind, "where": where or "step"}
+    fields: dict[str, Any] = {"kind": kind, "where": where or "step"}
     names = {"rank": "rank", "incarnation": "incarnation", "step": "at_step", "n": "count"}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in names or not value.isdecimal():
             raise _unreadable(item)
-        entry[names[name]] = int(value)
-    return entry
+        fields[names[name]] = int(value)
+    return fields
+
+
+def _entry(fields: Any) -> _Entry:
+    if not isinstance(fields, dict):
+        raise _unreadable(json.dumps(fields))
+    settings = dict(fields)
+    rank, incarnation = settings.pop("rank", None), settings.pop("incarnation", None)
+    try:
+        return _Entry(Fault(**settings), rank, incarnation)
+    except TypeError:
+        raise _unreadable(json.dumps(fields)) from None
 
 
 def _unreadable(text: str) -> BadConfig:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from phalanx.errors import BadConfig
-from phalanx.testing.faults import NO_FAULTS, POINTS, Fault, FaultInjector, InjectedFault, from_environment
+from phalanx.testing.faults import NO_FAULTS, POINTS, Fault, FaultInjector, InjectedFault, armed, from_environment
 
 
 def test_an_unarmed_injector_passes_every_point() -> None:
@@ -100,13 +100,12 @@ def test_production_cannot_be_armed() -> None:
     ],
 )
 def test_a_starting_process_is_armed_by_its_environment(text: str, expected: tuple[Fault, ...]) -> None:
-    faults = from_environment(1, 0, enabled=True, environ={"PHALANX_FAULTS": text})
-    assert isinstance(faults, FaultInjector)
-    assert faults.planned == expected
+    assert armed(from_environment({"PHALANX_FAULTS": text}), rank=1, incarnation=3).planned == expected
 
 
-def test_the_environment_is_ignored_unless_chaos_is_enabled() -> None:
-    assert from_environment(0, enabled=False, environ={"PHALANX_FAULTS": "raise@step"}) is NO_FAULTS
+def test_an_environment_without_faults_plans_nothing() -> None:
+    assert from_environment({}) == ""
+    assert armed("", rank=0, incarnation=0).planned == ()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_the_environment_is_ignored_unless_chaos_is_enabled() -> None:
 )
 def test_an_unreadable_environment_is_refused_with_what_to_write(text: str) -> None:
     with pytest.raises(BadConfig):
-        from_environment(0, enabled=True, environ={"PHALANX_FAULTS": text})
+        from_environment({"PHALANX_FAULTS": text})
 
 
 PROGRAM = """
