@@ -100,7 +100,7 @@ def test_production_cannot_be_armed() -> None:
     ],
 )
 def test_a_starting_process_is_armed_by_its_environment(text: str, expected: tuple[Fault, ...]) -> None:
-    assert armed(from_environment({"PHALANX_FAULTS": text}), rank=1, incarnation=3).planned == expected
+    assert armed(from_environment({"PHALANX_FAULTS": text}), rank=1, incarnation=0).planned == expected
 
 
 def test_an_environment_without_faults_plans_nothing() -> None:
