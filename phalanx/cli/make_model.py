@@ -1,0 +1,90 @@
+"""`phalanx make-model OUT`: a small random checkpoint, or one that talks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phalanx.errors import BadConfig
+
+
+@click.command("make-model", context_settings={"show_default": True})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--arch", type=click.Choice(["qwen3-moe", "mixtral"]), help="Write a random model of this architecture.")
+@click.option("--upcycle", is_flag=True, help="Write a model that talks: SmolLM2-135M-Instruct, its MLPs as experts.")
+@click.option("--layers", type=int, help="Layers.  [default: 4]")
+@click.option("--experts", type=int, help="Experts a layer.  [default: 8]")
+@click.option("--top-k", type=int, help="Experts a token.  [default: 2]")
+@click.option("--hidden", type=int, help="Model width.  [default: 64]")
+@click.option("--expert-width", type=int, help="Inner width of an expert.  [default: 64]")
+@click.option("--heads", type=int, help="Attention heads.  [default: 4]")
+@click.option("--kv-heads", type=int, help="Key and value heads.  [default: 2]")
+@click.option("--head-dim", type=int, help="Width of a head.  [default: 16]")
+@click.option("--vocab", type=int, help="Tokens; 259 are used.  [default: 259]")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32"]), help="How weights are stored.  [default: bfloat16]"
+)
+@click.option("--shards", type=int, help="Weight files, at most.  [default: 2]")
+@click.option(
+    "--spelling", type=click.Choice(["hub", "transformers5"]), help="Field names of config.json.  [default: hub]"
+)
+@click.option(
+    "--noise", type=float, help="With --upcycle: noise on each expert, in standard deviations.  [default: 0.03]"
+)
+@click.option("--gguf", type=click.Path(path_type=Path), help="With --upcycle: the source, instead of the package's.")
+@click.option("--seed", type=int, default=0, help="The same seed gives the same weights.")
+@click.option("--force", is_flag=True, help="Replace a model that is there already.")
+def make_model(out: Path, arch: str | None, upcycle: bool, seed: int, force: bool, **options: Any) -> None:
+    """Write a small model at OUT, in the Hugging Face layout.
+
+    \b
+    phalanx make-model tiny --arch qwen3-moe --layers 4 --experts 16
+    phalanx make-model smol --upcycle
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if bool(arch) == upcycle:
+        raise BadConfig("choose --arch qwen3-moe|mixtral (random weights) or --upcycle (a model that talks)")
+    allowed = {"experts", "top_k", "noise", "gguf"} if upcycle else set(options) - {"noise", "gguf"}
+    if extra := sorted(set(given) - allowed):
+        flags = ", ".join("--" + name.replace("_", "-") for name in extra)
+        raise BadConfig(f"{flags} does not go with {'--upcycle' if upcycle else '--arch'}")
+    if not upcycle:
+        from phalanx.testing.tiny import make_tiny
+
+        make_tiny(out, arch, seed=seed, force=force, **given)  # type: ignore[arg-type]
+        click.echo(f"wrote {out}")
+        return
+    from phalanx.testing.upcycle import Recipe, is_made, make_upcycled
+
+    gguf = given.pop("gguf", None)
+    recipe = Recipe(**given, seed=seed)
+    if is_made(out, recipe) and not force:
+        click.echo(f"{out} is there already")
+        return
+    with progress_bar("writing experts") as (started, advance):
+        make_upcycled(out, recipe, gguf=gguf, force=force, started=started, progress=advance)
+    click.echo(f"wrote {out}")
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar over bytes, on standard error: yields (set the total, advance)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=None)
+
+    def started(total_bytes: int) -> None:
+        bar.update(task, total=total_bytes)
+        bar.start()  # not before: what goes wrong earlier needs no bar
+
+    try:
+        yield started, lambda size: bar.update(task, advance=size)
+    finally:
+        bar.stop()
