@@ -48,6 +48,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_blocks: int = 0
     """KV blocks a rank; 0: from `kv_cache_memory_mb`."""
     kv_cache_memory_mb: int = 512
+    enable_prefix_caching: bool = True
+    """Keep the KV of finished requests as long as there is room, for later prompts that begin the same."""
     max_queued_requests: int = 1024
     """Requests the service holds beyond those that run; more are answered 429."""
 

@@ -130,6 +130,10 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     kv_blocks_total: int = 0
     preemptions: int = 0
     """Since start."""
+    prefix_queries: int = 0
+    """Tokens of admitted requests, since start."""
+    prefix_hits: int = 0
+    """Those of them whose KV was found in the prefix cache."""
 
 
 class Stepped(Message):
