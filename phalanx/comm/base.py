@@ -8,7 +8,9 @@ Every implementation obeys these rules; `comm.cpu` is the reference.
 * A message of another epoch or incarnation is never accepted.
 * Collectives never raise because of a peer: they stop waiting, take zero tokens, and set the status. What they return
   is then meaningless for a step that must be exact; the caller reads `status()` once, where it reads the step's
-  result, and does not commit when it is not clean. (With `elastic=False` a time-out raises `CollectiveTimeout`.)
+  result, and does not commit when it is not clean. (With `elastic=False` they raise `CollectiveFailed`.)
+* The status is about what the collectives returned: it is clean as long as all of them were whole, even when a peer
+  died after it gave its part. Such a death is found in the next wait.
 * An open roll call ends every wait: after `interrupt(epoch)` on any rank, or on seeing a peer's, all collectives of
   earlier epochs return at once until `adopt` of a view of that epoch or a later one.
 
@@ -24,19 +26,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from phalanx.errors import PhalanxError
 from phalanx.world import View
 
 
-class CollectiveTimeout(PhalanxError):
-    """A peer stayed silent past its time-out and elasticity is off."""
+class CollectiveFailed(PhalanxError):
+    """A peer was lost in a collective, and elasticity is off: no rank is masked, the program must end or start anew."""
+
+    def __init__(self, rank: int, operation: str, seconds: float, what: str) -> None:
+        self.rank, self.operation, self.seconds = rank, operation, seconds
+        super().__init__(f"{what} (--no-elastic: no rank is masked)")
+
+
+class CollectiveTimeout(CollectiveFailed):
+    """A peer stayed silent past its time-out."""
 
     def __init__(self, rank: int, operation: str, seconds: float) -> None:
-        self.rank, self.operation, self.seconds = rank, operation, seconds
-        super().__init__(f"rank {rank} was silent for {seconds:.1f} s in {operation} (--no-elastic: no rank is masked)")
+        super().__init__(rank, operation, seconds, f"rank {rank} was silent for {seconds:.1f} s in {operation}")
+
+
+class PeerDied(CollectiveFailed):
+    """A peer's process is known to be dead."""
+
+    def __init__(self, rank: int, operation: str, seconds: float) -> None:
+        super().__init__(rank, operation, seconds, f"rank {rank} died, as seen in {operation}")
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,10 @@ class Status:
 
     lost: ranks of the view that are masked by now, by whatever cause.
     interrupted: the highest epoch for which a peer (or this rank) opened a roll call; 0 when none is open.
-    causes: for each lost rank why: "notice" (the launcher saw it die), "timeout", "operator".
-    detect_s: for each lost rank the seconds between the earliest sign of trouble and its masking.
+    causes: for each lost rank why: "notice" (the launcher or the kernel reported its death), "timeout" (it was silent,
+        or went on without this rank), "operator".
+    detect_s: for each lost rank the seconds between the earliest sign of trouble and its masking: since the launcher
+        saw the death, or since this rank began to wait.
     """
 
     lost: frozenset[int] = frozenset()
@@ -87,11 +104,17 @@ class Communicator(ABC):
     def address(self) -> str:
         """How peers reach this communicator: goes into `Member.comm_address`. LOCAL."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether `status()` is not clean: cheap, so that a forward pass can stop early between layers. LOCAL."""
+        return not self.status().clean
+
     @abstractmethod
     def adopt(self, view: View) -> None:
         """Serve under `view` from now on: map new members, unmap gone ones, restart sequence numbers, clear the
         status and every interrupt up to `view.epoch`. LOCAL: peers may adopt earlier or later; what a faster peer
-        already sent under the new epoch is kept."""
+        already sent under the new epoch is kept. A member that died meanwhile is masked. Raises Evicted when this
+        (rank, incarnation) is not in the view."""
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor) -> Dispatched:
@@ -104,9 +127,9 @@ class Communicator(ABC):
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
         """Return each pair's row to the token's owner. COLLECTIVE.
 
-        y_MD: [M, D], the experts' outputs in the order of `dispatched`'s pairs. Returns [T, K, D] in the same dtype: row
-        (t, k) is what slots_TK[t, k] made of token t, zeros where there was none. The owner weighs and adds them in the
-        order of k, so that the sum does not depend on where experts live."""
+        y_MD: [M, D], the experts' outputs in the order of `dispatched`'s pairs. Returns [T, K, D] in the same dtype:
+        row (t, k) is what slots_TK[t, k] made of token t, zeros where there was none. The owner weighs and adds them in
+        the order of k, so that the sum does not depend on where experts live."""
 
     @abstractmethod
     def all_gather(self, row: Tensor) -> Tensor:
@@ -159,4 +182,4 @@ def empty_view(ep_size: int) -> View:
 
 def gathered(rows: Tensor, rank: int) -> list[int]:
     """One rank's row of an `all_gather` as Python integers. LOCAL."""
-    return [int(v) for v in torch.atleast_2d(rows)[rank].tolist()]
+    return [int(v) for v in rows[rank].tolist()]
