@@ -37,13 +37,16 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "decode": "a batch without prompt tokens is about to run",
         "dispatch": "between what a dispatch sends and what it waits for",
         "combine": "between what a combine sends and what it waits for",
+        "all_gather": "between what an all_gather sends and what it waits for",
+        "half_sent": "a collective of any kind has told one peer and not yet the others",
+        "received": "a collective of any kind has heard everyone and is about to take what came",
         "commit": "the step was checked and is about to be committed",
         "roll_call": "this rank is about to answer a roll call",
         "publish": "the roll call is complete and the lowest rank is about to publish the new World",
         "replan": "the roll call's result was read",
         "restore": "an expert is about to be restored (once for each)",
         "adopt": "every expert is restored, the new World is about to be adopted",
-        "barrier": "a barrier is about to be entered",
+        "barrier": "between what a barrier sends and what it waits for",
         "join": "a newcomer asks to be let in",
     }
 )
