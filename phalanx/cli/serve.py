@@ -77,5 +77,5 @@ def _serve(config: ServeConfig) -> int:
     from phalanx.launcher import Launcher, bind
     from phalanx.testing import faults
 
-    set_up_logging(config.log_level, config.log_format)
-    return Launcher(config, bind(config), faults=faults.from_environment() if config.enable_chaos else "").run()
+    set_up_logging(config.log_level, config.log_format, "launcher")
+    return Launcher(config, bind(config), faults.from_environment() if config.enable_chaos else "").run()

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streams import PROMPTS, SAMPLING, Streams
+
+from phalanx.testing.service import Service, flags_of
+from phalanx.testing.tiny import make_tiny
+
+Result = tuple[str, str | None, str, bool]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen3-MoE checkpoint whose text depends on every expert."""
+    return Path(make_tiny(tmp_path_factory.mktemp("models") / "tiny", "qwen3-moe", layers=3, experts=8))
+
+
+@pytest.fixture
+def serve(tiny: Path) -> Iterator[Callable[..., Service]]:
+    """Starts services, four ranks and chaos enabled unless told otherwise, and ends them after the test."""
+    with ExitStack() as stack:
+
+        def start(faults: str = "", **options: Any) -> Service:
+            options = {"ep_size": 4, "enable_chaos": True, "max_num_batched_tokens": 64, **options}
+            flags = flags_of(**{name: value for name, value in options.items() if value is not False})
+            return stack.enter_context(Service(str(tiny), *flags, env={"PHALANX_FAULTS": faults}))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def unfailed(tiny: Path) -> dict[str, list[Result]]:
+    """What an unfailed service of one rank streams for PROMPTS, by kind of sampling."""
+    with Service(str(tiny), "--ep-size", "1") as service:
+        return {kind: Streams(service.url, PROMPTS, **options).start().join() for kind, options in SAMPLING.items()}
