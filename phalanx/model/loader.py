@@ -1,0 +1,276 @@
+"""A checkpoint on disk: checked before anything listens, then read tensor by tensor, so that a rank touches only the
+bytes of its own experts.
+
+`Checkpoint.open` reads headers alone and needs no torch; the reading methods do. All LOCAL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from phalanx.errors import BadCheckpoint
+from phalanx.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from phalanx.model.layers import DenseWeights, LayerWeights
+
+Shape = tuple[int, ...]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_STORED_DTYPES = frozenset({"BF16", "F16", "F32"})
+
+
+class Checkpoint:
+    """A verified model directory: its config, and its tensors by name."""
+
+    def __init__(self, path: Path, config: ModelConfig, names: Names, files: dict[str, Path]) -> None:
+        self.path, self.config = path, config
+        self._names = names
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Check that `path` holds a model that can be served: config, every tensor's presence, shape and type, every
+        file's header and size. Raises BadCheckpoint, which names the file or tensor and says what to do. LOCAL."""
+        directory = Path(path)
+        config = ModelConfig.read(directory)
+        files = _tensor_files(directory)
+        shapes: dict[str, Shape] = {}
+        for file in sorted(set(files.values())):
+            shapes |= _read_header(file, [name for name, where in files.items() if where == file])
+        names = Names.of(config, shapes)
+        for name, shape in names.expected():
+            if name not in shapes:
+                raise BadCheckpoint(
+                    f"{directory}: tensor {name} is missing: the checkpoint is incomplete, fetch it again"
+                )
+            if shapes[name] != shape:
+                raise BadCheckpoint(
+                    f"{files[name]}: tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
+                )
+        return cls(directory, config, names, files)
+
+    def read_expert(self, layer: int, expert: int, out: npt.NDArray[np.uint8], dtype: torch.dtype) -> None:
+        """Read one expert into `out`, the bytes of a slot: w13 [2F, D] (gate, then up), then w2 [D, F], in `dtype`.
+
+        layer: index among the MoE layers. Only this expert's bytes are touched on disk. LOCAL."""
+        import torch
+
+        names = self._names
+        width, hidden = self.config.expert_width, self.config.hidden
+        flat = torch.from_numpy(out).view(dtype)
+        assert flat.numel() == 3 * width * hidden, "out is not a slot of this model"
+        rows = flat[: 2 * width * hidden].view(2, width, hidden)
+        w2 = flat[2 * width * hidden :].view(hidden, width)
+        if names.fused:
+            rows.copy_(self._slice(names.gate_up(layer), expert).view(2, width, hidden))
+            w2.copy_(self._slice(names.down(layer), expert))
+            return
+        gate, up, down = names.expert(layer, expert)
+        rows[0].copy_(self._tensor(gate))
+        rows[1].copy_(self._tensor(up))
+        w2.copy_(self._tensor(down))
+
+    def dense_weights(self, dtype: torch.dtype) -> DenseWeights:
+        """All that every rank holds: embeddings, attention, norms, routers, dense MLPs, head, in `dtype`. LOCAL."""
+        from phalanx.model.layers import DenseWeights
+
+        embed = self._tensor("model.embed_tokens.weight").to(dtype)
+        return DenseWeights(
+            embed=embed,
+            layers=tuple(self._layer_weights(i, dtype) for i in range(self.config.num_layers)),
+            norm=self._tensor("model.norm.weight").to(dtype),
+            head=embed if self.config.tied_embeddings else self._tensor("lm_head.weight").to(dtype),
+        )
+
+    def close(self) -> None:
+        """Let go of the files. LOCAL."""
+        self._open.clear()
+
+    def _layer_weights(self, layer: int, dtype: torch.dtype) -> LayerWeights:
+        import torch
+
+        from phalanx.model.layers import LayerWeights
+
+        config, prefix = self.config, f"model.layers.{layer}."
+
+        def read(name: str) -> Tensor:
+            return self._tensor(prefix + name).to(dtype)
+
+        def read_qkv(kind: str) -> Tensor:
+            return torch.cat([read(f"self_attn.{p}_proj.{kind}") for p in "qkv"])
+
+        has_experts = layer in config.moe_layers
+        return LayerWeights(
+            input_norm=read("input_layernorm.weight"),
+            qkv=read_qkv("weight"),
+            qkv_bias=read_qkv("bias") if config.attention_bias else None,
+            q_norm=read("self_attn.q_norm.weight") if config.qk_norm else None,
+            k_norm=read("self_attn.k_norm.weight") if config.qk_norm else None,
+            out=read("self_attn.o_proj.weight"),
+            out_bias=read("self_attn.o_proj.bias") if config.attention_bias else None,
+            post_norm=read("post_attention_layernorm.weight"),
+            router=self._tensor(self._names.router(layer)).to(dtype) if has_experts else None,
+            w13=None if has_experts else torch.cat([read("mlp.gate_proj.weight"), read("mlp.up_proj.weight")]),
+            w2=None if has_experts else read("mlp.down_proj.weight"),
+        )
+
+    def _handle(self, name: str) -> Any:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
+
+    def _slice(self, name: str, index: int) -> Tensor:
+        tensor: Tensor = self._handle(name).get_slice(name)[index]
+        return tensor
+
+
+class Names:
+    """Which tensors a model of this config must have, under the names its checkpoint uses.
+
+    On the hub, and as transformers 5 saves by default, each expert has its own tensors; kept fused, a layer's experts
+    are two tensors, [E, 2F, D] and [E, D, F]."""
+
+    def __init__(self, config: ModelConfig, fused: bool) -> None:
+        self.config, self.fused = config, fused
+        own = config.architecture == "mixtral" and not fused
+        self._block = "block_sparse_moe" if own else "mlp"
+        self._parts = ("w1", "w3", "w2") if own else ("gate_proj", "up_proj", "down_proj")
+
+    @classmethod
+    def of(cls, config: ModelConfig, present: dict[str, Shape]) -> Names:
+        """The naming that the checkpoint with these tensors uses. LOCAL."""
+        return cls(config, f"model.layers.{config.moe_layers[0]}.mlp.experts.gate_up_proj" in present)
+
+    def router(self, decoder_layer: int) -> str:
+        return f"model.layers.{decoder_layer}.{self._block}.gate.weight"
+
+    def expert(self, layer: int, expert: int) -> tuple[str, str, str]:
+        """(gate, up, down) of an expert in its own tensors."""
+        stem = f"model.layers.{self.config.moe_layers[layer]}.{self._block}.experts.{expert}"
+        gate, up, down = (f"{stem}.{part}.weight" for part in self._parts)
+        return gate, up, down
+
+    def gate_up(self, layer: int) -> str:
+        return f"model.layers.{self.config.moe_layers[layer]}.mlp.experts.gate_up_proj"
+
+    def down(self, layer: int) -> str:
+        return f"model.layers.{self.config.moe_layers[layer]}.mlp.experts.down_proj"
+
+    def expected(self) -> Iterator[tuple[str, Shape]]:
+        """Every tensor that is read, with its shape."""
+        config = self.config
+        yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
+        yield "model.norm.weight", (config.hidden,)
+        if not config.tied_embeddings:
+            yield "lm_head.weight", (config.vocab_size, config.hidden)
+        for layer in range(config.num_layers):
+            yield from self._attention(f"model.layers.{layer}.")
+            if layer in config.moe_layers:
+                yield from self._experts(config.moe_layers.index(layer))
+            else:
+                stem = f"model.layers.{layer}.mlp."
+                yield stem + "gate_proj.weight", (config.dense_width, config.hidden)
+                yield stem + "up_proj.weight", (config.dense_width, config.hidden)
+                yield stem + "down_proj.weight", (config.hidden, config.dense_width)
+
+    def _attention(self, prefix: str) -> Iterator[tuple[str, Shape]]:
+        config = self.config
+        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        for part, rows in (("q", q_width), ("k", kv_width), ("v", kv_width)):
+            yield f"{prefix}self_attn.{part}_proj.weight", (rows, config.hidden)
+            if config.attention_bias:
+                yield f"{prefix}self_attn.{part}_proj.bias", (rows,)
+        yield f"{prefix}self_attn.o_proj.weight", (config.hidden, q_width)
+        if config.attention_bias:
+            yield f"{prefix}self_attn.o_proj.bias", (config.hidden,)
+        if config.qk_norm:
+            yield f"{prefix}self_attn.q_norm.weight", (config.head_dim,)
+            yield f"{prefix}self_attn.k_norm.weight", (config.head_dim,)
+        yield f"{prefix}input_layernorm.weight", (config.hidden,)
+        yield f"{prefix}post_attention_layernorm.weight", (config.hidden,)
+
+    def _experts(self, layer: int) -> Iterator[tuple[str, Shape]]:
+        config = self.config
+        yield self.router(config.moe_layers[layer]), (config.num_experts, config.hidden)
+        if self.fused:
+            yield self.gate_up(layer), (config.num_experts, 2 * config.expert_width, config.hidden)
+            yield self.down(layer), (config.num_experts, config.hidden, config.expert_width)
+            return
+        for expert in range(config.num_experts):
+            gate, up, down = self.expert(layer, expert)
+            yield gate, (config.expert_width, config.hidden)
+            yield up, (config.expert_width, config.hidden)
+            yield down, (config.hidden, config.expert_width)
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """The file that holds each tensor, from the index or from the single file's own header."""
+    index_file, single = directory / _INDEX, directory / _SINGLE
+    if index_file.exists():
+        try:
+            index = msgspec.json.decode(index_file.read_bytes(), type=_Index)
+        except (OSError, msgspec.DecodeError) as error:
+            raise BadCheckpoint(f"{index_file} is not a readable index of tensors ({error}): fetch it again") from error
+        for name, shard in index.weight_map.items():
+            if Path(shard).name != shard:
+                raise BadCheckpoint(f"{index_file}: tensor {name} is in {shard!r}, which is outside the directory")
+        return {name: directory / shard for name, shard in index.weight_map.items()}
+    if single.exists():
+        return dict.fromkeys(_names_in(single), single)
+    raise BadCheckpoint(f"{directory} has neither {_SINGLE} nor {_INDEX}: Phalanx reads safetensors checkpoints")
+
+
+def _names_in(file: Path) -> list[str]:
+    with _opened(file) as handle:
+        return list(handle.keys())
+
+
+def _read_header(file: Path, names: list[str]) -> dict[str, Shape]:
+    """Shapes of the tensors that `file` must hold."""
+    shapes: dict[str, Shape] = {}
+    with _opened(file) as handle:
+        present = set(handle.keys())
+        for name in names:
+            if name not in present:
+                raise BadCheckpoint(
+                    f"{file}: tensor {name} is missing, though the index says it is here: fetch it again"
+                )
+            header = handle.get_slice(name)
+            if header.get_dtype() not in _STORED_DTYPES:
+                raise BadCheckpoint(
+                    f"{file}: tensor {name} is stored as {header.get_dtype()}, supported are {sorted(_STORED_DTYPES)}"
+                )
+            shapes[name] = tuple(header.get_shape())
+    return shapes
+
+
+def _opened(file: Path) -> Any:
+    """safetensors checks the header, and that the tensors cover the file to its last byte."""
+    try:
+        return safe_open(file, framework="np")
+    except FileNotFoundError as error:
+        raise BadCheckpoint(f"{file} is missing, though the index names it: fetch it again") from error
+    except (SafetensorError, OSError) as error:
+        raise BadCheckpoint(f"{file} is truncated or corrupt ({error}): fetch it again") from error
