@@ -167,3 +167,11 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(seed: int, top_p: float, si
     wider = set(order[: int(np.searchsorted(np.cumsum(shares[order]), top_p + 1e-6)) + 1])
     for draw in range(20):
         assert choose(row, top_p=top_p, seed=draw) in nucleus | wider
+
+
+def test_the_position_of_the_noise_counts_output_tokens_only() -> None:
+    row = np.zeros(1000, np.float32)
+    for at in range(5):
+        expected = int(sampler.uniform(11, at) * 1000)
+        for prompt in ([0], [0] * 9):
+            assert choose(row, prompt=prompt, output=[3] * at, seed=11) == expected

@@ -13,9 +13,8 @@ from phalanx.messages import SamplingParams, Submit
 
 
 def limits(**changes: Any) -> Limits:
-    return Limits(**{
-        "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 24, **changes
-    })  # fmt: skip
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "block_size": 4, "num_blocks": 24}
+    return Limits(**{"max_model_len": 64, **small, **changes})
 
 
 def request(name: str, prompt: range | list[int], max_tokens: int = 20, **changes: Any) -> Request:

@@ -1,0 +1,120 @@
+"""Runs batches on the model, and sizes and warms what that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from phalanx.config import ServeConfig
+from phalanx.engine import sampler
+from phalanx.engine.sampler import FloatRow
+from phalanx.engine.scheduler import Limits
+from phalanx.errors import BadConfig
+from phalanx.messages import SamplingParams
+from phalanx.model.attention import ForwardBatch, SequenceSlice
+from phalanx.model.config import ModelConfig
+
+_WARM_PREFILL_TOKENS = 64
+_WARM_DECODES = 8
+
+
+class Model(Protocol):
+    """What the engine needs of `model.transformer.Transformer`."""
+
+    def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
+        """Hidden states [T, D]; writes the batch's KV. COLLECTIVE, also with T = 0."""
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, V]. LOCAL."""
+
+
+class Routes(Protocol):
+    """What the engine needs of `moe.gate.RouteTable`."""
+
+    def adopt(self, table_LEW: Any) -> None:
+        """Write the table in place. LOCAL."""
+
+
+class Runner:
+    """The model, its KV storage and its routes, as one rank's engine uses them."""
+
+    def __init__(self, model: Model, kv: Any, routes: Routes, vocab_size: int) -> None:
+        self._model = model
+        self._kv = kv
+        self._routes = routes
+        self.vocab_size = vocab_size
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Hidden states [T, D]. COLLECTIVE: every rank calls it in every step, with T = 0 when it has nothing."""
+        with torch.inference_mode():
+            return self._model.forward(batch, self._kv)
+
+    def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> FloatRow:
+        """The model's raw logits of some rows of a batch: float32 [len(rows), V]. LOCAL."""
+        if not rows:
+            return np.zeros((0, self.vocab_size), np.float32)
+        with torch.inference_mode():
+            logits_NV: FloatRow = self._model.logits(hidden_TD[list(rows)]).numpy()
+        return logits_NV
+
+    def adopt(self, routes_LEW: npt.NDArray[np.int32] | Tensor) -> None:
+        """Send tokens by these routes from now on. LOCAL."""
+        self._routes.adopt(routes_LEW)
+
+    def warm_up(self, limits: Limits) -> None:
+        """Run everything that serving runs once, so that no first time falls into it. LOCAL in effect: the caller
+        serves nobody yet, and its communicator has no peers to wait for (before the first meeting, or when a newcomer
+        has masked them all). Uses the first KV blocks as scratch; what it leaves there is never read."""
+        room = limits.num_blocks * limits.block_size
+        length = min(_WARM_PREFILL_TOKENS, limits.max_num_batched_tokens, limits.max_model_len, room)
+        half = (length + 1) // 2
+        batches = [[(0, length)], [(0, half)], [(half, length - half)] if length > half else [], [(length - 1, 1)]]
+        decodes = min(_WARM_DECODES, limits.max_num_seqs, limits.max_num_batched_tokens)
+        for chunks in (*batches, [(length - 1, 1)] * decodes, []):
+            hidden_TD = self.forward(_scratch_batch(chunks, limits.block_size))
+            logits_NV = self.logits(hidden_TD, range(hidden_TD.shape[0])[-decodes:])
+            for logits_V in logits_NV:
+                for temperature in (0.0, 1.0):
+                    sampling = SamplingParams(max_tokens=1, temperature=temperature, top_p=0.9, top_k=50, min_p=0.01)
+                    sampler.choose(logits_V, sampling, [0], 1, frozenset())
+                sampler.logprobs(logits_V, 0, 1)
+
+
+def limits_for(config: ServeConfig, model: ModelConfig, kv_bytes_per_block: int) -> Limits:
+    """A rank's limits from the operator's choices and the model's own. LOCAL.
+
+    kv_bytes_per_block: what `block_size` tokens take in all layers. Raises BadConfig."""
+    max_model_len = config.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise BadConfig(
+            f"--max-model-len {max_model_len} is more than the {model.max_position} positions of the model: lower it"
+        )
+    num_blocks = config.num_kv_blocks or config.kv_cache_memory_mb * (1 << 20) // kv_bytes_per_block
+    if num_blocks < 1:
+        raise BadConfig(
+            f"--kv-cache-memory-mb {config.kv_cache_memory_mb} is less than one KV block of {kv_bytes_per_block} bytes"
+        )
+    return Limits(
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def _scratch_batch(chunks: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:
+    """Token 0 over and over, as (start, length) chunks of sequences that all lie in the first blocks."""
+    slices, positions = [], list[int]()
+    for start, length in chunks:
+        blocks = np.arange(-(-(start + length) // block_size), dtype=np.int32)
+        slices.append(SequenceSlice(len(positions), length, start, blocks))
+        positions.extend(range(start, start + length))
+    positions_T = torch.tensor(positions, dtype=torch.int64)
+    return ForwardBatch(torch.zeros_like(positions_T), positions_T, tuple(slices))
