@@ -38,9 +38,8 @@ def inject(client: httpx.Client, kind: str, rank: int, at_step: int | None = Non
     """POST /chaos. Raises ServiceError when the service refuses, httpx's errors when it is not there."""
     body = {"kind": kind, "rank": rank, "at_step": at_step, "where": where}
     response = client.post("/chaos", json={name: value for name, value in body.items() if value is not None})
-    if response.status_code in (httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
+    if response.status_code == httpx.codes.FORBIDDEN:
         raise ServiceError(
-            f"the service refuses to be hurt ({response.status_code}: {message_of(response)}); "
-            "start it with `phalanx serve ... --enable-chaos`"
+            f"the service refuses to be hurt ({message_of(response)}): start it with `phalanx serve ... --enable-chaos`"
         )
     response.raise_for_status()
