@@ -11,6 +11,7 @@ Every implementation obeys these rules; `comm.cpu` is the reference.
   result, and does not commit when it is not clean. (With `elastic=False` they raise `CollectiveFailed`.)
 * The status is about what the collectives returned: it is clean as long as all of them were whole, even when a peer
   died after it gave its part. Such a death is found in the next wait.
+* Before the first `adopt` a rank is alone: collectives wait for nobody, so that it can warm up.
 * An open roll call ends every wait: after `interrupt(epoch)` on any rank, or on seeing a peer's, all collectives of
   earlier epochs return at once until `adopt` of a view of that epoch or a later one.
 
