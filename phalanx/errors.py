@@ -9,7 +9,8 @@
         ├── Evicted         the others went on without this rank: it must exit
         ├── TooFewRanks     fewer ranks live than `--min-ranks` asks for
         ├── TooFewSlots     fewer live slots than experts
-        └── ExpertsLost     experts that no source could restore
+        ├── ExpertsLost     experts that no source could restore
+        └── StoreLost       the store of agreements is gone: without it nobody may change who is in
 
 Only a bug raises anything else.
 """
@@ -89,3 +90,7 @@ class ExpertsLost(MembershipError):
         shown = ", ".join(f"layer {layer} expert {expert}" for layer, expert in self.experts[:4])
         more = f" and {len(self.experts) - 4} more" if len(self.experts) > 4 else ""
         super().__init__(f"cannot restore {shown}{more}: {reason}")
+
+
+class StoreLost(MembershipError):
+    """The store through which ranks agree does not answer: the launcher that holds it is gone. A rank then ends."""

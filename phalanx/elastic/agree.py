@@ -1,0 +1,438 @@
+"""Who is alive, what each slot holds, and where each expert goes: agreed by a roll call over a store.
+
+Worlds form a chain. World n + 1 is made by a roll call of the members of World n, and the key `world/{n + 1}` is
+written at most once, by compare_set. From that alone follows that equal epoch means equal World, that two sides of a
+split cannot both go on, and that a rank that slept through epochs can find out by following the chain: the first World
+without it is the end of it (`Evicted`).
+
+Keys, n = epoch, m = rank.incarnation:
+
+    entry/{n}/{m}   what m answers to the roll call for n         written by m
+    open/{n}        somebody opened the roll call for n           a hint for newcomers
+    plan/{n}/{m}    the World for n as m would have it            written by m
+    world/{n}       the m whose plan became the World for n       compare_set, once
+    latest          a published epoch to start following from     a hint for newcomers
+    joiners         newcomers that ask to be let in               compare_set
+    digests/{m}     digests of what m holds, for when m is dead   written by m
+
+No I/O but through store and clock, so the whole of it runs in a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from phalanx.elastic.store import Clock, FakeClock, MemoryStore, MonotonicClock, Store, TcpStore
+from phalanx.errors import Evicted
+from phalanx.messages import Trigger
+from phalanx.testing.faults import NO_FAULTS, Faults
+from phalanx.world import EMPTY, IntArray, Member, Placement, View, World
+
+__all__ = [
+    "Agreed", "Answer", "Change", "Clock", "FakeClock", "Limits", "MemoryStore", "MonotonicClock", "Notices",
+    "RollCall", "Shape", "Store", "TcpStore",
+]  # fmt: skip
+
+Digests = npt.NDArray[np.uint64]
+Loads = npt.NDArray[np.int64]
+
+_LOOK_S = 0.004
+"""How long a wait may last before notices are looked at again."""
+
+
+class Notices(Protocol):
+    """What is known for certain about deaths, `comm.notices.NoticeBoard` in a service."""
+
+    def is_dead(self, member: Member) -> bool: ...
+
+    def cause(self, rank: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """Why the members must meet.
+
+    lost: ranks that seem lost (suspicion, not eviction); causes: why, by rank; detect_s: from the first sign of
+    trouble until it was certain; epoch: the highest epoch for which a roll call is known to be open, 0 for none.
+    """
+
+    trigger: Trigger
+    lost: tuple[int, ...] = ()
+    causes: Mapping[int, str] = field(default_factory=dict)
+    detect_s: float = 0.0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """L, E, R and S of a service, and how many slots beyond one an expert are to be filled in each layer."""
+
+    num_layers: int
+    num_experts: int
+    ep_size: int
+    slots_per_rank: int
+    num_redundant: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds in seconds; how they relate is in docs/assumptions.md.
+
+    roll_call_s: a member that has not answered after so long is out; must exceed comm's time-out and the longest step.
+    start_s: the same for the first meeting, where some still load. join_s: how long members wait for a newcomer's
+    answer. succession_s: how long the next in line waits for a World from the lower ranks once the roll call is over.
+    restore_s: how long peers wait for each other in the first loading. slice_s: how long a rank restores before it
+    meets the others again.
+    """
+
+    roll_call_s: float = 5.0
+    start_s: float = 300.0
+    join_s: float = 1.0
+    succession_s: float = 0.5
+    restore_s: float = 120.0
+    slice_s: float = 0.25
+    min_ranks: int = 1
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank says in a roll call. Arrays travel as bytes: held int32 [L, S], digests uint64 [L, S], load int64
+    [L, E]. step: the last step it committed."""
+
+    member: Member
+    step: int
+    held: bytes
+    digests: bytes
+    load: bytes
+
+
+class _Plan(msgspec.Struct, frozen=True, array_like=True):
+    epoch: int
+    trigger: Trigger
+    members: tuple[Member, ...]
+    step: int
+    replan_s: float
+    slots: bytes
+    held: bytes
+    digests: bytes
+    load: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Agreed:
+    """The outcome of a roll call, the same on every member.
+
+    placement: what each slot is to hold; with `missing` experts when the living have too few slots.
+    held_LP: int32 [L, P], what each slot held when its rank answered. digest_LE: uint64 [L, E], 0 = not known.
+    load_LE: int64 [L, E], tokens by expert, summed over the members. step: the last step that anybody committed.
+    replan_s: what planning cost the one who planned.
+    """
+
+    view: View
+    placement: Placement
+    held_LP: IntArray
+    digest_LE: Digests
+    load_LE: Loads
+    trigger: Trigger
+    step: int
+    replan_s: float
+
+    @property
+    def epoch(self) -> int:
+        return self.view.epoch
+
+    @property
+    def world(self) -> World:
+        return World(self.view, self.placement)
+
+
+Planner = Callable[[Trigger, View, IntArray, Loads], Placement]
+"""(trigger, view, held_LP, load_LE) -> placement. Never raises: a placement with `missing` experts says it cannot."""
+
+
+class RollCall:
+    """One rank's part in every agreement. Holds no state of its own: what is agreed stands in the store."""
+
+    def __init__(
+        self,
+        me: Member,
+        shape: Shape,
+        limits: Limits,
+        *,
+        store: Store,
+        clock: Clock,
+        notices: Notices,
+        plan: Planner,
+        faults: Faults = NO_FAULTS,
+    ) -> None:
+        self.me = me
+        self._shape, self._limits = shape, limits
+        self._store, self._clock, self._notices = store, clock, notices
+        self._plan, self._faults = plan, faults
+
+    def follow(self, base: Agreed | None) -> Agreed | None:
+        """The last World of the chain, from `base` on; None before the first. Raises Evicted at one without this rank,
+        if this rank was in before. LOCAL."""
+        if base is None:
+            base = self._read(int(self._store.get("latest") or 0))
+        member = base is not None and self.me in base.view
+        while (agreed := self._read((base.epoch if base else 0) + 1)) is not None:
+            base = agreed
+            if self.me in base.view:
+                member = True
+            elif member:
+                raise self._evicted(base.epoch)
+        return base
+
+    def hold(self, base: Agreed | None, trigger: Trigger, mine: Answer, known_dead: Iterable[Member] = ()) -> Agreed:
+        """Answer the roll call that follows `base` (None: the first meeting), and return its outcome. COLLECTIVE.
+
+        known_dead: members that are dead for certain, besides those on the notice board. Ends by itself, at the latest
+        some time after roll_call_s, whoever dies meanwhile. Raises Evicted when the others went on without it."""
+        meeting = _Meeting(self, base, trigger, frozenset(known_dead))
+        self._faults.point("roll_call")
+        self._store.set(f"entry/{meeting.epoch}/{self.me}", msgspec.msgpack.encode(mine))
+        self._store.set(f"open/{meeting.epoch}", b"1")
+        meeting.answers[self.me] = mine
+        opened = self._clock.now()
+        while (agreed := self._read(meeting.epoch)) is None:
+            if self._is_dead(self.me):
+                raise self._evicted(meeting.epoch)
+            if meeting.is_closed(self._clock.now() - opened):
+                self._publish(meeting)
+            else:
+                self._store.wait(meeting.awaited(), _LOOK_S)
+        if self.me not in agreed.view:
+            raise self._evicted(agreed.epoch)
+        return agreed
+
+    def join(self, mine: Answer) -> Agreed:
+        """Ask to be let in, and return the World that has this rank. Waits until the members meet. Raises Evicted when
+        they have not let it in after start_s. LOCAL for the members: none waits for a newcomer that does not answer."""
+        deadline = self._clock.now() + self._limits.start_s
+        last = self.follow(None)
+        asked = answered = 0
+        while self._clock.now() < deadline and not self._is_dead(self.me):
+            epoch = (last.epoch if last else 0) + 1
+            if asked < epoch:
+                self._faults.point("join")
+                self._ask_in()
+                asked = epoch
+            if last is not None and all(self._is_dead(m) for m in last.view.members):
+                return self.hold(last, "join", mine)  # nobody is left to let it in
+            # An answer must be fresh, or a newcomer that died while it waited would be let in.
+            if answered < epoch and self._store.wait(f"open/{epoch}", _LOOK_S) is not None:
+                self._store.set(f"entry/{epoch}/{self.me}", msgspec.msgpack.encode(mine))
+                answered = epoch
+            if answered == epoch:
+                self._store.wait(f"world/{epoch}", _LOOK_S)
+            if (agreed := self._read(epoch)) is not None:
+                last = self.follow(agreed)
+                if last is not None and self.me in last.view:
+                    return last
+        raise self._evicted(last.epoch if last else 0)
+
+    def joiners(self) -> tuple[tuple[int, int], ...]:
+        """(rank, incarnation) of newcomers that ask to be let in. LOCAL."""
+        return _parse_joiners((self._store.get("joiners") or b"").decode())
+
+    def remember(self, mine: Answer) -> None:
+        """Leave behind the digests of what this rank holds, for when it can no longer answer. LOCAL."""
+        self._store.set(f"digests/{self.me}", msgspec.msgpack.encode(mine))
+
+    # --- for _Meeting
+
+    def answer_of(self, epoch: int, member: Member) -> Answer | None:
+        value = self._store.get(f"entry/{epoch}/{member}")
+        return msgspec.msgpack.decode(value, type=Answer) if value else None
+
+    def digests_of(self, member: Member) -> Answer | None:
+        value = self._store.get(f"digests/{member}")
+        return msgspec.msgpack.decode(value, type=Answer) if value else None
+
+    # --- parts
+
+    def _is_dead(self, member: Member) -> bool:
+        return self._notices.is_dead(member)
+
+    def _evicted(self, epoch: int) -> Evicted:
+        return Evicted(self.me.rank, self.me.incarnation, epoch)
+
+    def _read(self, epoch: int) -> Agreed | None:
+        """The World of an epoch, or None when there is none yet."""
+        if epoch == 0 or not (winner := self._store.get(f"world/{epoch}")):
+            return None
+        value = self._store.get(f"plan/{epoch}/{winner.decode()}")
+        if value is None:  # two epochs old and more: whoever did not follow in time was not waited for
+            raise self._evicted(epoch)
+        return _decode(value, self._shape)
+
+    def _publish(self, meeting: _Meeting) -> None:
+        """Plan, and write the plan down as the World unless another one was faster."""
+        self._faults.point("publish")
+        view, held_LP, digest_LE, load_LE, step = meeting.outcome()
+        trigger = meeting.trigger_of(view)
+        planning = self._clock.now()
+        placement = self._plan(trigger, view, held_LP, load_LE)
+        plan = _Plan(
+            view.epoch, trigger, view.members, step, self._clock.now() - planning, placement.slots_LP.tobytes(),
+            held_LP.tobytes(), digest_LE.tobytes(), load_LE.tobytes(),
+        )  # fmt: skip
+        self._store.set(f"plan/{view.epoch}/{self.me}", msgspec.msgpack.encode(plan))
+        if self._store.compare_set(f"world/{view.epoch}", "", str(self.me)) == str(self.me):
+            self._clear_up(meeting)
+
+    def _clear_up(self, meeting: _Meeting) -> None:
+        """What only saves room and time, and may therefore be cut off at any point by this rank's death."""
+        epoch = meeting.epoch
+        self._store.set("latest", str(epoch).encode())
+        if meeting.newcomers:
+            self._forget_joiners(meeting.newcomers)
+        for member in (*meeting.members, *meeting.newcomers):
+            self._store.delete(f"entry/{epoch - 1}/{member}")
+            self._store.delete(f"plan/{epoch - 3}/{member}")
+
+    def _ask_in(self) -> None:
+        me = (self.me.rank, self.me.incarnation)
+        while me not in (asking := self.joiners()):
+            self._swap_joiners(asking, (*asking, me))
+
+    def _forget_joiners(self, gone: Iterable[Member]) -> None:
+        names = {(m.rank, m.incarnation) for m in gone}
+        while names & set(asking := self.joiners()):
+            self._swap_joiners(asking, tuple(name for name in asking if name not in names))
+
+    def _swap_joiners(self, old: tuple[tuple[int, int], ...], new: tuple[tuple[int, int], ...]) -> None:
+        before, after = (",".join(f"{rank}.{incarnation}" for rank, incarnation in names) for names in (old, new))
+        self._store.compare_set("joiners", before, after)
+
+
+class _Meeting:
+    """One roll call as one rank sees it: who is expected, who answered, and whether this rank is to end it."""
+
+    def __init__(self, calls: RollCall, base: Agreed | None, trigger: Trigger, known_dead: frozenset[Member]) -> None:
+        self._calls, self._base, self._trigger, self._known_dead = calls, base, trigger, known_dead
+        self._shape, self._limits = calls._shape, calls._limits
+        self.epoch = (base.epoch if base else 0) + 1
+        self.answers: dict[Member, Answer] = {}
+        members = base.view.members if base else tuple(Member(r, 0) for r in range(self._shape.ep_size))
+        self.newcomers = tuple(
+            Member(rank, incarnation)
+            for rank, incarnation in calls.joiners()
+            if 0 <= rank < self._shape.ep_size
+            and not any(m.rank == rank and m.incarnation >= incarnation for m in members)
+        )
+        self.members = members
+
+    def expected(self) -> tuple[Member, ...]:
+        """Everyone who may be in the next view and is not known to be dead: members first, by rank, then newcomers. A
+        newcomer in a member's place says that this member is dead: the launcher starts it only then."""
+        newest: dict[int, int] = {}
+        for m in (*self.members, *self.newcomers):
+            newest[m.rank] = max(newest.get(m.rank, 0), m.incarnation)
+        return tuple(
+            m
+            for m in (*self.members, *self.newcomers)
+            if m.incarnation == newest[m.rank] and m not in self._known_dead and not self._calls._is_dead(m)
+        )
+
+    def is_closed(self, open_s: float) -> bool:
+        """Whether this rank is to publish now, `open_s` seconds after it answered.
+
+        The lowest member does when all have answered, or the time is over. When it does not, the next in line does a
+        little later, and so on: only one of them can succeed, so a wrong guess here costs time but harms nothing."""
+        expected = self.expected()
+        limit = self._limits.start_s if self._base is None else self._limits.roll_call_s
+        late = open_s >= limit
+        if not late and (not expected or expected[0] != self._calls.me):
+            return False
+        for member in expected:
+            if member not in self.answers and (answer := self._calls.answer_of(self.epoch, member)) is not None:
+                self.answers[member] = answer
+        present = [m for m in expected if m in self.answers]
+        if self._calls.me not in present:
+            return False
+        if late:
+            return open_s >= limit + self._limits.succession_s * present.index(self._calls.me)
+        waited = self.members if open_s >= min(self._limits.join_s, limit) else expected
+        return all(m in self.answers for m in expected if m in waited)
+
+    def awaited(self) -> str:
+        """The key whose appearance most likely lets this rank go on."""
+        expected = self.expected()
+        if expected and expected[0] == self._calls.me:
+            absent = next((m for m in expected if m not in self.answers), None)
+            if absent is not None:
+                return f"entry/{self.epoch}/{absent}"
+        return f"world/{self.epoch}"
+
+    def trigger_of(self, view: View) -> Trigger:
+        """What kind of change it became: whoever opened it for another reason, a lost member makes it a failure."""
+        if self._base is None:
+            return "start"
+        if any(m not in view for m in self._base.view.members):
+            return "failure" if self._trigger not in ("scale", "operator") else self._trigger
+        if any(m not in self._base.view for m in view.members):
+            return "join"
+        return self._trigger
+
+    def outcome(self) -> tuple[View, IntArray, Digests, Loads, int]:
+        """The next view, held_LP, digest_LE, load_LE and the last step, from the answers of those who are alive."""
+        shape, calls = self._shape, self._calls
+        present = [self.answers[m] for m in self.expected() if m in self.answers]
+        view = View(self.epoch, shape.ep_size, tuple(sorted(answer.member for answer in present)))
+        layers, slots = shape.num_layers, shape.slots_per_rank
+        held_LP = np.full((layers, shape.ep_size * slots), EMPTY, np.int32)
+        digest_LE = np.zeros((layers, shape.num_experts), np.uint64)
+        load_LE = np.zeros((layers, shape.num_experts), np.int64)
+        if self._base is not None:
+            digest_LE = self._base.digest_LE.copy()
+            for member in self._base.view.members:
+                if member not in view and (left := calls.digests_of(member)) is not None:
+                    _learn(digest_LE, left, slots)
+        for answer in sorted(present, key=lambda a: a.member):
+            here = slice(answer.member.rank * slots, (answer.member.rank + 1) * slots)
+            held_LP[:, here] = _learn(digest_LE, answer, slots)
+            load_LE += np.frombuffer(answer.load, np.int64).reshape(load_LE.shape)
+        return view, held_LP, digest_LE, load_LE, max((a.step for a in present), default=0)
+
+
+def _learn(digest_LE: Digests, answer: Answer, slots_per_rank: int) -> IntArray:
+    """Enter a rank's digests in the table where it has none. Returns int32 [L, S], what the rank holds: a slot whose
+    digest is not the table's holds nothing, as two versions of one expert must never serve together."""
+    held_LS = np.frombuffer(answer.held, np.int32).reshape(-1, slots_per_rank).copy()
+    digest_LS = np.frombuffer(answer.digests, np.uint64).reshape(held_LS.shape)
+    layer, slot = np.nonzero(held_LS >= 0)
+    expert, digest = held_LS[layer, slot], digest_LS[layer, slot]
+    new = digest_LE[layer, expert] == 0
+    digest_LE[layer[new], expert[new]] = digest[new]
+    wrong = digest_LE[layer, expert] != digest
+    held_LS[layer[wrong], slot[wrong]] = EMPTY
+    return held_LS
+
+
+def _decode(value: bytes, shape: Shape) -> Agreed:
+    plan = msgspec.msgpack.decode(value, type=_Plan)
+    layers = shape.num_layers
+    return Agreed(
+        View(plan.epoch, shape.ep_size, tuple(sorted(plan.members))),
+        Placement(
+            np.frombuffer(plan.slots, np.int32).reshape(layers, -1).copy(), shape.num_experts, shape.slots_per_rank
+        ),
+        np.frombuffer(plan.held, np.int32).reshape(layers, -1),
+        np.frombuffer(plan.digests, np.uint64).reshape(layers, -1),
+        np.frombuffer(plan.load, np.int64).reshape(layers, -1),
+        plan.trigger,
+        plan.step,
+        plan.replan_s,
+    )
+
+
+def _parse_joiners(text: str) -> tuple[tuple[int, int], ...]:
+    names = (name.split(".") for name in text.split(",") if name)
+    return tuple((int(rank), int(incarnation)) for rank, incarnation in names)

@@ -1,0 +1,248 @@
+"""The one operation behind start-up, failure, join, rebalance and scaling: agree, mask, replan, restore, meet.
+
+    adoption = recovery.run(change)      # worker.py: engine.adopt(adoption.world, adoption.routes_LEW)
+
+A failure is a re-placement with fewer ranks, a join one with more, start-up the first. Whatever goes wrong on the way
+raises, and running again goes on from what is agreed and held by then: there is no state half-way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from phalanx.comm.base import Communicator
+from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
+from phalanx.elastic.detect import certainly_dead, change_after, merged
+from phalanx.elastic.replan import diff, replan, routes
+from phalanx.elastic.restore import Bank, Restore, Source
+from phalanx.elastic.store import Clock, Store
+from phalanx.errors import Evicted, ExpertsLost, PeerLost, TooFewRanks, TooFewSlots
+from phalanx.messages import PhaseSeconds, Trigger
+from phalanx.testing.faults import NO_FAULTS, Faults
+from phalanx.world import IntArray, Member, Placement, View, World
+
+_REPORTED = 30
+"""How many lost experts a rank can name to the others: a row of an all_gather has room for 64 numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adoption:
+    """What a rank serves from now on, and what it took to get there.
+
+    routes_LEW: int32 [L, E, W]. lost, joined: ranks, against the last World that this rank served. seconds: without
+    `replay` and `total`, which the worker measures. bytes_restored: by source, on this rank. step: the last step that
+    any member had committed.
+    """
+
+    world: World
+    routes_LEW: IntArray
+    trigger: Trigger
+    lost: tuple[int, ...]
+    joined: tuple[int, ...]
+    causes: Mapping[int, str]
+    seconds: PhaseSeconds
+    bytes_restored: Mapping[str, int]
+    step: int
+
+
+class Recovery:
+    """One rank's part in every membership change."""
+
+    def __init__(
+        self,
+        me: Member,
+        shape: Shape,
+        limits: Limits,
+        *,
+        store: Store,
+        clock: Clock,
+        comm: Communicator,
+        bank: Bank,
+        sources: Sequence[Source],
+        notices: Notices,
+        route_width: int,
+        load: Callable[[], Loads] | None = None,
+        step: Callable[[], int] | None = None,
+        faults: Faults = NO_FAULTS,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """sources: the fastest first. load: this rank's tokens by expert, int64 [L, E], for the planner; None: all
+        alike. step: the last step it committed. progress: told (done, total) experts in each restore."""
+        self.me = me
+        self._shape, self._limits = shape, limits
+        self._clock, self._comm, self._bank, self._sources = clock, comm, bank, tuple(sources)
+        self._notices, self._width, self._faults, self._progress = notices, route_width, faults, progress
+        self._load = load or (lambda: np.zeros((shape.num_layers, shape.num_experts), np.int64))
+        self._step = step or (lambda: 0)
+        self._calls = RollCall(
+            me, shape, limits, store=store, clock=clock, notices=notices, plan=self._plan, faults=faults
+        )
+        self._agreed: Agreed | None = None
+        self._served: View | None = None
+        self._unfinished: Change | None = None
+        self._seconds = PhaseSeconds()
+        self._bytes: dict[str, int] = {}
+
+    @property
+    def view(self) -> View:
+        """The last view agreed, whether or not it could be served."""
+        return self._agreed.view if self._agreed else View(0, self._shape.ep_size, ())
+
+    def joiners(self) -> tuple[tuple[int, int], ...]:
+        """(rank, incarnation) of newcomers that ask to be let in: run(Change("join")) does it. LOCAL."""
+        return self._calls.joiners()
+
+    def change_after(self, lost: PeerLost) -> Change:
+        """The change that a PeerLost of a step, or of `run` itself, calls for. LOCAL."""
+        return change_after(lost, self._comm.status(), self.view, self._notices)
+
+    def run(self, change: Change) -> Adoption:
+        """Agree on the next World and get ready to serve it. COLLECTIVE; safe to call again after anything it raises.
+
+        Raises Evicted (exit), PeerLost (a further loss: run again with `change_after`), and, once the view is agreed
+        and adopted and the same on every member: TooFewRanks, TooFewSlots, ExpertsLost (wait, then run again).
+        StoreLost: the launcher is gone."""
+        change = self._unfinished = merged(self._unfinished, change)
+        agreed = self._agree(change)
+        began = self._clock.now()
+        self._comm.adopt(agreed.view)
+        self._add(mask=self._clock.now() - began)
+        self._check_capacity(agreed)
+        routes_LEW = self._restore(agreed)
+        adoption = self._adoption(change, agreed, routes_LEW)
+        self._unfinished, self._served = None, agreed.view
+        self._seconds, self._bytes = PhaseSeconds(), {}
+        return adoption
+
+    # --- the phases
+
+    def _agree(self, change: Change) -> Agreed:
+        began = self._clock.now()
+        base = self._calls.follow(self._agreed)
+        if change.trigger == "join" and self._agreed is None:
+            agreed = self._calls.join(self._answer())
+        elif base is not None and self.me not in base.view:
+            raise Evicted(self.me.rank, self.me.incarnation, base.epoch)
+        elif base is not None and base.epoch > self.view.epoch and base.epoch >= change.epoch:
+            agreed = base  # the others counted this rank while it was away
+        else:
+            dead = certainly_dead(self._comm.status(), self.view, self._notices) if base is self._agreed else ()
+            self._comm.interrupt((base.epoch if base else 0) + 1)
+            agreed = self._calls.hold(base, change.trigger, self._answer(), dead)
+        self._agreed = agreed
+        self._add(agree=self._clock.now() - began - agreed.replan_s, replan=agreed.replan_s)
+        return agreed
+
+    def _check_capacity(self, agreed: Agreed) -> None:
+        alive = len(agreed.view.members)
+        if alive < self._limits.min_ranks:
+            raise TooFewRanks(alive, self._limits.min_ranks)
+        if agreed.placement.missing:
+            raise TooFewSlots(alive * self._shape.slots_per_rank, self._shape.num_experts)
+
+    def _restore(self, agreed: Agreed) -> IntArray:
+        """Fill this rank's slots, and leave when every rank has filled its own. Returns the routing table.
+
+        Ranks restore in slices and meet after each: a rank that stops is noticed after roll_call_s, though the whole
+        may take much longer. The last meeting, at which nobody has anything left to do, is the barrier."""
+        began = self._clock.now()
+        self._faults.point("replan")
+        moves = diff(agreed.held_LP, agreed.placement, self.me.rank)
+        routes_LEW = routes(agreed.placement, agreed.view, self.me.rank, self._width, agreed.load_LE)
+        planned = self._clock.now()
+        self._add(replan=planned - began)
+        job = Restore(moves, agreed, self._bank, self._sources, progress=self._progress, faults=self._faults)
+        limits = self._limits
+        lost: tuple[tuple[int, int], ...] = ()
+        try:
+            with self._comm.patience(limits.restore_s if self._served is None else limits.roll_call_s):
+                remaining = 1
+                while remaining:
+                    end = self._clock.now() + limits.slice_s
+                    job.advance(lambda end=end: self._clock.now() < end and self._comm.status().clean)  # type: ignore[misc]
+                    if job.learned and not job.remaining:
+                        self._calls.remember(self._answer())
+                        job.learned = 0
+                    remaining, lost = self._meet(job)
+        finally:
+            self._add(restore=self._clock.now() - planned)
+            for name, count in job.bytes_by_source.items():
+                self._bytes[name] = self._bytes.get(name, 0) + count
+        if lost:
+            raise ExpertsLost(lost, "no source has an intact copy")
+        self._faults.point("adopt")
+        return routes_LEW
+
+    def _meet(self, job: Restore) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """How many experts are still to be restored anywhere, and which are lost. COLLECTIVE."""
+        self._faults.point("barrier")
+        row = torch.zeros(2 + 2 * _REPORTED, dtype=torch.int64)
+        named = sorted(job.lost)[:_REPORTED]
+        row[0], row[1] = job.remaining, len(named)
+        if named:
+            row[2 : 2 + 2 * len(named)] = torch.tensor(named, dtype=torch.int64).flatten()
+        rows = self._comm.all_gather(row).tolist()
+        status = self._comm.status()
+        if not status.clean:
+            raise PeerLost(status.lost, max(status.interrupted, self.view.epoch + 1))
+        pairs = {(r[2 + 2 * i], r[3 + 2 * i]) for r in rows for i in range(int(r[1]))}
+        return sum(r[0] for r in rows), tuple(sorted(pairs))
+
+    # --- parts
+
+    def _answer(self) -> Answer:
+        return Answer(
+            self.me,
+            self._step(),
+            self._bank.held_LS.astype(np.int32).tobytes(),
+            self._bank.digest_LS.astype(np.uint64).tobytes(),
+            self._load().astype(np.int64).tobytes(),
+        )
+
+    def _plan(self, trigger: Trigger, view: View, held_LP: IntArray, load_LE: Loads) -> Placement:
+        """Where each expert goes; when the living cannot hold all, what they hold already. LOCAL."""
+        shape = self._shape
+        if len(view.members) >= self._limits.min_ranks:
+            try:
+                return replan(
+                    load_LE,
+                    view,
+                    num_experts=shape.num_experts,
+                    slots_per_rank=shape.slots_per_rank,
+                    num_replicas=shape.num_experts + shape.num_redundant,
+                    held_LP=held_LP,
+                    min_moves=trigger in ("failure", "operator"),
+                )
+            except TooFewSlots:
+                pass
+        return Placement(held_LP, shape.num_experts, shape.slots_per_rank)
+
+    def _adoption(self, change: Change, agreed: Agreed, routes_LEW: IntArray) -> Adoption:
+        before = self._served.members if self._served else ()
+        lost = tuple(m.rank for m in before if m not in agreed.view)
+        joined = tuple(m.rank for m in agreed.view.members if m not in before)
+        causes = {rank: change.causes.get(rank, "timeout") for rank in lost}
+        for member in before:
+            if member.rank in causes and self._notices.is_dead(member):
+                causes[member.rank] = self._notices.cause(member.rank)
+        return Adoption(
+            agreed.world,
+            routes_LEW,
+            agreed.trigger,
+            lost,
+            joined,
+            causes,
+            msgspec.structs.replace(self._seconds, detect=change.detect_s),
+            dict(self._bytes),
+            agreed.step,
+        )
+
+    def _add(self, **phases: float) -> None:
+        """Phases add up over the runs that one change took."""
+        sums = {name: getattr(self._seconds, name) + seconds for name, seconds in phases.items()}
+        self._seconds = msgspec.structs.replace(self._seconds, **sums)
