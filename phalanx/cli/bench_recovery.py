@@ -169,6 +169,7 @@ def recovery(
             return _own_service(model, flags, api_key)
     else:
         rounds_per_service = rounds
+        served_model(url, api_key)  # is anybody there?
 
         def fresh() -> AbstractContextManager[Target]:
             return nullcontext(Target(url, api_key))
