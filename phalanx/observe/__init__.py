@@ -1,1 +1,1 @@
-
+"""What Phalanx tells its operators: logs, events, metrics. Imports no torch."""

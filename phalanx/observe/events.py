@@ -1,0 +1,73 @@
+"""What happened to the service, one JSON line an event, and one summary line a recovery for the log.
+
+A recovery is what all living ranks did together under one epoch. Each of them reports its own timeline; `Recovery`
+is their sum: a phase took as long as it took on the slowest rank, bytes add up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import IO, Any
+
+import msgspec
+
+log = logging.getLogger("phalanx.events")
+
+PHASES = ("detect", "agree", "mask", "replan", "restore", "replay", "total")
+SOURCES = ("peer", "vault", "disk")
+
+
+class Recovery(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of membership, over all ranks. `seconds` by PHASES, `bytes_restored` by SOURCES."""
+
+    trigger: str
+    lost: list[int]
+    joined: list[int]
+    epoch: int
+    previous_epoch: int
+    seconds: dict[str, float]
+    bytes_restored: dict[str, int]
+    requests_moved: int
+    steps_replayed: int
+    causes: dict[int, str]
+    outcome: str
+    """complete: every rank of the view reported. partial: some did not in time. superseded: a further change came
+    first. cannot_serve: the living cannot serve."""
+
+    def summary(self) -> str:
+        """The line that an operator reads. LOCAL."""
+        phases = ", ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name != "total")
+        restored = ", ".join(f"{count} bytes from {source}" for source, count in self.bytes_restored.items() if count)
+        return (
+            f"recovered: {self._who()}, epoch {self.previous_epoch} -> {self.epoch}, "
+            f"total {self.seconds['total']:.3f} s ({phases}), {self.requests_moved} requests moved, "
+            f"{restored or 'no bytes'} restored" + ("" if self.outcome == "complete" else f" ({self.outcome})")
+        )
+
+    def _who(self) -> str:
+        parts = [f"lost ranks {self.lost}"] if self.lost else []
+        parts += [f"ranks {self.joined} rejoined"] if self.joined else []
+        return ", ".join(parts) or f"trigger {self.trigger}"
+
+
+class EventLog:
+    """Appends events to a JSON-lines file; an empty path keeps none. A disk that fails never fails the service."""
+
+    def __init__(self, path: str) -> None:
+        self._file: IO[bytes] | None = open(path, "ab", buffering=0) if path else None  # noqa: SIM115 - lives as long
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write one event with the time of day (seconds since 1970). LOCAL."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(msgspec.json.encode({"event": event, "time": time.time(), **fields}) + b"\n")
+        except OSError as error:
+            log.error("events are no longer written: %s", error)
+            self._file = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,241 @@
+"""Everything that is not generation: health, metrics, models, tokenizing, and the operator's and the chaos monkey's
+hands on the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Depends
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from phalanx import __version__
+from phalanx import messages as m
+from phalanx.errors import BadConfig
+from phalanx.server.chat import prompt_of
+from phalanx.server.generate import RETRY_AFTER_S, Service, check_ids, check_model, encode
+from phalanx.server.protocol import (
+    AbortRequest,
+    ApiError,
+    ApplyRequest,
+    ChaosRequest,
+    ChatRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from phalanx.server.roster import RankRecord
+from phalanx.testing.faults import Fault
+
+OPEN_PATHS = frozenset(
+    {"/health", "/ready", "/metrics", "/version", "/server_info", "/fault_tolerance/status", "/ping"}
+)
+"""What may be read without the API key: it changes nothing and costs nothing."""
+
+
+def service_of(request: HttpRequest) -> Service:
+    """The service behind this app."""
+    service: Service = request.app.state.service
+    return service
+
+
+def routes() -> APIRouter:
+    """All routes of this file."""
+    router = APIRouter()
+    for register in (_observation, _models, _tokens, _operation):
+        register(router)
+    return router
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+ServiceHere = Annotated[Service, Depends(service_of)]
+
+
+def _observation(router: APIRouter) -> None:
+    @router.get("/health")
+    @router.get("/ping")
+    async def health() -> Response:
+        """The process lives and answers, whether or not ranks do."""
+        return _json({"status": "ok"})
+
+    @router.get("/ready")
+    async def ready(service: ServiceHere) -> Response:
+        """Whether new requests would be served."""
+        why = service.router.why_not_ready()
+        if why:
+            raise ApiError(503, f"not ready: {why}", code="unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
+        return _json({"status": "ready"})
+
+    @router.get("/metrics")
+    async def metrics(service: ServiceHere) -> Response:
+        return Response(service.metrics.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/version")
+    async def version() -> Response:
+        return _json({"version": __version__})
+
+    @router.get("/server_info")
+    async def server_info(service: ServiceHere) -> Response:
+        """What this server runs with. The API key is not shown."""
+        config = msgspec.to_builtins(service.config)
+        config["api_key"] = "***" if service.config.api_key else ""
+        roster = service.router.roster
+        return _json(
+            {
+                "version": __version__,
+                "model": service.config.name,
+                "max_model_len": service.max_model_len,
+                "started_at": service.started_at,
+                "epoch": roster.epoch,
+                "ranks_alive": roster.alive,
+                "requests_in_flight": service.router.in_flight,
+                "requests_held": service.router.held,
+                "eos_token_ids": sorted(service.text.eos_ids),
+                "sampling_defaults": service.text.sampling_defaults,
+                "config": config,
+            }
+        )
+
+    @router.get("/fault_tolerance/status")
+    async def status(service: ServiceHere) -> Response:
+        return _json(service.router.roster.status())
+
+
+def _models(router: APIRouter) -> None:
+    def card(service: Service) -> dict[str, Any]:
+        return {
+            "id": service.config.name,
+            "object": "model",
+            "created": service.started_at,
+            "owned_by": "phalanx",
+            "root": service.config.model,
+            "parent": None,
+            "max_model_len": service.max_model_len,
+        }
+
+    @router.get("/v1/models")
+    async def models(service: ServiceHere) -> Response:
+        return _json({"object": "list", "data": [card(service)]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str, service: ServiceHere) -> Response:
+        check_model(service, name)
+        return _json(card(service))
+
+
+def _tokens(router: APIRouter) -> None:
+    @router.post("/tokenize")
+    async def tokenize(request: TokenizeRequest, service: ServiceHere) -> Response:
+        check_model(service, request.model)
+        if request.prompt is not None:
+            ids = await encode(service, request.prompt, special=request.add_special_tokens is not False)
+        else:
+            fields = request.model_dump(
+                include={"messages", "tools", "continue_final_message", "chat_template_kwargs"}, exclude_unset=True
+            )
+            if "add_generation_prompt" in request.model_fields_set:
+                fields["add_generation_prompt"] = request.add_generation_prompt
+            chat = ChatRequest(**fields, add_special_tokens=bool(request.add_special_tokens))
+            ids = await prompt_of(service, chat)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
+        if request.return_token_strs:
+            answer["token_strs"] = [service.text.token_text(i) for i in ids]
+        return _json(answer)
+
+    @router.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest, service: ServiceHere) -> Response:
+        check_model(service, request.model)
+        check_ids(service, request.tokens, "tokens")
+        return _json({"prompt": service.text.decode(request.tokens, skip_special=request.skip_special_tokens)})
+
+
+def _operation(router: APIRouter) -> None:
+    @router.post("/abort_requests")
+    async def abort(request: AbortRequest, service: ServiceHere) -> Response:
+        """End calls by the ids their clients see. They end with finish_reason "abort"."""
+        wanted = None if request.request_ids == "all" else request.request_ids
+        return _json({"aborted": service.link.abort(wanted)})
+
+    @router.post("/fault_tolerance/apply")
+    async def apply(request: ApplyRequest, service: ServiceHere) -> Response:
+        """An operator's instruction. 202: it is on its way; `GET /fault_tolerance/status` shows what comes of it."""
+        instructions: dict[str, Callable[[Service, dict[str, Any]], list[int]]] = {
+            "mask_rank": _mask, "pause": _pause, "retry": _retry,
+        }  # fmt: skip
+        carry_out = instructions.get(request.instruction)
+        if carry_out is None:
+            raise ApiError(
+                400, f"instruction: {request.instruction!r} is none of {', '.join(instructions)}", param="instruction"
+            )
+        ranks = carry_out(service, request.params)
+        return _json({"accepted": True, "instruction": request.instruction, "ranks": ranks}, 202)
+
+    @router.post("/chaos")
+    async def chaos(request: ChaosRequest, service: ServiceHere) -> Response:
+        """Make a rank fail. Without at_step and where the launcher signals the process at once; with them the rank
+        does it to itself at that point."""
+        if not service.config.enable_chaos:
+            raise ApiError(403, "faults can be injected only when the server was started with --enable-chaos",
+                           code="chaos_disabled")  # fmt: skip
+        record = _living(service, request.rank, "rank")
+        signals: dict[str, Literal["SIGKILL", "SIGSTOP", "SIGCONT"]] = {
+            "kill": "SIGKILL", "stop": "SIGSTOP", "cont": "SIGCONT",
+        }  # fmt: skip
+        immediate = request.at_step is None and request.where is None
+        if request.kind == "cont" and not immediate:
+            raise ApiError(400, "kind: a stopped rank cannot continue itself: at_step and where must be left out",
+                           param="kind")  # fmt: skip
+        if request.kind in signals and immediate:
+            service.link.tell_launcher(m.Signal(rank=request.rank, name=signals[request.kind]))
+        else:
+            assert request.kind != "cont"
+            where = request.where or "step"
+            try:
+                Fault(request.kind, where, request.at_step)
+            except BadConfig as error:
+                raise ApiError(400, f"where: {error}", param="where") from None
+            fault = m.InjectFault(kind=request.kind, at_step=request.at_step, where=where)
+            service.link.tell_rank(record.identity, fault)
+        return _json({"accepted": True, "kind": request.kind, "rank": request.rank,
+                      "incarnation": record.identity.incarnation}, 202)  # fmt: skip
+
+
+def _mask(service: Service, params: dict[str, Any]) -> list[int]:
+    if "rank" not in params:
+        raise ApiError(400, "params.rank: mask_rank needs the rank to take out", param="params.rank")
+    record = _living(service, params["rank"], "params.rank")
+    service.link.tell_launcher(m.MaskRank(rank=record.identity.rank))
+    return [record.identity.rank]
+
+
+def _pause(service: Service, params: dict[str, Any]) -> list[int]:
+    return _tell(service, params, m.Pause())
+
+
+def _retry(service: Service, params: dict[str, Any]) -> list[int]:
+    return _tell(service, params, m.Resume())
+
+
+def _tell(service: Service, params: dict[str, Any], message: m.Pause | m.Resume) -> list[int]:
+    """Tell one rank, or all that live when no rank is named."""
+    if params.get("rank") is not None:
+        records = [_living(service, params["rank"], "params.rank")]
+    else:
+        records = service.router.roster.living()
+    for record in records:
+        service.link.tell_rank(record.identity, message)
+    return [record.identity.rank for record in records]
+
+
+def _living(service: Service, rank: object, param: str) -> RankRecord:
+    roster = service.router.roster
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < roster.ep_size:
+        raise ApiError(400, f"{param}: {rank!r} is no rank: they go from 0 to {roster.ep_size - 1}", param=param)
+    record = roster.records.get(rank)
+    if record is None or record.dead:
+        raise ApiError(400, f"{param}: rank {rank} is not alive", param=param)
+    return record

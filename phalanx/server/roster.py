@@ -1,0 +1,262 @@
+"""The roster: what the server knows of the ranks, told by their messages. Pure: no sockets, no clock.
+
+Identity is (rank, incarnation). Who is in is what the newest view says, as the first `Adopted` of its epoch reports
+it; a death that the launcher reports counts at once. Ranks speak over different connections, so any order between two
+ranks' messages is possible, and only messages of one rank are in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from phalanx import messages as m
+from phalanx.observe.events import PHASES, SOURCES, Recovery
+
+
+class Identity(NamedTuple):
+    """One process in one rank's place."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(slots=True)
+class RankRecord:
+    """The newest incarnation of one rank."""
+
+    identity: Identity
+    pid: int = 0
+    host: str = "localhost"
+    device: str = ""
+    dead: bool = False
+    cause: str = ""
+    detail: str = ""
+    counted: bool = False
+    """Its loss is in the metrics; one that only a notice evicted waits for the launcher to say the cause."""
+    paused: bool = False
+    suspected_by: set[int] = field(default_factory=set)
+    in_recovery: bool = False
+    """It said that it suspects others, and has neither adopted a view nor committed a step since."""
+    cannot_serve: str = ""
+    adopted_epoch: int = 0
+
+
+@dataclass
+class Tally:
+    """A recovery as its ranks report it, one after the other."""
+
+    trigger: str
+    epoch: int
+    previous_epoch: int
+    lost: set[int]
+    joined: list[int]
+    causes: dict[int, str]
+    requests_moved: int = 0
+    reports: dict[Identity, m.Recovered] = field(default_factory=dict)
+
+    def add(self, report: m.Recovered) -> None:
+        self.reports[Identity(report.rank, report.incarnation)] = report
+        self.lost |= set(report.lost)
+
+    def recovery(self, outcome: str) -> Recovery:
+        """The sum so far: slowest rank by phase, bytes added up. LOCAL."""
+        reports = self.reports.values()
+        return Recovery(
+            trigger=self.trigger,
+            lost=sorted(self.lost),
+            joined=self.joined,
+            epoch=self.epoch,
+            previous_epoch=self.previous_epoch,
+            seconds={p: max((getattr(r.seconds, p) for r in reports), default=0.0) for p in PHASES},
+            bytes_restored={s: sum(r.bytes_restored.get(s, 0) for r in reports) for s in SOURCES},
+            requests_moved=self.requests_moved,
+            steps_replayed=max((r.steps_replayed for r in reports), default=0),
+            causes=self.causes,
+            outcome=outcome,
+        )
+
+
+class Roster:
+    """Every rank's state, from the messages of the ranks and the launcher."""
+
+    def __init__(self, ep_size: int) -> None:
+        self.ep_size = ep_size
+        self.epoch = 0
+        self.members: frozenset[Identity] = frozenset()
+        self.records: dict[int, RankRecord] = {}
+        self.tally: Tally | None = None
+        """The recovery in hand."""
+        self.last_recovery: Recovery | None = None
+        self._needed_epoch = 0
+        """A member that has not adopted this epoch yet is in recovery."""
+
+    # --- who is who
+
+    def current(self, rank: int, incarnation: int) -> RankRecord | None:
+        """The record of a living, known identity; None for anyone else: what such a one says is not heard."""
+        record = self.records.get(rank)
+        return record if record is not None and record.identity.incarnation == incarnation and not record.dead else None
+
+    @property
+    def alive(self) -> int:
+        """How many members live."""
+        return sum(r.identity in self.members and not r.dead for r in self.records.values())
+
+    def serving(self) -> list[RankRecord]:
+        """Members that live and can serve, paused ones included."""
+        return [
+            r for r in self.records.values() if r.identity in self.members and not r.dead and not r.cannot_serve
+        ]  # fmt: skip
+
+    def state(self, rank: int) -> m.RankState:
+        """What `GET /fault_tolerance/status` says of a rank."""
+        record = self.records.get(rank)
+        if record is None:
+            return "recovering"
+        if record.dead:
+            return "dead"
+        if record.identity not in self.members:
+            return "rejoining" if self.members else "recovering"
+        if record.suspected_by:
+            return "suspected"
+        if record.cannot_serve or record.in_recovery or record.adopted_epoch < self._needed_epoch:
+            return "recovering"
+        return "paused" if record.paused else "healthy"
+
+    def states(self) -> list[m.RankState]:
+        return [self.state(rank) for rank in range(self.ep_size)]
+
+    def why_not_serving(self) -> str:
+        """Why no rank can take a request; empty when one can."""
+        if self.serving():
+            return ""
+        reasons = [r.cannot_serve for r in self.records.values() if not r.dead and r.cannot_serve]
+        if reasons:
+            return reasons[0]
+        if not self.members:
+            return "the ranks are starting"
+        return "no rank is alive"
+
+    def status(self) -> dict[str, Any]:
+        """The body of `GET /fault_tolerance/status`."""
+        last = self.last_recovery
+        return {
+            "epoch": self.epoch,
+            "ep_size": self.ep_size,
+            "ranks": [self._rank_status(rank) for rank in range(self.ep_size)],
+            "last_recovery": None if last is None else {
+                "trigger": last.trigger, "lost": last.lost, "joined": last.joined, "epoch": last.epoch,
+                "seconds": last.seconds, "bytes_restored": last.bytes_restored, "requests_moved": last.requests_moved,
+                "outcome": last.outcome,
+            },
+        }  # fmt: skip
+
+    def _rank_status(self, rank: int) -> dict[str, Any]:
+        record = self.records.get(rank) or RankRecord(Identity(rank, 0))
+        status: dict[str, Any] = {
+            "rank": rank,
+            "incarnation": record.identity.incarnation,
+            "state": self.state(rank),
+            "pid": record.pid,
+            "host": record.host,
+            "device": record.device,
+        }
+        if reason := record.detail or record.cause or record.cannot_serve:
+            status["reason"] = reason
+        return status
+
+    # --- what they say; each returns the identities that are lost by it
+
+    def meet(self, identity: Identity) -> tuple[RankRecord | None, list[Identity]]:
+        """The living record of an identity, made when it is the first or a newer one; None for an old or dead one."""
+        known = self.records.get(identity.rank)
+        if known is not None and identity.incarnation < known.identity.incarnation:
+            return None, []
+        if known is not None and identity == known.identity:
+            return (None if known.dead else known), []
+        if not 0 <= identity.rank < self.ep_size:
+            return None, []
+        lost = [] if known is None or known.dead else [known.identity]
+        self.records[identity.rank] = RankRecord(identity)
+        return self.records[identity.rank], lost
+
+    def died(self, message: m.Died) -> list[Identity]:
+        identity = Identity(message.rank, message.incarnation)
+        known = self.records.get(identity.rank)
+        if known is not None and known.identity == identity and known.dead:
+            known.cause, known.detail = message.cause, message.detail
+            return []
+        record, lost = self.meet(identity)
+        if record is None:
+            return []
+        record.dead, record.cause, record.detail = True, message.cause, message.detail
+        if identity in self.members:
+            self._needed_epoch = max(self._needed_epoch, self.epoch + 1)
+        return [*lost, identity]
+
+    def suspected(self, message: m.Suspected) -> None:
+        by = self.current(message.rank, message.incarnation)
+        if by is None or message.epoch < self.epoch:
+            return
+        by.in_recovery = True
+        for rank in message.suspects:
+            if rank in self.records:
+                self.records[rank].suspected_by.add(message.rank)
+
+    def adopted(self, message: m.Adopted) -> list[Identity]:
+        """A rank serves under a view; the first to say so of an epoch tells who is in it."""
+        lost = self._adopt_view(message) if message.epoch > self.epoch else []
+        record = self.current(message.rank, message.incarnation)
+        if record is not None:
+            record.adopted_epoch = max(record.adopted_epoch, message.epoch)
+            record.in_recovery, record.cannot_serve = False, ""
+            for other in self.records.values():
+                other.suspected_by.discard(message.rank)
+        return lost
+
+    def _adopt_view(self, message: m.Adopted) -> list[Identity]:
+        before, previous_epoch = self.members, self.epoch
+        self.epoch, self._needed_epoch = message.epoch, message.epoch
+        self.members = frozenset(Identity(i.rank, i.incarnation) for i in message.members)
+        lost: list[Identity] = []
+        for info in message.members:
+            record, replaced = self.meet(Identity(info.rank, info.incarnation))
+            lost += replaced
+            if record is not None:
+                record.pid, record.host, record.device = info.pid, info.host, info.device
+                record.suspected_by.clear()
+        for identity in sorted(before - self.members):
+            record = self.current(*identity)
+            if record is not None:
+                record.dead, record.cause = True, message.causes.get(identity.rank, "timeout")
+                lost.append(identity)
+        if message.trigger != "start" and before:
+            gone = {i.rank for i in before - self.members} | set(message.lost)
+            joined = sorted(i.rank for i in self.members - before)
+            self.tally = Tally(message.trigger, message.epoch, previous_epoch, gone, joined, dict(message.causes))
+        return lost
+
+    def recovered(self, message: m.Recovered) -> bool:
+        """Add a rank's timeline to the recovery in hand; True when every living member has reported."""
+        if self.tally is None or message.epoch != self.tally.epoch:
+            return False
+        self.tally.add(message)
+        living = {i for i in self.members if self.current(*i) is not None}
+        done = living <= self.tally.reports.keys()
+        self.last_recovery = self.tally.recovery("complete" if done else "partial")
+        return done
+
+    def cannot_serve(self, message: m.CannotServe) -> None:
+        record = self.current(message.rank, message.incarnation)
+        if record is not None:
+            record.cannot_serve = message.reason or "the rank cannot serve"
+
+    def paused(self, message: m.Paused) -> None:
+        record = self.current(message.rank, message.incarnation)
+        if record is not None:
+            record.paused = message.paused
+
+    def living(self) -> list[RankRecord]:
+        """Every living rank, members or not, in rank order."""
+        return [r for _, r in sorted(self.records.items()) if not r.dead]

@@ -1,0 +1,537 @@
+"""The router: which rank runs a request, and how the request survives that rank. Pure: no sockets, no tasks.
+
+It remembers for each request the prompt and every token that the client was given. When a rank is lost, each of its
+requests is submitted to a survivor under the next attempt number, with those tokens: the survivor goes on after them,
+and since a token's noise is a function of (seed, position), it goes on with the same text. A token is taken only from
+the identity that has the request, under the current attempt, at the next index. So none is lost and none is doubled,
+whatever the dead, the slow and the confused still send.
+
+What it wants done is in `take()`: the caller does it (`server.link` with sockets, a test with a list).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from phalanx import messages as m
+from phalanx.errors import PhalanxError
+from phalanx.observe.events import Recovery
+from phalanx.observe.metrics import Metrics
+from phalanx.server.roster import Identity, RankRecord, Roster
+
+log = logging.getLogger("phalanx.router")
+
+MAX_GAPS = 3
+"""How often a request is started anew because a token of it never came, before it fails."""
+
+REPORT_PATIENCE_S = 30.0
+"""How long a recovery waits for the last rank's timeline."""
+
+
+class RouterError(PhalanxError):
+    """Why a request is not taken, or cannot go on."""
+
+
+class QueueFull(RouterError):
+    """As many requests as may wait are waiting."""
+
+
+class Unavailable(RouterError):
+    """No rank can serve now; trying later may help."""
+
+
+class RankRefused(RouterError):
+    """A rank cannot ever run the request."""
+
+
+class RequestBroken(RouterError):
+    """Something failed that should not: a bug."""
+
+
+class Sink(Protocol):
+    """Where a request's results go. Calls are made in order; after `fail` or an end there are no more."""
+
+    def prompt_logprobs(self, entries: list[list[m.Logprob]]) -> None:
+        """The prompt's report; before the first token."""
+
+    def token(self, token: m.TokenOut) -> bool:
+        """The next token, or the end without one (token_id -1). True: the client needs no more."""
+        ...
+
+    def fail(self, error: RouterError) -> None:
+        """The request ends here."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run. `request_id` is unique; `group` names the client's call that it belongs to."""
+
+    request_id: str
+    group: str
+    prompt_ids: list[int]
+    sampling: m.SamplingParams
+    sink: Sink = field(compare=False)
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """A request in flight: what was accepted of it, and who has it. `at` None: held, no rank has it."""
+
+    request: Request
+    arrived_at: float
+    output_ids: list[int] = field(default_factory=list)
+    attempt: int = 0
+    at: Identity | None = None
+    submitted: bool = False
+    has_prompt_logprobs: bool = False
+    last_token_at: float = 0.0
+    disturbed: int = 0
+    """A change of membership came since its last token: the gap before its first token of this epoch is a stall."""
+    gaps: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+
+# --- what the router wants done
+
+
+@dataclass(frozen=True)
+class Connect:
+    """A new process is there to be spoken to."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """Nothing is said to this identity any more."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class ToRank:
+    """Send a message to one identity."""
+
+    identity: Identity
+    message: m.ToWorker
+
+
+@dataclass(frozen=True)
+class Report:
+    """A recovery is over: log it, keep it."""
+
+    recovery: Recovery
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A rank was lost."""
+
+    identity: Identity
+    cause: str
+    detail: str
+
+
+Effect = Connect | Disconnect | ToRank | Report | Lost
+
+
+class Router:
+    """Places requests on ranks and carries them over the ranks' deaths. Not for several threads.
+
+    clock: monotonic seconds. max_running: sequences that one rank runs at once. max_queued: requests held beyond those.
+    patience_s: how long requests in flight wait while no rank serves.
+    """
+
+    def __init__(
+        self, ep_size: int, *, max_running: int, max_queued: int, patience_s: float, clock: Callable[[], float],
+        metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self.roster = Roster(ep_size)
+        self.metrics = metrics
+        self._max_running, self._max_queued, self._patience_s = max_running, max_queued, patience_s
+        self._clock = clock
+        self._flights: dict[str, Flight] = {}
+        self._on: dict[Identity, dict[str, Flight]] = {}
+        self._held: dict[str, Flight] = {}
+        self._turn: dict[int, int] = {}
+        self._turns = 0
+        self._effects: list[Effect] = []
+        self._closed = ""
+        self._troubled_since: float | None = None
+        self._moved = 0
+        self._report_by: float | None = None
+        self._mute_epoch = -1
+
+    # --- the client's side
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    def why_not_ready(self) -> str:
+        """Why new requests should go elsewhere; empty when they are welcome."""
+        if self._closed:
+            return self._closed
+        why = self.roster.why_not_serving()
+        if not why and all(r.paused for r in self.roster.serving()):
+            return "every rank is paused by an operator"
+        return why
+
+    def submit(self, requests: list[Request]) -> None:
+        """Take all of these or none. Raises Unavailable or QueueFull. LOCAL."""
+        why = self._closed or self.roster.why_not_serving()
+        if why:
+            self.metrics.refused("unavailable")
+            raise Unavailable(f"the service cannot take requests now: {why}")
+        limit = self._max_queued + self._max_running * len(self.roster.serving())
+        if len(self._flights) + len(requests) > limit:
+            self.metrics.refused("queue_full")
+            raise QueueFull(f"{len(self._flights)} requests are in flight and {limit} may be: try again later")
+        for request in requests:
+            assert request.request_id not in self._flights, f"{request.request_id} is in flight already"
+            flight = Flight(request, self._clock())
+            self._flights[request.request_id] = flight
+            self._place(flight)
+        self.metrics.held(len(self._held))
+
+    def release(self, request_id: str) -> bool:
+        """The client needs no more of it, or is gone. False when it had ended already. LOCAL."""
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return False
+        self._drop(flight, abort=True)
+        return True
+
+    def abort(self, groups: Iterable[str] | None = None) -> list[str]:
+        """End the calls named (None: all) as an operator; their clients get what there is. Returns the names found."""
+        wanted = None if groups is None else set(groups)
+        flights = [f for f in self._flights.values() if wanted is None or f.request.group in wanted]
+        for flight in flights:
+            self._drop(flight, abort=True)
+            request = flight.request
+            index = len(flight.output_ids)
+            end = m.TokenOut(request.request_id, flight.attempt, index, -1, finish_reason="abort")
+            request.sink.token(end)
+        return sorted({f.request.group for f in flights})
+
+    def close(self, reason: str) -> None:
+        """Take no more requests; those in flight go on. LOCAL."""
+        self._closed = reason
+
+    def fail_all(self, reason: str) -> None:
+        """End everything in flight with an error. LOCAL."""
+        for flight in list(self._flights.values()):
+            self._fail(flight, Unavailable(reason))
+
+    def take(self) -> list[Effect]:
+        """What is to be done since the last call, in order. LOCAL."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    # --- the ranks' side
+
+    def handle(self, message: m.ToServer) -> None:
+        """Hear a worker or the launcher. LOCAL."""
+        match message:
+            case m.Stepped():
+                self._stepped(message)
+            case m.Spawned():
+                self._spawned(message)
+            case m.Died():
+                self._died(message)
+            case m.Adopted():
+                self._adopted(message)
+            case m.Suspected():
+                self.roster.suspected(message)
+            case m.Recovered():
+                if self.roster.current(message.rank, message.incarnation) and self.roster.recovered(message):
+                    self._close_tally("complete")
+            case m.CannotServe():
+                self.roster.cannot_serve(message)
+                if message.epoch > self._mute_epoch and not self.roster.serving():
+                    self._mute_epoch = message.epoch
+                    self.metrics.recoveries.labels("failure", "cannot_serve").inc()
+            case m.Paused():
+                self.roster.paused(message)
+                self._place_held()
+            case m.Rejected():
+                self._rejected(message)
+        self._gauge()
+
+    def expire(self) -> None:
+        """Do what is due by the clock: to be called a few times a second. LOCAL."""
+        now = self._clock()
+        if self._report_by is not None and now >= self._report_by:
+            self._close_tally("partial")
+        states = self.roster.states()
+        if "healthy" in states or "paused" in states or not self._flights:
+            self._troubled_since = None
+        elif self._troubled_since is None:
+            self._troubled_since = now
+        elif now - self._troubled_since >= self._patience_s:
+            why = self.roster.why_not_serving() or "the ranks did not recover"
+            self.fail_all(f"no rank could serve for {self._patience_s:.0f} s: {why}")
+
+    def undeliverable(self, identity: Identity, message: m.ToWorker) -> None:
+        """A message could not even be queued for its rank. LOCAL."""
+        flight = self._flights.get(message.request_id) if isinstance(message, m.Submit) else None
+        if flight is not None and flight.at == identity:
+            self._fail(flight, Unavailable(f"rank {identity.rank} takes no messages"))
+
+    # --- placing
+
+    def _place(self, flight: Flight) -> None:
+        record = self._choose()
+        if record is None:
+            flight.at = None
+            self._held[flight.request.request_id] = flight
+            return
+        self._held.pop(flight.request.request_id, None)
+        identity = record.identity
+        flight.at = identity
+        self._on.setdefault(identity, {})[flight.request.request_id] = flight
+        self._turns += 1
+        self._turn[identity.rank] = self._turns
+        if not flight.submitted:
+            flight.submitted = True
+            self.metrics.queue_time.observe(self._clock() - flight.arrived_at)
+        sampling = flight.request.sampling
+        if flight.has_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        submit = m.Submit(
+            request_id=flight.request.request_id, attempt=flight.attempt, prompt_ids=flight.request.prompt_ids,
+            sampling=sampling, output_ids=list(flight.output_ids),
+        )  # fmt: skip
+        self._effects.append(ToRank(identity, submit))
+
+    def _choose(self) -> RankRecord | None:
+        """The member with the fewest requests, then the fewest tokens, then the one that waited longest for its turn.
+
+        A member in recovery is as good as any: it queues the request and runs it when it is through. A suspect is
+        taken only when nobody else is there."""
+        able = [r for r in self.roster.serving() if not r.paused]
+        able = [r for r in able if not r.suspected_by] or able
+
+        def burden(record: RankRecord) -> tuple[int, int, int]:
+            flights = self._on.get(record.identity, {}).values()
+            rank = record.identity.rank
+            return len(flights), sum(f.tokens for f in flights), self._turn.get(rank, 0)
+
+        return min(able, key=burden, default=None)
+
+    def _place_held(self) -> None:
+        if self._held and any(not r.paused for r in self.roster.serving()):
+            for flight in list(self._held.values()):
+                self._place(flight)
+
+    def _move(self, lost: Iterable[Identity]) -> None:
+        """Give every request of the lost to somebody else, under the next attempt."""
+        for identity in lost:
+            for flight in self._on.pop(identity, {}).values():
+                flight.attempt += 1
+                self.metrics.requests_moved.inc()
+                self._moved += 1
+                self._place(flight)
+
+    def _drop(self, flight: Flight, *, abort: bool) -> None:
+        request_id = flight.request.request_id
+        del self._flights[request_id]
+        self._held.pop(request_id, None)
+        if flight.at is not None:
+            self._on.get(flight.at, {}).pop(request_id, None)
+            if abort:
+                self._effects.append(ToRank(flight.at, m.Abort(request_id=request_id)))
+
+    def _fail(self, flight: Flight, error: RouterError) -> None:
+        self._drop(flight, abort=True)
+        flight.request.sink.fail(error)
+
+    # --- hearing
+
+    def _stepped(self, message: m.Stepped) -> None:
+        record = self.roster.current(message.rank, message.incarnation)
+        if record is None:
+            return
+        record.in_recovery = False  # it would not have stepped
+        self.metrics.load(message.rank, message.incarnation, message.load)
+        self.metrics.computed_tokens.inc(message.prompt_tokens)
+        for report in message.prompt_logprobs:
+            self._prompt_report(record.identity, report)
+        now = self._clock()
+        taken = sum(self._token(record.identity, token, message.epoch, now) for token in message.tokens)
+        self.metrics.generation_tokens.inc(taken)
+
+    def _prompt_report(self, sender: Identity, report: m.PromptLogprobs) -> None:
+        flight = self._flights.get(report.request_id)
+        if flight is None or report.attempt != flight.attempt or flight.at != sender or flight.has_prompt_logprobs:
+            return
+        flight.has_prompt_logprobs = True
+        self._give(flight, lambda: flight.request.sink.prompt_logprobs(report.entries))
+
+    def _token(self, sender: Identity, token: m.TokenOut, epoch: int, now: float) -> bool:
+        """Take a token if it is the next one; True when it was."""
+        flight = self._flights.get(token.request_id)
+        if flight is None or token.attempt != flight.attempt or flight.at != sender:
+            return False
+        if token.token_id < 0:
+            self._drop(flight, abort=False)
+            self._give(flight, lambda: flight.request.sink.token(token))
+            return False
+        if token.index != len(flight.output_ids):
+            if token.index > len(flight.output_ids):
+                self._gap(flight, token.index)
+            return False
+        self._time(flight, epoch, now)
+        flight.output_ids.append(token.token_id)
+        if token.finish_reason is not None:
+            self._drop(flight, abort=False)
+        if self._give(flight, lambda: flight.request.sink.token(token)):
+            self.release(token.request_id)
+        return True
+
+    def _give(self, flight: Flight, deliver: Callable[[], object]) -> object:
+        """Call a sink. One that raises loses its request, not the service."""
+        try:
+            return deliver()
+        except Exception as error:
+            log.exception("request %s fails", flight.request.request_id)
+            self.release(flight.request.request_id)
+            flight.request.sink.fail(RequestBroken(f"internal error: {type(error).__name__}"))
+            return False
+
+    def _time(self, flight: Flight, epoch: int, now: float) -> None:
+        through = 0 < flight.disturbed <= epoch
+        if flight.output_ids:
+            gap = now - flight.last_token_at
+            self.metrics.itl.observe(gap)
+            if through:
+                self.metrics.stall.observe(gap)
+        else:
+            self.metrics.ttft.observe(now - flight.arrived_at)
+            self.metrics.prompt_tokens.inc(len(flight.request.prompt_ids))
+        if through:
+            flight.disturbed = 0
+        flight.last_token_at = now
+
+    def _gap(self, flight: Flight, index: int) -> None:
+        """A token before this one never came: have the rank start anew after what the client has."""
+        flight.gaps += 1
+        request_id = flight.request.request_id
+        log.error("request %s: token %d came before %d", request_id, index, len(flight.output_ids))
+        if flight.gaps > MAX_GAPS:
+            self._fail(flight, RequestBroken("tokens were lost on the way"))
+            return
+        assert flight.at is not None
+        self._effects.append(ToRank(flight.at, m.Abort(request_id=request_id)))
+        self._on[flight.at].pop(request_id)
+        flight.attempt += 1
+        self._place(flight)
+
+    def _rejected(self, message: m.Rejected) -> None:
+        flight = self._flights.get(message.request_id)
+        if (
+            flight is not None
+            and flight.attempt == message.attempt
+            and flight.at == (message.rank, message.incarnation)
+            and self.roster.current(message.rank, message.incarnation) is not None
+        ):
+            self._drop(flight, abort=False)
+            flight.request.sink.fail(RankRefused(message.reason))
+
+    def _spawned(self, message: m.Spawned) -> None:
+        known = self._known()
+        record, lost = self.roster.meet(Identity(message.rank, message.incarnation))
+        if record is not None:
+            record.pid, record.host = message.pid, message.host
+        self._change(known, lost)
+
+    def _died(self, message: m.Died) -> None:
+        known = self._known()
+        late = self.roster.records.get(message.rank)
+        lost = self.roster.died(message)
+        if late is not None and late.dead and late.identity == (message.rank, message.incarnation):
+            self._count(late)  # evicted before the launcher could say why
+        was_member = any(i in self.roster.members for i in lost)
+        self._change(known, lost)
+        if was_member:
+            self._disturb(self.roster.epoch + 1)
+        if self.roster.tally is not None and self._reported():
+            self._close_tally("complete")
+
+    def _reported(self) -> bool:
+        tally = self.roster.tally
+        living = {i for i in self.roster.members if self.roster.current(*i) is not None}
+        return tally is not None and bool(living) and living <= tally.reports.keys()
+
+    def _adopted(self, message: m.Adopted) -> None:
+        identity = Identity(message.rank, message.incarnation)
+        known = self._known()
+        record, lost = self.roster.meet(identity)
+        if record is None:
+            return
+        newer = message.epoch > self.roster.epoch
+        if newer and self.roster.tally is not None:
+            self._close_tally("superseded")
+        lost += self.roster.adopted(message)
+        self._change(known, lost)
+        if newer:
+            self._disturb(self.roster.epoch)
+            if self.roster.tally is not None:
+                self._report_by = self._clock() + REPORT_PATIENCE_S
+        self._place_held()
+
+    def _change(self, known: set[Identity], lost: list[Identity]) -> None:
+        """After any change of who is there: meet the new, leave the lost, move what they had."""
+        for identity in sorted(self._known() - known):
+            self._effects.append(Connect(identity))
+        for identity in lost:
+            self._effects.append(Disconnect(identity))
+            self.metrics.gone(*identity)
+            record = self.roster.records.get(identity.rank)
+            if record is not None and record.identity == identity:
+                if record.cause != "notice":
+                    self._count(record)
+            else:  # a newer incarnation took its place before anybody said that it had died
+                self._count(RankRecord(identity, cause="exit"))
+        self._move(lost)
+        if self.roster.tally is not None:
+            self.roster.tally.requests_moved += self._moved
+            self._moved = 0
+
+    def _count(self, record: RankRecord) -> None:
+        if not record.counted:
+            record.counted = True
+            self.metrics.rank_failures.labels(record.cause).inc()
+            self._effects.append(Lost(record.identity, record.cause, record.detail))
+
+    def _known(self) -> set[Identity]:
+        return {r.identity for r in self.roster.records.values()}
+
+    def _disturb(self, epoch: int) -> None:
+        for flight in self._flights.values():
+            flight.disturbed = epoch
+
+    def _close_tally(self, outcome: str) -> None:
+        tally, self.roster.tally, self._report_by = self.roster.tally, None, None
+        if tally is not None:
+            recovery = tally.recovery(outcome)
+            self.roster.last_recovery = recovery
+            self.metrics.recovered(recovery)
+            self._effects.append(Report(recovery))
+
+    def _gauge(self) -> None:
+        self.metrics.held(len(self._held))
+        self.metrics.ranks_alive.set(self.roster.alive)
+        self.metrics.view_epoch.set(self.roster.epoch)
