@@ -1,0 +1,277 @@
+"""Where the replicas go: dealt in rounds, then conflicts repaired. All layers at once; `even` improves the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from phalanx.elastic.replan.ground import Ground
+from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending, descending
+
+
+@dataclass(eq=False)
+class Deal:
+    """What lies where while a plan is made. N living ranks, M slots of the fullest of them, H hosts.
+
+    expert_LNM: -1 where a rank has fewer slots. part_LNM: the load each replica carries. load_LN: their sums.
+    single_LE: experts that have one replica only. safe_N: ranks that must hold no such expert (where only some are).
+    holds_LNE: which rank holds which expert. on_host_LEH: replicas of each expert on each host, where that matters.
+    doubled: (layer, rank, slot) of replicas that came to lie on a rank which already had one, [3, conflicts].
+    """
+
+    ground: Ground
+    expert_LNM: Ints
+    part_LNM: Floats
+    load_LN: Floats
+    count_LE: Ints
+    single_LE: Bools
+    safe_N: Bools
+    holds_LNE: Bools
+    on_host_LEH: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    doubled: list[Ints] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """L, N, M, E."""
+        layers, ranks, width = self.expert_LNM.shape
+        return layers, ranks, width, int(self.count_LE.shape[1])
+
+    @property
+    def ragged(self) -> bool:
+        return bool((self.ground.fill_N != self.expert_LNM.shape[2]).any())
+
+    @property
+    def packed(self) -> bool:
+        """Whether some ranks are to be safe and others not."""
+        return bool(self.safe_N.any() and not self.safe_N.all())
+
+    def count_hosts(self) -> None:
+        """Make on_host_LEH; `swap` keeps it."""
+        layers, _, _, experts = self.shape
+        hosts = self.ground.num_hosts
+        key = (np.arange(layers)[:, None, None] * experts + self.expert_LNM) * hosts + self.ground.host_N[:, None]
+        key = key[self.expert_LNM >= 0] if self.ragged else key.ravel()
+        self.on_host_LEH = np.bincount(key, minlength=layers * experts * hosts).reshape(layers, experts, hosts)
+
+    def swap(self, layer: Ints, rank: Ints, slot: Ints, other: Ints, place: Ints) -> None:
+        """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice."""
+        a, b = self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place]
+        part_a, part_b = self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place]
+        self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place] = b, a
+        self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place] = part_b, part_a
+        self.load_LN[layer, rank] -= part_a - part_b
+        self.load_LN[layer, other] += part_a - part_b
+        self.holds_LNE[layer, rank, a] = self.holds_LNE[layer, other, b] = False
+        self.holds_LNE[layer, rank, b] = self.holds_LNE[layer, other, a] = True
+        if self.ground.host_matters:
+            here, there = self.ground.host_N[rank], self.ground.host_N[other]
+            np.subtract.at(self.on_host_LEH, (layer, a, here), 1)
+            np.add.at(self.on_host_LEH, (layer, a, there), 1)
+            np.subtract.at(self.on_host_LEH, (layer, b, there), 1)
+            np.add.at(self.on_host_LEH, (layer, b, here), 1)
+
+
+def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N: Bools) -> Deal:
+    """Deal the replicas out in rounds, one a rank and round: the lightest rank takes the heaviest. LOCAL.
+
+    The replicas of one expert are neighbours in the row that is dealt, and neighbours go to different ranks and, where
+    hosts differ, to different hosts, so that they need not be searched for. Protected experts come first where ranks
+    are to be safe. Rounds do not go down the row strictly: after the first, each takes a quarter of its replicas from
+    the light end, which gives the ranks with the hottest experts something light beside them.
+
+    part: [L, E] the load of one replica of each expert. count_LE: how many of each; each layer has ground.total.
+    """
+    layers, experts = part.shape
+    packed = bool(safe_N.any() and not safe_N.all())
+    order = descending(part + np.where(single_LE, 0.0, 2 * part.max()) if packed else part)
+    flat = np.arange(layers)[:, None] * experts + order
+    item = np.repeat(flat.ravel(), count_LE.take(flat).ravel()).reshape(layers, ground.total)
+    item_part = part.take(item)
+    item %= experts
+    width = int(ground.fill_N.max())
+    shape = (layers, ground.size, width)
+    out = Deal(
+        ground=ground,
+        expert_LNM=np.full(shape, -1, np.int64),
+        part_LNM=np.zeros(shape),
+        load_LN=np.zeros(shape[:2]),
+        count_LE=count_LE,
+        single_LE=single_LE,
+        safe_N=safe_N,
+        holds_LNE=np.zeros((layers, ground.size, experts), bool),
+    )
+    none = np.zeros(ground.size, np.int64)
+    singles = int(single_LE[0].sum()) if packed else 0
+    first_fill = _room_for_protected(ground, safe_N, ground.total - singles) if singles else ground.fill_N
+    split = int(first_fill.sum())
+    _rounds(out, item[:, :split], item_part[:, :split], none, first_fill)
+    if singles:
+        _rounds(out, item[:, split:], item_part[:, split:], first_fill, ground.fill_N)
+    if ground.host_matters:
+        out.count_hosts()
+    return out
+
+
+def _room_for_protected(ground: Ground, safe_N: Bools, replicas: int) -> Ints:
+    """Slots a rank for replicas of protected experts: the safe ranks' all, the rest evenly on the others."""
+    room = np.where(safe_N, ground.fill_N, 0)
+    others = [i for i in ground.sequence_N if not safe_N[i]]
+    left = replicas - int(room.sum())
+    while left > 0:
+        for i in others:
+            if left > 0 and room[i] < ground.fill_N[i]:
+                room[i] += 1
+                left -= 1
+    return room
+
+
+def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> None:
+    rows = np.arange(item.shape[0])[:, None]
+    _, ranks, width, experts = out.shape
+    top, bottom = 0, item.shape[1]
+    levels = int((to_N - from_N).max(initial=0))
+    mix = levels > 2 and item.shape[1] >= 1.5 * experts
+    last_item = last_domain = np.full(item.shape[0], -1)
+    domain_N = out.ground.host_N if out.ground.host_matters else np.arange(ranks)
+    for level in range(levels):
+        open_ = np.nonzero(to_N - from_N > level)[0]
+        light = open_.size // 8 * 2 if mix and level else 0
+        heavy = open_.size - light
+        column = np.r_[top : top + heavy, bottom - light : bottom]
+        top, bottom = top + heavy, bottom - light
+        rank = open_[_arrange(out, open_)]
+        mine = item[:, column]
+        _part_neighbours(rank, mine, domain_N, last_item, last_domain)
+        last_item, last_domain = mine[:, -1], domain_N[rank[:, -1]]
+        cell = rows * ranks + rank
+        place = cell * width + from_N[rank] + level
+        held = cell * experts + mine
+        if level or from_N.any():
+            layer, at = np.nonzero(out.holds_LNE.take(held))
+            if layer.size:
+                out.doubled.append(np.stack([layer, rank[layer, at], from_N[rank[layer, at]] + level]))
+        out.holds_LNE.reshape(-1)[held] = True
+        out.expert_LNM.reshape(-1)[place] = mine
+        out.part_LNM.reshape(-1)[place] = part[:, column]
+        out.load_LN.reshape(-1)[cell] += part[:, column]
+
+
+def _arrange(out: Deal, open_: Ints) -> Ints:
+    """[L, n] positions in `open_`: in which order the ranks take their turns in a round, lightest first.
+
+    Where hosts matter: first the lightest rank of every host, then the second of every host and so on, so that two
+    neighbours are on different hosts except where one such group ends and the next begins."""
+    load = out.load_LN[:, open_]
+    if not out.ground.host_matters:
+        return ascending(load)
+    host = out.ground.host_N[open_]
+    scaled = load / (load.max(axis=1, keepdims=True) * 2 + 1e-300)
+    by_host = ascending(host + scaled)
+    size = np.bincount(host)
+    nth = np.arange(host.size) - np.repeat(np.cumsum(size) - size, size)
+    return np.take_along_axis(by_host, ascending(nth + np.take_along_axis(scaled, by_host, 1)), 1)
+
+
+def _part_neighbours(rank: Ints, item: Ints, domain_N: Ints, last_item: Ints, last_domain: Ints) -> None:
+    """Where neighbours are replicas of one expert in one domain (a host, or else a rank), let the second one change
+    places with the one after it: their loads are nearly equal, and a group of turns has each domain once only."""
+    domain = domain_N[rank]
+    same = np.empty(item.shape, bool)
+    same[:, 0] = (item[:, 0] == last_item) & (domain[:, 0] == last_domain)
+    same[:, 1:] = (item[:, 1:] == item[:, :-1]) & (domain[:, 1:] == domain[:, :-1])
+    layer, at = np.nonzero(same[:, :-1])
+    rank[layer, at], rank[layer, at + 1] = rank[layer, at + 1], rank[layer, at]
+
+
+def repair(out: Deal) -> None:
+    """Make every rank's experts different, then bring replicas off a host that has all of an expert's, by the cheapest
+    exchanges. Dealing leaves few such conflicts: where an expert's replicas span two rounds."""
+    if out.doubled:
+        layer, rank, slot = np.concatenate(out.doubled, axis=1)
+        _one_a_layer(out, layer, rank, slot, off_host=False)
+    if not out.ground.host_matters:
+        return
+    for _ in range(out.shape[1]):
+        stuck = (out.on_host_LEH.max(axis=2) == out.count_LE) & (out.count_LE > 1)
+        layer, one = np.nonzero(stuck)
+        if not layer.size:
+            return
+        # Any one of its replicas may go; the exchange that leaves the loads most even tells which rank's it is.
+        rank, slot = np.divmod(
+            (out.expert_LNM[layer] == one[:, None, None]).reshape(layer.size, -1).argmax(1), out.shape[2]
+        )
+        if not _one_a_layer(out, layer, rank, slot, off_host=True):
+            return
+
+
+def _one_a_layer(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) -> bool:
+    """Exchange each of these replicas away, one of each layer at a time. Whether any could be."""
+    any_moved = False
+    while layer.size:
+        _, first = np.unique(layer, return_index=True)
+        moved = _exchange(out, layer[first], rank[first], slot[first], off_host)
+        any_moved |= bool(moved.any())
+        if not off_host:
+            for i in first[~moved].tolist():
+                _replace(out, int(layer[i]), int(rank[i]), int(slot[i]))
+        rest = np.ones(layer.size, bool)
+        rest[first] = False
+        layer, rank, slot = layer[rest], rank[rest], slot[rest]
+    return any_moved
+
+
+def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) -> Bools:
+    """Exchange each of these replicas, [C], with another rank's (off_host: another host's) so that no new conflict
+    arises, where the loads come out most even. No layer may occur twice. Returns which of them found a place."""
+    ground, width = out.ground, out.shape[2]
+    expert, part, load = out.expert_LNM[layer], out.part_LNM[layer], out.load_LN[layer]
+    c = np.arange(layer.size)
+    mine = expert[c, rank, slot]
+    at = c[:, None, None]
+    good = (expert >= 0) & ~out.holds_LNE[layer, :, mine][:, :, None] & ~out.holds_LNE[layer, rank][at, expert]
+    if out.packed:
+        single = out.single_LE[layer]
+        good &= ~(single[at, expert] & out.safe_N[rank][:, None, None])
+        good &= ~(single[c, mine][:, None, None] & out.safe_N[:, None])
+    if ground.host_matters:
+        here = ground.host_N[rank]
+        away = (ground.host_N[None, :] != here[:, None])[:, :, None]
+        count, hosts = out.count_LE[layer], out.on_host_LEH[layer]
+        theirs = count[at, expert]
+        good &= ~away | (theirs == 1) | (theirs - hosts[at, expert, here[:, None, None]] > 1)
+        outside = count[c, mine][:, None] - hosts[c, mine]
+        good &= away if off_host else ~away | (outside[:, ground.host_N] > 1)[:, :, None]
+    delta = part[c, rank, slot][:, None, None] - part
+    worst = np.maximum(load[c, rank][:, None, None] - delta, load[:, :, None] + delta)
+    worst = np.where(good, worst, np.inf).reshape(layer.size, -1)
+    best = worst.argmin(axis=1)
+    found: Bools = np.isfinite(worst[c, best])
+    layer, rank, slot, mine = layer[found], rank[found], slot[found], mine[found]
+    other, place = np.divmod(best[found], width)
+    out.swap(layer, rank, slot, other, place)
+    # A second replica of the expert may have stayed on the rank: the exchange took only one away.
+    out.holds_LNE[layer, rank, mine] = (out.expert_LNM[layer, rank] == mine[:, None]).any(axis=1)
+    return found
+
+
+def _replace(out: Deal, layer: int, rank: int, slot: int) -> None:
+    """The last resort, for very uneven slots a rank: a second replica on one rank gives way to the expert whose
+    replicas carry most of those that the rank does not hold."""
+    mine, count = int(out.expert_LNM[layer, rank, slot]), out.count_LE[layer]
+    total = np.bincount(out.expert_LNM[layer].ravel() + 1, out.part_LNM[layer].ravel(), count.size + 1)[1:]
+    free = ~out.holds_LNE[layer, rank]
+    if out.packed:
+        free &= ~out.single_LE[layer]
+    new = int(np.argmax(np.where(free, total / np.maximum(count, 1), -1.0)))
+    count[mine] -= 1
+    count[new] += 1
+    out.expert_LNM[layer, rank, slot] = new
+    out.holds_LNE[layer, rank, new] = True
+    expert = out.expert_LNM[layer]
+    out.part_LNM[layer] = np.where(expert >= 0, (total / np.maximum(count, 1))[expert], 0.0)
+    out.load_LN[layer] = out.part_LNM[layer].sum(axis=1)
+    if out.ground.host_matters:
+        host = out.ground.host_N[rank]
+        out.on_host_LEH[layer, mine, host] -= 1
+        out.on_host_LEH[layer, new, host] += 1

@@ -1,0 +1,175 @@
+"""`replan`: where each expert's replicas go. `diff`: which slots a rank must fill to get there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from phalanx.elastic.replan.counts import Priority, Safety, protected_experts, replica_counts, safest
+from phalanx.elastic.replan.even import even_out
+from phalanx.elastic.replan.ground import Ground, survey
+from phalanx.elastic.replan.groups import by_groups, fits_groups
+from phalanx.elastic.replan.moves import continue_from, fill_missing, keep_slots
+from phalanx.elastic.replan.order import Floats, Ints, descending
+from phalanx.elastic.replan.place import Deal, deal, repair
+from phalanx.world import EMPTY, IntArray, Placement, View
+
+ROUNDS = 24
+"""Rounds of exchanges at most; a layer that is even, or that nothing helps, leaves them earlier."""
+
+WORTH_MOVING = 0.01
+"""A plan from scratch must be better balanced by this fraction than one that starts from what is held."""
+
+GROUPS_MAY_COST = 0.01
+"""Groups stay on one host when the heaviest ranks carry at most this fraction more than without groups."""
+
+
+class Move(NamedTuple):
+    """One slot of one rank to fill: `expert` of `layer` goes into the local `slot`."""
+
+    layer: int
+    slot: int
+    expert: int
+
+
+def replan(
+    load_LE: npt.ArrayLike,
+    view: View,
+    *,
+    num_experts: int,
+    slots_per_rank: int,
+    num_replicas: int | None = None,
+    held_LP: IntArray | None = None,
+    num_groups: int = 1,
+    min_moves: bool = False,
+    rank_slots: Sequence[int] | None = None,
+    priority: Priority = "safety",
+) -> Placement:
+    """Place every expert of every layer on the living ranks of `view`. LOCAL, pure, deterministic.
+
+    What it guarantees, the first before the second and so on:
+
+    1. Every expert has a live slot.
+    2. With two slots for each expert and two ranks: every expert has replicas on two ranks, and on two hosts where no
+       host has more than half of the slots. With fewer slots: as few ranks a layer as possible have an expert that
+       nobody else has, and the hottest experts are the protected ones (see `priority`).
+    3. The load is even: replicas of an expert are expected to share its load equally.
+    4. What is held stays where it is, where that costs next to no balance.
+
+    load_LE: [L, E] tokens each expert is expected to get; any non-negative numbers.
+    slots_per_rank: S, the capacity of a rank in a layer. num_replicas: slots to fill in a layer, evenly over the ranks;
+    None: all live ones. The others stay EMPTY. Slots that could only hold a second replica on one rank stay EMPTY too.
+    held_LP: [L, P], what each slot holds now; slots of dead ranks are ignored. May be narrower than P: ranks joined.
+    num_groups: the router picks groups of experts first (DeepSeek); groups then stay on one host if that costs nothing.
+    min_moves: for the moment after a failure. Touch nothing that need not move: fill in experts that no living rank
+    holds, in empty slots or in place of surplus replicas, and no more. When nothing is held it is a full plan.
+    rank_slots: [R] at most so many slots of each rank (its first ones); None: slots_per_rank everywhere.
+    Raises TooFewSlots, and ValueError when shapes contradict each other.
+    """
+    load = _checked_load(load_LE, num_experts)
+    ground = survey(view, num_experts, slots_per_rank, num_replicas, rank_slots)
+    w = _weights(load)
+    held = None if held_LP is None else _held_by_living(held_LP, ground, w.shape, view.ep_size, slots_per_rank)
+    if held is not None and not (held != EMPTY).any():
+        held = None
+    if min_moves and held is not None:
+        expert = fill_missing(ground, w, held, priority)
+    else:
+        expert = _full_plan(ground, w, held, num_groups, priority, slots_per_rank)
+    slots = np.full((w.shape[0], view.ep_size, slots_per_rank), EMPTY, np.int32)
+    slots[:, ground.rank_N, : expert.shape[2]] = expert
+    return Placement(slots.reshape(w.shape[0], -1), num_experts, slots_per_rank)
+
+
+def _checked_load(load_LE: npt.ArrayLike, num_experts: int) -> Floats:
+    load = np.asarray(load_LE, np.float64)
+    if load.ndim != 2 or load.shape[1] != num_experts:
+        raise ValueError(f"load must be [layers, {num_experts}], it is {list(load.shape)}")
+    if load.size and not (np.isfinite(load).all() and load.min() >= 0):
+        raise ValueError("load must be finite and not negative")
+    return load
+
+
+def _weights(load_LE: Floats) -> Floats:
+    """Loads scaled to a mean of 1 a layer and kept off zero, so that cold experts and layers are spread out too."""
+    mean = load_LE.mean(axis=1, keepdims=True)
+    return np.where(mean > 0, load_LE / np.where(mean > 0, mean, 1.0), 1.0) + 1e-4
+
+
+def _held_by_living(held_LP: IntArray, ground: Ground, shape: tuple[int, ...], ep_size: int, width: int) -> Ints:
+    """int64 [L, N, S]."""
+    layers, experts = shape
+    held = np.asarray(held_LP)
+    if held.ndim != 2 or held.shape[0] != layers or held.shape[1] % width or held.shape[1] > ep_size * width:
+        raise ValueError(f"held must be [{layers}, {ep_size * width}], it is {list(held.shape)}")
+    if held.size and (held.max() >= experts or held.min() < EMPTY):
+        raise ValueError(f"held names experts outside 0..{experts - 1}")
+    every = np.full((layers, ep_size, width), EMPTY, np.int64)
+    every[:, : held.shape[1] // width] = held.reshape(layers, -1, width)
+    return every[:, ground.rank_N]
+
+
+def _full_plan(
+    ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: int, priority: Priority, width: int
+) -> Ints:
+    """[L, N, M] or, when something is held, [L, N, S] with experts that stay in their slots."""
+    experts = w_LE.shape[1]
+    safety = safest(ground, experts)
+    if safety.protected < experts and priority == "balance":
+        safety = Safety(np.zeros(ground.size, bool), 0)
+    packed = bool(safety.safe_N.any() and not safety.safe_N.all())
+    protected = protected_experts(w_LE, descending(w_LE), safety, ground, priority)
+    high = np.where(protected, ground.size, 1) if packed else np.full(w_LE.shape, ground.size)
+    counts = replica_counts(w_LE, np.where(protected, 2, 1), high, ground.total)
+    single = counts == 1
+    new = deal(ground, w_LE / counts, counts, single, safety.safe_N)
+    repair(new)
+    even_out(new, ROUNDS)
+    expert, heaviest = new.expert_LNM, new.load_LN.max(axis=1)
+    if not packed and fits_groups(ground, experts, num_groups):
+        grouped, load, _ = by_groups(ground, w_LE, 2 if ground.total >= 2 * experts else 1, num_groups, ROUNDS)
+        if load.max(axis=1).sum() <= heaviest.sum() * (1 + GROUPS_MAY_COST):
+            expert, heaviest = grouped, load.max(axis=1)
+    if held_LNS is None:
+        return expert
+    kept = continue_from(ground, held_LNS, w_LE, counts.copy(), single, safety.safe_N)
+    repair(kept)
+    even_out(kept, ROUNDS)
+    worse = kept.load_LN.max(axis=1) > heaviest * (1 + WORTH_MOVING)
+    worse |= _lone_hosts(kept) > _lone_hosts(new)
+    return keep_slots(ground, np.where(worse[:, None, None], expert, kept.expert_LNM), held_LNS, experts)
+
+
+def _lone_hosts(out: Deal) -> Ints:
+    """[L]: experts with several replicas, all on one host."""
+    if not out.ground.host_matters:
+        return np.zeros(out.shape[0], np.int64)
+    lone: Ints = ((out.on_host_LEH.max(axis=2) == out.count_LE) & (out.count_LE > 1)).sum(axis=1)
+    return lone
+
+
+def diff(held_LP: IntArray, placement: Placement, rank: int) -> tuple[Move, ...]:
+    """What `rank` must fill, in a good order for a recovery: experts that no living rank holds first. LOCAL, pure.
+
+    held_LP: what each slot holds now; slots of ranks that the placement leaves empty count as dead. Within each half
+    the moves go by layer and slot, so that ranks work through the layers together."""
+    width = placement.slots_per_rank
+    held = np.full(placement.slots_LP.shape, EMPTY, np.int64)
+    held[:, : np.shape(held_LP)[1]] = held_LP
+    target = placement.of_rank(rank)
+    mine = held[:, rank * width : (rank + 1) * width]
+    layer, slot = np.nonzero((target != mine) & (target != EMPTY))
+    if not layer.size:
+        return ()
+    serves = (placement.slots_LP != EMPTY).reshape(placement.num_layers, -1, width).any(axis=(0, 2))
+    at, p = np.nonzero((held != EMPTY) & np.repeat(serves, width))
+    has = np.zeros((placement.num_layers, placement.num_experts), bool)
+    has[at, held[at, p]] = True
+    expert = target[layer, slot]
+    order = np.lexsort((slot, layer, has[layer, expert]))
+    return tuple(
+        Move(*m) for m in zip(layer[order].tolist(), slot[order].tolist(), expert[order].tolist(), strict=True)
+    )
