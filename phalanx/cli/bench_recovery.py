@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from phalanx.cli.chaos import inject
 from phalanx.cli.errors import ServiceError, headers, talking_to
 from phalanx.cli.figures import cells, machine, percentiles, prompts, served_model
 from phalanx.errors import BadConfig
-from phalanx.testing.streams import Stream, client, run_streams
+from phalanx.testing.streams import Stream, client, run_and_hurt, run_streams
 
 if TYPE_CHECKING:
     from phalanx.testing.service import Service
@@ -99,13 +99,21 @@ class Target:
             state: dict[str, Any] = self._http.get("/fault_tolerance/status").raise_for_status().json()
             return state
 
-    def prepare(self, kind: str, rank: int) -> Callable[[], None]:
+    def prepare(self, kind: str, rank: int) -> Callable[[], Awaitable[None]]:
         """What hurts `rank`, with nothing left to look up: a signal where the process is ours, else POST /chaos."""
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCONT}.get(kind)
         if self.service is None or number is None:
-            return lambda: inject(self._http, kind, rank)
+            return lambda: asyncio.to_thread(self._inject, kind, rank)
         pid = next(entry["pid"] for entry in self.status()["ranks"] if entry["rank"] == rank)
-        return lambda: os.kill(pid, number)
+
+        async def send() -> None:
+            os.kill(pid, number)
+
+        return send
+
+    def _inject(self, kind: str, rank: int) -> None:
+        with talking_to(self.url):
+            inject(self._http, kind, rank)
 
     def wait_for(self, what: str, satisfied: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first status that satisfies; ServiceError when none does in time."""
@@ -289,37 +297,21 @@ async def _round(target: Target, load: Load, model: str, kind: str, victim: int,
     threshold = max(1, int(load.share * load.output_len * len(bodies)))
     epoch = target.status()["epoch"]
     hurt = target.prepare(kind, victim)
-    reached = asyncio.Event()
-
-    def watch(_: Stream) -> None:
-        if not reached.is_set() and sum(stream.tokens for stream in streams) >= threshold:
-            reached.set()
-
     async with client(target.url, target.api_key) as http:
-        running = asyncio.create_task(run_streams(http, "/v1/completions", bodies, on_token=watch, streams=streams))
-        due = asyncio.create_task(reached.wait())
-        await asyncio.wait([running, due], return_when=asyncio.FIRST_COMPLETED)
-        due.cancel()
-        hurt_s = time.monotonic()
-        over = {stream.name for stream in streams if stream.done}
-        if target.service is None or kind == "raise":
-            with talking_to(target.url):
-                await asyncio.to_thread(hurt)
-        else:
-            hurt()
-        await running
-    if len(over) == len(streams):
+        done = await run_and_hurt(http, "/v1/completions", bodies, streams=streams, after_tokens=threshold, hurt=hurt)
+    unfinished = [stream for stream in streams if stream.name not in done.over]
+    if not unfinished:
         raise ServiceError(
             "the streams were over before the failure: ask for a longer --output-len or a smaller --share"
         )
     state = target.wait_for("a recovery", lambda state: _recovered(state, epoch, victim))
     if kind == "stop":
-        target.prepare("cont", victim)()
+        await target.prepare("cont", victim)()
     return Round(
         victim=victim,
-        hurt_s=hurt_s,
+        hurt_s=done.at_s,
         streams=streams,
-        stalls_s=[silence[1] for stream in streams if stream.name not in over and (silence := stream.silence(hurt_s))],
+        stalls_s=[silence[1] for stream in unfinished if (silence := stream.silence(done.at_s))],
         failed=sum(bool(stream.error) for stream in streams),
         different=sum(mine.different_tokens(theirs) for mine, theirs in zip(streams, unfailed, strict=True)),
         recovery=state["last_recovery"],

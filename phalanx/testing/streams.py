@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,46 @@ async def run_streams(
         for body, stream in zip(requests, watched, strict=True):
             group.create_task(one(body, stream))
     return watched
+
+
+@dataclass(frozen=True)
+class Hurt:
+    """When something was hurt in mid-stream, just before it happened, and the names of the streams already over."""
+
+    at_s: float
+    over: frozenset[str]
+
+
+async def run_and_hurt(
+    client: httpx.AsyncClient,
+    path: str,
+    bodies: Iterable[Mapping[str, Any]],
+    *,
+    streams: Sequence[Stream],
+    after_tokens: int,
+    hurt: Callable[[], Awaitable[None]],
+    on_token: Callable[[Stream], None] = lambda stream: None,
+) -> Hurt:
+    """Run all streams at once, and call `hurt` when they have `after_tokens` tokens together; return when all are over.
+
+    When they never get so many, `hurt` is called after their end: `Hurt.over` tells."""
+    reached = asyncio.Event()
+
+    def watch(stream: Stream) -> None:
+        on_token(stream)
+        if not reached.is_set() and sum(each.tokens for each in streams) >= after_tokens:
+            reached.set()
+
+    running = asyncio.create_task(run_streams(client, path, bodies, on_token=watch, streams=streams))
+    due = asyncio.create_task(reached.wait())
+    await asyncio.wait([running, due], return_when=asyncio.FIRST_COMPLETED)
+    due.cancel()
+    done = Hurt(time.monotonic(), frozenset(stream.name for stream in streams if stream.done))
+    try:
+        await hurt()
+    finally:
+        await running
+    return done
 
 
 def client(url: str, api_key: str = "", timeout_s: float = 300) -> httpx.AsyncClient:
