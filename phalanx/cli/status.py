@@ -56,12 +56,19 @@ def look(client: httpx.Client, url: str) -> dict[str, Any]:
 def picture(seen: dict[str, Any]) -> RenderableType:
     """What `look` saw, as tables."""
     from rich.console import Group
-    from rich.table import Table
 
     state = seen["fault_tolerance"]
-    ready = "[green]ready[/]" if seen["ready"] else "[red]not ready[/]"
-    model = _named(seen["server_info"], "served_model_name", "model")
-    ranks = Table(title=f"{model or 'service'}: {ready}, epoch {state['epoch']}, ep_size {state['ep_size']}")
+    model = _named(seen["server_info"], "served_model_name", "model") or "service"
+    last = state.get("last_recovery")
+    return Group(ranks_table(state, model, seen["ready"]), recovery_table(last) if last else "no recovery yet")
+
+
+def ranks_table(state: dict[str, Any], model: str, ready: bool) -> RenderableType:
+    """The ranks of a /fault_tolerance/status answer, one a row."""
+    from rich.table import Table
+
+    word = "[green]ready[/]" if ready else "[red]not ready[/]"
+    ranks = Table(title=f"{model}: {word}, epoch {state['epoch']}, ep_size {state['ep_size']}")
     for column in ("rank", "incarnation", "state", "pid", "host", "device"):
         ranks.add_column(column, justify="right" if column in ("rank", "incarnation", "pid") else "left")
     for rank in state["ranks"]:
@@ -74,8 +81,7 @@ def picture(seen: dict[str, Any]) -> RenderableType:
             str(rank["host"]),
             str(rank["device"]),
         )
-    last = state.get("last_recovery")
-    return Group(ranks, recovery_table(last) if last else "no recovery yet")
+    return ranks
 
 
 def recovery_table(last: dict[str, Any]) -> RenderableType:
