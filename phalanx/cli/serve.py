@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, get_args
 
 import click
@@ -14,7 +15,7 @@ DEFAULT = {name: value for name, value in zip(ServeConfig.__struct_fields__[-len
                                               ServeConfig.__struct_defaults__, strict=True)}  # fmt: skip
 
 
-def _option(flag: str, help: str, **kwargs: Any) -> Any:
+def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
     """An option whose default is ServeConfig's, so that both say the same. A flag in seconds has a field in `_s`."""
     name = flag.removeprefix("--").replace("-", "_")
     field = name if name in DEFAULT else f"{name}_s"

@@ -1,0 +1,327 @@
+"""A worker: one rank's process. `Worker.run` holds the loop that a reader should see first.
+
+Only this file knows both the engine (which computes steps) and the failure path (which decides between which ranks).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+import torch
+import zmq
+
+from phalanx import messages as m
+from phalanx.comm.cpu import CpuCommunicator
+from phalanx.comm.notices import NoticeBoard
+from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
+from phalanx.elastic.recover import Adoption, Recovery
+from phalanx.elastic.restore import DiskSource, PeerSource
+from phalanx.engine.runner import Runner, limits_for
+from phalanx.engine.step import Engine, StepResult
+from phalanx.errors import Evicted, ExpertsLost, PeerLost, TooFewRanks, TooFewSlots
+from phalanx.model.attention import KVStore
+from phalanx.model.loader import Checkpoint
+from phalanx.model.transformer import Transformer
+from phalanx.moe.experts import SlotBank
+from phalanx.moe.gate import RouteTable
+from phalanx.observe.log import set_up_logging
+from phalanx.process import (
+    EXIT_EVICTED,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    WorkerSpec,
+    last_words,
+    server_endpoint,
+    worker_endpoint,
+)
+from phalanx.testing import faults
+from phalanx.world import Member, View
+
+log = logging.getLogger("phalanx.worker")
+
+ROUTE_WIDTH = 16
+"""W: the columns of the routing table, over which a token's position spreads it among an expert's replicas."""
+
+MAIL_BOUND = 100_000
+"""Messages that may wait in either direction; far beyond what the router lets a rank have."""
+
+
+class Stopped(BaseException):
+    """The launcher asked this process to end. Not an Exception: nothing on the way may take it for a failure."""
+
+
+def run(spec: WorkerSpec) -> int:
+    """One worker's whole life; its exit code. Leaves its last words for the launcher when it fails. LOCAL, blocks."""
+    set_up_logging(spec.config.log_level, spec.config.log_format, f"rank {spec.rank}.{spec.incarnation}")
+    torch.set_num_threads(spec.config.threads_per_rank)
+    torch.set_grad_enabled(False)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        Worker(spec).run()
+    except Stopped:
+        return EXIT_STOPPED
+    except Evicted as error:
+        log.warning("%s: exiting", error)
+        return EXIT_EVICTED
+    except Exception as error:
+        log.exception("rank %d.%d fails", spec.rank, spec.incarnation)
+        with contextlib.suppress(OSError), open(last_words(spec.run_dir, spec.rank, spec.incarnation), "w") as file:
+            file.write(" ".join(f"{type(error).__name__}: {error}".split()))
+        return EXIT_FAILED
+
+
+class Worker:
+    """One rank's engine, its membership, and its mail."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        config = spec.config
+        dtype = getattr(torch, config.dtype)
+        chaos = config.enable_chaos
+        self._faults = faults.armed(spec.faults, spec.rank, spec.incarnation) if chaos else faults.NO_FAULTS
+        self._faults.point("start")
+        self._config = config
+        self._mail = Mail(spec)
+        checkpoint = Checkpoint.open(config.model)
+        model = checkpoint.config
+        slots = config.expert_slots(model.num_experts)
+        notices = NoticeBoard.open(spec.notices)
+        bank = SlotBank(model.num_moe_layers, slots, model.hidden, model.expert_width, dtype)
+        self._comm = CpuCommunicator(
+            spec.rank,
+            config.ep_size,
+            incarnation=spec.incarnation,
+            max_tokens=config.max_num_batched_tokens,
+            hidden=model.hidden,
+            top_k=model.top_k,
+            slots_per_rank=slots,
+            dtype=dtype,
+            peer_timeout_s=config.peer_timeout_s,
+            notices=notices,
+            elastic=config.elastic,
+            fault_point=self._faults.point if chaos else None,
+        )
+        self._me = Member(spec.rank, spec.incarnation, spec.host, os.getpid(), self._comm.address, bank.address)
+        routes = RouteTable(model.num_moe_layers, model.num_experts, ROUTE_WIDTH)
+        transformer = Transformer(model, checkpoint.dense_weights(dtype), bank, routes, self._comm, dtype)
+        self._limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
+        kv = KVStore(model, self._limits.num_blocks, self._limits.block_size, dtype)
+        self._runner = Runner(transformer, kv, routes, model.vocab_size)
+        self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
+        self._recovery = Recovery(
+            self._me,
+            Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts),
+            Limits(
+                roll_call_s=config.roll_call_timeout_s,
+                start_s=config.warmup_timeout_s,
+                restore_s=config.restore_timeout_s,
+                min_ranks=config.min_ranks,
+            ),
+            store=TcpStore(spec.store_host, spec.store_port),
+            clock=MonotonicClock(),
+            comm=self._comm,
+            bank=bank,
+            sources=(PeerSource(self._me), DiskSource(checkpoint, dtype)),
+            notices=notices,
+            route_width=ROUTE_WIDTH,
+            load=transformer.load_LE.numpy,
+            step=lambda: self._engine.steps,
+            faults=self._faults,
+        )
+        self._change: Change | None = Change("start")
+        self._timeline = Timeline()
+
+    def run(self) -> NoReturn:
+        """Serve until told to stop, evicted, or broken. Every membership change and every step goes through here."""
+        self._runner.warm_up(self._limits)
+        while True:
+            try:
+                if self._change is not None:
+                    self._adopt(self._recovery.run(self._change))
+                self._accept()
+                self._settle(self._engine.step())
+            except PeerLost as lost:  # the only handler of this error; the next step is the replay
+                self._change = self._suspect(lost)
+            except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
+                self._change = self._wait_for_help(str(error))
+
+    # --- the parts of the loop
+
+    def _accept(self) -> None:
+        """Take the mail in: requests for the engine, the rest for this rank itself."""
+        for message in self._mail.drain():
+            match message:
+                case m.InjectFault(kind=kind, at_step=at_step, where=where):
+                    self._faults.arm(kind, at_step, where)
+                case m.Stop():
+                    raise Stopped
+                case m.Pause() | m.Resume():
+                    self._engine.accept([message])
+                    self._mail.send(m.Paused(**self._name, paused=self._engine.paused))
+                case _:
+                    self._engine.accept([message])
+
+    def _settle(self, result: StepResult) -> None:
+        """Tell the server what a step brought, and sleep when nobody has anything to do."""
+        for refusal in result.rejected:
+            self._mail.send(
+                m.Rejected(**self._name, request_id=refusal.request_id, attempt=refusal.attempt, reason=refusal.reason)
+            )
+        if result.tokens or result.prompt_logprobs or result.prompt_tokens:
+            self._mail.send(
+                m.Stepped(
+                    **self._name,
+                    epoch=self._recovery.view.epoch,
+                    step=result.step,
+                    tokens=result.tokens,
+                    prompt_logprobs=result.prompt_logprobs,
+                    load=self._engine.load(),
+                    prompt_tokens=result.prompt_tokens,
+                )
+            )
+        if (recovered := self._timeline.first_step(self._name)) is not None:
+            self._mail.send(recovered)
+        if result.idle:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        """All ranks sleep together. One that finds work, or whose heartbeat is due, wakes the others for a step: a
+        peer that hangs is found by an empty step."""
+        deadline = time.monotonic() + self._config.heartbeat_interval_s
+        while not self._comm.sleep(max(0.0, deadline - time.monotonic()), (self._mail.wake_fd,)):
+            self._accept()
+            if self._engine.has_work or time.monotonic() >= deadline:
+                self._comm.ring()
+                return
+
+    def _suspect(self, lost: PeerLost) -> Change:
+        change = self._recovery.change_after(lost)
+        self._timeline.trouble(change.detect_s)
+        if change.lost:
+            self._mail.send(m.Suspected(**self._name, suspects=list(change.lost), epoch=self._recovery.view.epoch))
+        return change
+
+    def _adopt(self, adoption: Adoption) -> None:
+        self._engine.adopt(adoption.world, adoption.routes_LEW)
+        self._change = None
+        self._timeline.adopted(adoption)
+        self._mail.send(
+            m.Adopted(
+                **self._name,
+                epoch=adoption.world.epoch,
+                members=_members(adoption.world.view, self._config.device),
+                trigger=adoption.trigger,
+                lost=list(adoption.lost),
+                causes=dict(adoption.causes),
+            )
+        )
+
+    def _wait_for_help(self, reason: str) -> Change:
+        """This view cannot serve. Stay, and try again when an operator says so or the membership changes."""
+        view = self._recovery.view
+        log.error("cannot serve under epoch %d: %s", view.epoch, reason)
+        self._mail.send(m.CannotServe(**self._name, epoch=view.epoch, reason=reason))
+        while True:
+            if self._comm.sleep(self._config.heartbeat_interval_s, (self._mail.wake_fd,)):
+                status = self._comm.status()
+                if not status.clean:
+                    return self._suspect(PeerLost(status.lost, status.interrupted))
+            messages = list(self._mail.drain())
+            self._engine.accept(messages)
+            if any(isinstance(message, m.Stop) for message in messages):
+                raise Stopped
+            if any(isinstance(message, m.Resume) for message in messages):
+                return Change("operator")
+
+    @property
+    def _name(self) -> dict[str, int]:
+        return {"rank": self._me.rank, "incarnation": self._me.incarnation}
+
+
+class Timeline:
+    """Where the time of a recovery went, from the first sign of trouble to the first step under the new World."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._running = True
+        self._adoption: Adoption | None = None
+        self._adopted_at = 0.0
+
+    def trouble(self, detect_s: float) -> None:
+        """A PeerLost was raised, `detect_s` after the first sign. The first of several counts. LOCAL."""
+        if not self._running:
+            self._began, self._running = time.monotonic() - detect_s, True
+
+    def adopted(self, adoption: Adoption) -> None:
+        """A new World stands; the replay begins. LOCAL."""
+        self._adoption, self._adopted_at = adoption, time.monotonic()
+
+    def first_step(self, name: dict[str, int]) -> m.Recovered | None:
+        """The report, when the step that just ended was the first since `adopted`. LOCAL."""
+        adoption, now = self._adoption, time.monotonic()
+        if adoption is None:
+            return None
+        self._adoption, self._running = None, False
+        phases = adoption.seconds
+        return m.Recovered(
+            **name,
+            epoch=adoption.world.epoch,
+            trigger=adoption.trigger,
+            lost=list(adoption.lost),
+            seconds=m.PhaseSeconds(
+                detect=phases.detect,
+                agree=phases.agree,
+                mask=phases.mask,
+                replan=phases.replan,
+                restore=phases.restore,
+                replay=now - self._adopted_at,
+                total=now - self._began,
+            ),
+            bytes_restored=dict(adoption.bytes_restored),
+            steps_replayed=int(adoption.trigger == "failure"),
+        )
+
+
+class Mail:
+    """The sockets between this worker and the server."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.setsockopt(zmq.RCVHWM, MAIL_BOUND)
+        self._inbox.bind(worker_endpoint(spec.run_dir, spec.rank, spec.incarnation))
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.setsockopt(zmq.SNDHWM, MAIL_BOUND)
+        self._outbox.connect(server_endpoint(spec.run_dir))
+
+    def send(self, message: m.ToServer) -> None:
+        """Hand a message to the server. A full queue, with a server that has not read 100,000 messages, is an error:
+        no token may be dropped, and no step may wait. LOCAL."""
+        self._outbox.send(m.encode(message), zmq.NOBLOCK)
+
+    def drain(self) -> Iterator[m.ToWorker]:
+        """What has come in since the last call. LOCAL."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                yield m.to_worker_decoder.decode(self._inbox.recv(zmq.NOBLOCK))
+
+    @property
+    def wake_fd(self) -> int:
+        """Readable when mail came since the last `drain`, which must have gone to its end. LOCAL."""
+        return int(self._inbox.getsockopt(zmq.FD))
+
+
+def _members(view: View, device: str) -> list[m.MemberInfo]:
+    return [
+        m.MemberInfo(rank=member.rank, incarnation=member.incarnation, pid=member.pid, host=member.host, device=device)
+        for member in view.members
+    ]
