@@ -1,6 +1,6 @@
-"""The weights that every rank holds, and the small layers: norm, rotary embedding, dense MLP.
+"""The weights that every rank holds, and the small layers: norm and rotary embedding.
 
-Shape suffixes: T tokens, D model width, F width of the dense MLP, V vocabulary, H heads, C head size.
+Shape suffixes: T tokens, D model width, V vocabulary, H heads, C head size.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from phalanx.moe.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,3 @@ class Rotary:
         """Turn [T, H, C] in place. LOCAL."""
         cos, sin = cos_sin
         x_THC.copy_((x_THC * cos).add_(x_THC.roll(x_THC.shape[2] // 2, dims=-1) * sin))
-
-
-class DenseMlp:
-    """A SwiGLU MLP without experts: w2(silu(gate x) * up x)."""
-
-    def __init__(self, w13: Tensor, w2: Tensor) -> None:
-        self._w13, self._w2 = Linear(w13), Linear(w2)
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D]. LOCAL."""
-        gate, up = self._w13(x_TD).chunk(2, dim=-1)
-        return self._w2(F.silu(gate).mul_(up))

@@ -11,11 +11,14 @@ from torch import Tensor
 from phalanx.comm.base import Communicator
 from phalanx.model.attention import Attention, AttentionPlan, ForwardBatch, KVStore, grouped_queries
 from phalanx.model.config import ModelConfig
-from phalanx.model.layers import DenseMlp, DenseWeights, LayerWeights, RmsNorm, Rotary
+from phalanx.model.layers import DenseWeights, LayerWeights, RmsNorm, Rotary
 from phalanx.moe.experts import SlotBank
 from phalanx.moe.gate import Gate, RouteTable
 from phalanx.moe.layer import MoELayer
-from phalanx.moe.linear import Linear
+from phalanx.moe.linear import Linear, Products, SwiGlu, choose
+
+_PACKED_A_STEP = 1
+"""Experts that a step packs beside its work: about a millisecond, so that a recovery's own steps stay short."""
 
 
 class Transformer:
@@ -34,26 +37,28 @@ class Transformer:
         dtype: torch.dtype,
     ) -> None:
         self.config = config
-        self._comm = comm
+        self._comm, self._bank = comm, bank
         self._embed = weights.embed
         self._norm = RmsNorm(weights.norm, config.norm_eps)
-        self._head = Linear(weights.head)
+        products = choose(_product_shapes(config), dtype)
+        bank.products = products
+        self._head = Linear(weights.head, None, products)
         self._rotary = Rotary(config.head_dim, config.rope_theta, config.max_position)
         self._attention = Attention(config, dtype)
         self.load_LE = torch.zeros(config.num_moe_layers, config.num_experts, dtype=torch.int64)
         """Tokens that this rank's own batches sent to each expert since the caller last zeroed it."""
         self._layers: list[_Layer] = []
         for index, layer in enumerate(weights.layers):
-            mlp: MoELayer | DenseMlp
+            mlp: MoELayer | SwiGlu
             if layer.router is not None:
                 moe = config.moe_layers.index(index)
-                gate = Gate(Linear(layer.router), config.top_k, config.norm_topk)
+                gate = Gate(Linear(layer.router, None, products), config.top_k, config.norm_topk)
                 mlp = MoELayer(moe, gate, bank, routes, comm, self.load_LE[moe])
             else:
                 assert layer.w13 is not None
                 assert layer.w2 is not None
-                mlp = DenseMlp(layer.w13, layer.w2)
-            self._layers.append(_Layer(config, index, layer, self._attention, mlp))
+                mlp = SwiGlu(layer.w13, layer.w2, products, packed=True)
+            self._layers.append(_Layer(config, index, layer, products, self._attention, mlp))
 
     def forward(self, batch: ForwardBatch, kv: KVStore) -> Tensor:
         """[T, D], the normed last hidden states; writes the batch's KV. COLLECTIVE, also with T = 0.
@@ -68,6 +73,7 @@ class Transformer:
             if self._comm.failed:
                 break
             x_TD = layer.forward(x_TD, positions_T, cos_sin, plan, kv)
+        self._bank.pack(_PACKED_A_STEP)
         return self._norm(x_TD)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -79,7 +85,13 @@ class _Layer:
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, config: ModelConfig, index: int, weights: LayerWeights, attention: Attention, mlp: MoELayer | DenseMlp
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: LayerWeights,
+        products: Products,
+        attention: Attention,
+        mlp: MoELayer | SwiGlu,
     ) -> None:
         self._index, self._attention, self._mlp = index, attention, mlp
         self._head_dim = config.head_dim
@@ -92,8 +104,8 @@ class _Layer:
             return torch.cat([grouped_queries(config, qkv[:width]), qkv[width:]])
 
         bias = None if weights.qkv_bias is None else reordered(weights.qkv_bias)
-        self._qkv = Linear(reordered(weights.qkv), bias)
-        self._out = Linear(grouped_queries(config, weights.out.t()).t().contiguous(), weights.out_bias)
+        self._qkv = Linear(reordered(weights.qkv), bias, products)
+        self._out = Linear(grouped_queries(config, weights.out.t()).t().contiguous(), weights.out_bias, products)
         self._qk_norm: _HeadNorm | None = None
         if weights.q_norm is not None and weights.k_norm is not None:
             self._qk_norm = _HeadNorm(weights.q_norm, weights.k_norm, config)
@@ -129,3 +141,19 @@ class _HeadNorm:
 
     def apply_(self, qk_THC: Tensor) -> None:
         qk_THC.copy_(self._norm(qk_THC).mul_(self._weight_HC))
+
+
+def _product_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(outputs, inputs) of every product with weights in this model."""
+    heads = config.num_heads * config.head_dim
+    shapes = [
+        (heads + 2 * config.num_kv_heads * config.head_dim, config.hidden),
+        (config.hidden, heads),
+        (config.num_experts, config.hidden),
+        (2 * config.expert_width, config.hidden),
+        (config.hidden, config.expert_width),
+        (config.vocab_size, config.hidden),
+    ]
+    if config.num_moe_layers < config.num_layers:
+        shapes += [(2 * config.dense_width, config.hidden), (config.hidden, config.dense_width)]
+    return shapes

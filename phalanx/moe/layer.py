@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.base import Communicator, Dispatched
-from phalanx.moe.experts import SlotBank, run_expert
+from phalanx.moe.experts import SlotBank
 from phalanx.moe.gate import Gate, RouteTable
 
 
@@ -48,7 +48,6 @@ class MoELayer:
         parts, start = [], 0
         for slot, count in enumerate(torch.bincount(slot_M).tolist()):
             if count:
-                w13, w2 = self._bank.weights(self._layer, slot)
-                parts.append(run_expert(x_MD[start : start + count], w13, w2))
+                parts.append(self._bank.expert(self._layer, slot)(x_MD[start : start + count]))
                 start += count
         return torch.empty_like(x_MD).index_copy_(0, order_M, torch.cat(parts))
