@@ -269,7 +269,7 @@ class CpuCommunicator(Communicator):
         rank_P = slots // self.slots_per_rank
         count = np.bincount(rank_P + 1, minlength=self.ep_size + 1)
         assert count.size == self.ep_size + 1, f"slot {slots.max()} is on no rank"
-        return np.argsort(rank_P, kind="stable"), np.cumsum(count).tolist()
+        return rank_P.argsort(kind="stable"), count.cumsum().tolist()
 
     def _take(self, x: Raw, slots: npt.NDArray[np.int32], order_P: Int64Array, bounds: list[int]) -> Dispatched:
         """Copy from every source the tokens that want one of our slots."""
@@ -282,23 +282,24 @@ class CpuCommunicator(Communicator):
             flats.append(peer.slots[parity][: T * K] if peer else slots)
             rows.append(peer.x[parity] if peer else x)
         local_P = (np.concatenate(flats) if len(flats) > 1 else slots) - self.rank * self.slots_per_rank
-        hit_M = np.flatnonzero(local_P.view(np.uint32) < self.slots_per_rank)  # -1, as unsigned, is above every slot
+        # As unsigned numbers -1 and the slots of lower ranks lie above all of ours. Methods, not functions: half the cost.
+        hit_M = (local_P.view(np.uint32) < self.slots_per_rank).nonzero()[0]
         token_M = hit_M // K
         first_M = np.ones(len(hit_M), bool)
         np.not_equal(token_M[1:], token_M[:-1], out=first_M[1:])
         token_N = token_M[first_M]
         x_ND = np.empty((len(token_N), self._layout.hidden), self._layout.raw)
-        at_N, at_M = np.searchsorted(token_N, starts).tolist(), np.searchsorted(token_M, starts).tolist()
+        at_N, at_M = token_N.searchsorted(starts).tolist(), token_M.searchsorted(starts).tolist()
         cuts = {}
         for i, peer in enumerate(self._sources):
             a, b = at_N[i], at_N[i + 1]
             if a < b:
-                np.take(rows[i], token_N[a:b] - starts[i], axis=0, out=x_ND[a:b], mode="clip")
+                rows[i].take(token_N[a:b] - starts[i], 0, x_ND[a:b], "clip")
             cuts[peer.rank if peer else self.rank] = (at_M[i], at_M[i + 1])
         self._check_overtaken()
         return Dispatched(
             x_ND=torch.from_numpy(x_ND).view(self.dtype),
-            row_M=torch.from_numpy(np.cumsum(first_M) - 1),
+            row_M=torch.from_numpy(first_M.cumsum() - 1),
             slot_M=torch.from_numpy(local_P[hit_M].astype(np.int64)),
             handle=_Handle(self._epoch, len(x), order_P, bounds, cuts),
         )
@@ -384,8 +385,7 @@ class CpuCommunicator(Communicator):
     # --- one collective's protocol
 
     def _begin(self, kind: int) -> bool:
-        """Number the collective and claim its buffer; False when a roll call is open."""
-        assert self._epoch, "adopt a view first"
+        """Number the collective and claim its buffer; False when a roll call is open. Before the first view: alone."""
         if self._roll_call:
             return False
         self._number += 1
@@ -483,7 +483,8 @@ class CpuCommunicator(Communicator):
     def _time_out(self, pending: list[PeerSegment], elapsed: int, frozen: int, starved: Starvation) -> None:
         excused = max(frozen, starved.own_ns())
         for peer in pending:
-            if elapsed - max(excused, starved.peer_ns(peer.pid)) >= self._timeout_ns:
+            its_own = starved.peer_ns(peer.pid)
+            if its_own is not None and elapsed - max(excused, its_own) >= self._timeout_ns:
                 self._lose(peer.rank, "timeout", elapsed / 1e9, _KINDS[self._tag & 7])
 
     def _check_word(self, peer: PeerSegment, word: int, tag: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from phalanx.comm import segment
 from phalanx.world import Member
@@ -91,6 +92,12 @@ class NoticeBoard:
     def is_dead(self, member: Member) -> bool:
         """Whether this incarnation was declared dead."""
         return member.incarnation <= int(self._rows[member.rank, 0])
+
+    @property
+    def dead_words(self) -> npt.NDArray[np.int64]:
+        """int64 [R], a cache line apart: the last dead incarnation of each rank (-1: none), for who polls the memory
+        itself. A view of the board: read it, never keep it past `close`."""
+        return self._rows[:, 0]
 
     def stamp_ns(self, rank: int) -> int:
         """When the last death of `rank` was seen, on the machine's monotonic clock; 0: never."""
