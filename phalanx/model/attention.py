@@ -64,7 +64,7 @@ class KVStore:
         self._blocks = self.data.view(config.num_layers, num_blocks + 1, -1)
 
     @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         """What one block takes in all layers together. LOCAL."""
         return config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
 
