@@ -49,7 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 # --- server -> worker
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """Run a request. After a move, `output_ids` holds the tokens that the client already has: go on after them."""
 
     request_id: str
@@ -59,19 +59,19 @@ class Submit(Message):
     output_ids: list[int] = []
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     request_id: str
 
 
-class Pause(Message):
+class Pause(Message, frozen=True):
     """Schedule no request until `Resume`; empty steps go on, so that failures are still found."""
 
 
-class Resume(Message):
+class Resume(Message, frozen=True):
     """Schedule again; a rank that cannot serve tries its recovery once more."""
 
 
-class InjectFault(Message):
+class InjectFault(Message, frozen=True):
     """Fail on purpose (`testing.faults`): at the start of step `at_step`, or of the next one when it is None."""
 
     kind: FaultKind
@@ -80,7 +80,7 @@ class InjectFault(Message):
     """The fault point: a name from `phalanx.testing.faults.POINTS`."""
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """Finish the step in hand and exit 0."""
 
 
@@ -136,7 +136,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     """Those of them whose KV was found in the prefix cache."""
 
 
-class Stepped(Message):
+class Stepped(Message, frozen=True):
     """What one committed step produced on one rank."""
 
     rank: int
@@ -150,7 +150,7 @@ class Stepped(Message):
     """Prompt tokens computed in this step."""
 
 
-class Rejected(Message):
+class Rejected(Message, frozen=True):
     """This rank cannot ever run the request (it needs more KV blocks than there are, say)."""
 
     rank: int
@@ -180,7 +180,7 @@ class MemberInfo(msgspec.Struct, frozen=True):
     device: str
 
 
-class Adopted(Message):
+class Adopted(Message, frozen=True):
     """This rank serves under a new World. Sent once `restore` is done, before the replay."""
 
     rank: int
@@ -190,9 +190,11 @@ class Adopted(Message):
     trigger: Trigger
     lost: list[int] = []
     causes: dict[int, str] = {}
+    kv_tokens: int = 0
+    """Tokens that this rank's KV cache holds: no request may be longer. 0: not said."""
 
 
-class Recovered(Message):
+class Recovered(Message, frozen=True):
     """This rank committed its first step under `epoch`: the timeline of what that took."""
 
     rank: int
@@ -206,7 +208,7 @@ class Recovered(Message):
     steps_replayed: int = 0
 
 
-class CannotServe(Message):
+class CannotServe(Message, frozen=True):
     """This rank is alive but its view cannot serve (too few ranks or slots, experts lost). It stays and waits."""
 
     rank: int
@@ -215,7 +217,7 @@ class CannotServe(Message):
     reason: str
 
 
-class Paused(Message):
+class Paused(Message, frozen=True):
     rank: int
     incarnation: int
     paused: bool
@@ -224,14 +226,14 @@ class Paused(Message):
 # --- launcher -> server
 
 
-class Spawned(Message):
+class Spawned(Message, frozen=True):
     rank: int
     incarnation: int
     pid: int
     host: str = "localhost"
 
 
-class Died(Message):
+class Died(Message, frozen=True):
     """The process is gone. cause: exit | signal | exception | evicted."""
 
     rank: int
@@ -240,7 +242,7 @@ class Died(Message):
     detail: str = ""
 
 
-class Suspected(Message):
+class Suspected(Message, frozen=True):
     """A rank finds others silent; a roll call decides."""
 
     rank: int
@@ -255,20 +257,20 @@ ToServer = Stepped | Rejected | Adopted | Recovered | CannotServe | Paused | Spa
 # --- server -> launcher
 
 
-class Signal(Message):
+class Signal(Message, frozen=True):
     """Send a signal to a rank's process (chaos), by name: SIGKILL, SIGSTOP or SIGCONT."""
 
     rank: int
     name: Literal["SIGKILL", "SIGSTOP", "SIGCONT"]
 
 
-class MaskRank(Message):
+class MaskRank(Message, frozen=True):
     """An operator takes a rank out: it is treated as dead from now on, and exits."""
 
     rank: int
 
 
-class ShutDown(Message):
+class ShutDown(Message, frozen=True):
     """The server is going: stop everything."""
 
     reason: str = ""

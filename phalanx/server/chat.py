@@ -50,6 +50,8 @@ async def chat(service: Service, request: ChatRequest, http: HttpRequest, call_i
             "choices": [_choice(service.text, request, delta) for delta in whole],
             "usage": generation.usage,
         }
+        if request.return_token_ids:
+            body["prompt_token_ids"] = generation.choices[0].plan.prompt_ids
         if request.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_report(service.text, generation.choices[0].prompt_report)
         return Response(msgspec.json.encode(body), media_type="application/json")
@@ -89,44 +91,47 @@ async def _frames(generation: Generation, head: dict[str, Any], request: ChatReq
     wants_usage = options is not None and options.include_usage
     continuous = options is not None and options.continuous_usage_stats
 
-    def chunk(index: int, delta: dict[str, Any], logprobs: Any, finish: Delta | None) -> bytes:
+    def chunk(delta: Delta, message: dict[str, Any], logprobs: Any = None) -> bytes:
         choice = {
-            "index": index,
-            "delta": delta,
+            "index": delta.index,
+            "delta": message,
             "logprobs": logprobs,
-            "finish_reason": finish.finish_reason if finish else None,
+            "finish_reason": delta.finish_reason,
         }
-        if finish is not None:
-            choice["stop_reason"] = finish.stop_reason
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if request.return_token_ids and delta.token_ids:
+            choice["token_ids"] = delta.token_ids
         body = head | {"choices": [choice]}
         if wants_usage:
             body["usage"] = generation.usage if continuous else None
         return event(body)
 
     for choice in generation.choices:
-        yield chunk(choice.index, {"role": "assistant", "content": ""}, None, None)
+        yield chunk(Delta(choice.index), {"role": "assistant", "content": ""})
     async for deltas in generation.deltas():
         if frame := keep_alive(deltas):
             yield frame
         for delta in deltas:
             logprobs = _logprobs(text, request, delta.entries)
-            ends = delta.finish_reason is not None
-            if delta.text or ends or (logprobs and logprobs["content"]):
-                yield chunk(
-                    delta.index, {"content": delta.text} if delta.text else {}, logprobs, delta if ends else None
-                )
+            shows_tokens = request.logprobs or request.return_token_ids
+            if delta.text or delta.finish_reason is not None or (shows_tokens and delta.entries):
+                yield chunk(delta, {"content": delta.text} if delta.text else {}, logprobs)
     if wants_usage:
         yield event(head | {"choices": [], "usage": generation.usage})
 
 
 def _choice(text: ModelText, request: ChatRequest, delta: Delta) -> dict[str, Any]:
-    return {
+    choice = {
         "index": delta.index,
         "message": {"role": "assistant", "content": delta.text, "refusal": None},
         "logprobs": _logprobs(text, request, delta.entries),
         "finish_reason": delta.finish_reason,
         "stop_reason": delta.stop_reason,
     }
+    if request.return_token_ids:
+        choice["token_ids"] = delta.token_ids
+    return choice
 
 
 def _logprobs(text: ModelText, request: ChatRequest, entries: Sequence[Entry]) -> dict[str, Any] | None:

@@ -99,13 +99,18 @@ async def _frames(generation: Generation, head: dict[str, Any], request: Complet
     text = generation.service.text
     wants_usage = options is not None and options.include_usage
     continuous = options is not None and options.continuous_usage_stats
+    named: set[int] = set()
     async for deltas in generation.deltas():
         if frame := keep_alive(deltas):
             yield frame
         for delta in deltas:
-            if not delta.text and delta.finish_reason is None and (request.logprobs is None or not delta.entries):
+            shows_tokens = request.logprobs is not None or request.return_token_ids
+            if not delta.text and delta.finish_reason is None and not (shows_tokens and delta.entries):
                 continue  # nothing to show yet: half a character, or what may become a stop string
-            chunk = head | {"choices": [_choice(text, request, generation, delta)]}
+            chunk: dict[str, Any] = head | {"choices": [_choice(text, request, generation, delta)]}
+            if request.return_token_ids and delta.index not in named:
+                named.add(delta.index)
+                chunk["choices"][0]["prompt_token_ids"] = generation.choices[delta.index].plan.prompt_ids
             if wants_usage:
                 chunk["usage"] = generation.usage if continuous else None
             yield event(chunk)
@@ -123,6 +128,10 @@ def _choice(text: ModelText, request: CompletionRequest, generation: Generation,
     }
     if request.prompt_logprobs is not None and not request.stream:
         choice["prompt_logprobs"] = prompt_report(text, generation.choices[delta.index].prompt_report)
+    if request.return_token_ids:
+        choice["token_ids"] = delta.token_ids
+        if not request.stream:
+            choice["prompt_token_ids"] = generation.choices[delta.index].plan.prompt_ids
     return choice
 
 

@@ -65,6 +65,9 @@ class Delta:
     index: int
     text: str = ""
     entries: list[Entry] = field(default_factory=list)
+    """Tokens with their reports; those of the prompt come first when it is echoed with logprobs."""
+    token_ids: list[int] = field(default_factory=list)
+    """Output tokens."""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -125,6 +128,7 @@ class Choice:
         # Text of the first min_tokens tokens cannot stop the request.
         self._delta.text += self._stops.push(piece) if self.tokens > self.plan.sampling.min_tokens else piece
         self._delta.entries.append(Entry(token.token_id, offset, token.logprobs))
+        self._delta.token_ids.append(token.token_id)
         if self._stops.found is not None:
             self._finish("stop", self._stops.found)
         elif token.finish_reason is not None:
@@ -236,6 +240,7 @@ class Generation:
                 sum_ = whole[delta.index]
                 sum_.text += delta.text
                 sum_.entries += delta.entries
+                sum_.token_ids += delta.token_ids
                 sum_.finish_reason, sum_.stop_reason = delta.finish_reason, delta.stop_reason
         return whole
 
@@ -340,7 +345,8 @@ async def encode(service: Service, text: str, *, special: bool, param: str = "pr
 
 def budget(service: Service, prompt_ids: list[int], max_tokens: int | None, param: str) -> int:
     """How many tokens the answer may have. 400 when the prompt, or prompt and answer, exceed the model's length."""
-    limit, length = service.max_model_len, len(prompt_ids)
+    length, room = len(prompt_ids), service.router.roster.kv_tokens
+    limit = service.max_model_len
     if length == 0:
         raise ApiError(400, f"{param}: the prompt has no tokens", param=param)
     if length >= limit:
@@ -348,8 +354,13 @@ def budget(service: Service, prompt_ids: list[int], max_tokens: int | None, para
             400, f"the prompt has {length} tokens, and this model's maximum context length is {limit} tokens, answer "
             "included: shorten it", param=param, code="context_length_exceeded",
         )  # fmt: skip
+    if room and length + (max_tokens or 1) > room:
+        raise ApiError(
+            400, f"the prompt has {length} tokens, and a rank's KV cache holds {room}, answer included: shorten the "
+            "prompt, lower max_tokens, or serve with more --kv-cache-memory-mb", param=param, code="request_too_large",
+        )  # fmt: skip
     if max_tokens is None:
-        return limit - length
+        return min(limit, room or limit) - length
     if length + max_tokens > limit:
         raise ApiError(
             400, f"the prompt has {length} tokens and max_tokens asks for {max_tokens}: {length + max_tokens} in all, "

@@ -95,6 +95,7 @@ class GenerationRequest(_Request):
     skip_special_tokens: bool = True
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool | None = False
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None

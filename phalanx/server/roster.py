@@ -40,6 +40,8 @@ class RankRecord:
     """It said that it suspects others, and has neither adopted a view nor committed a step since."""
     cannot_serve: str = ""
     adopted_epoch: int = 0
+    kv_tokens: int = 0
+    """What its KV cache holds; 0: not known."""
 
 
 @dataclass
@@ -102,6 +104,11 @@ class Roster:
     def alive(self) -> int:
         """How many members live."""
         return sum(r.identity in self.members and not r.dead for r in self.records.values())
+
+    @property
+    def kv_tokens(self) -> int:
+        """The longest request, in tokens, that every serving rank has room for; 0: not known."""
+        return min((r.kv_tokens for r in self.serving() if r.kv_tokens), default=0)
 
     def serving(self) -> list[RankRecord]:
         """Members that live and can serve, paused ones included."""
@@ -210,6 +217,7 @@ class Roster:
         record = self.current(message.rank, message.incarnation)
         if record is not None:
             record.adopted_epoch = max(record.adopted_epoch, message.epoch)
+            record.kv_tokens = message.kv_tokens
             record.in_recovery, record.cannot_serve = False, ""
             for other in self.records.values():
                 other.suspected_by.discard(message.rank)
