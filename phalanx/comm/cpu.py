@@ -40,7 +40,7 @@ from phalanx.comm.segment import (
     gone,
     memory_fence,
 )
-from phalanx.comm.starved import Starvation
+from phalanx.comm.silence import Silence
 from phalanx.errors import Evicted
 from phalanx.world import Member, View
 
@@ -57,8 +57,6 @@ _SPIN_NS = 2_000_000
 _NAP_S = 50e-6
 _ROUNDS_PER_LOOK = 16
 """While it spins, a wait looks for trouble every so many rounds (some 10 us)."""
-_FROZEN_NS = 50_000_000
-"""A gap in our own loop as long as this means that we were stopped: that time does not count against peers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +280,7 @@ class CpuCommunicator(Communicator):
             flats.append(peer.slots[parity][: T * K] if peer else slots)
             rows.append(peer.x[parity] if peer else x)
         local_P = (np.concatenate(flats) if len(flats) > 1 else slots) - self.rank * self.slots_per_rank
-        # As unsigned numbers -1 and the slots of lower ranks lie above all of ours. Methods, not functions: half the cost.
+        # As unsigned numbers, -1 and the slots of lower ranks lie above all of ours. Methods cost half of functions.
         hit_M = (local_P.view(np.uint32) < self.slots_per_rank).nonzero()[0]
         token_M = hit_M // K
         first_M = np.ones(len(hit_M), bool)
@@ -422,20 +420,20 @@ class CpuCommunicator(Communicator):
         return not self._roll_call
 
     def _wait(self, pending: list[PeerSegment], at: int, tag: int) -> None:
-        start = last = time.monotonic_ns()
-        frozen = rounds = 0
-        starved: Starvation | None = None
+        start = time.monotonic_ns()
+        rounds = 0
+        silence: Silence | None = None
         while True:
-            os.sched_yield() if starved is None else time.sleep(_NAP_S)
+            os.sched_yield() if silence is None else time.sleep(_NAP_S)
             pending = [peer for peer in pending if peer.words[at] != tag]
             if not pending:
                 return
-            now = time.monotonic_ns()
-            if now - last > _FROZEN_NS:
-                frozen += now - last
-            last = now
             rounds += 1
-            if starved is None and rounds % _ROUNDS_PER_LOOK != 1:
+            if silence is not None:
+                silence.tick()
+            elif time.monotonic_ns() - start > _SPIN_NS:
+                silence = Silence(peer.pid for peer in pending)
+            elif rounds % _ROUNDS_PER_LOOK != 1:
                 continue
             if any(peer.words[ROLL_CALL] > self._epoch for peer in self._live):
                 # Who opened it may have finished this very collective: then all parts are here, or will be at once.
@@ -445,12 +443,10 @@ class CpuCommunicator(Communicator):
             self._look(_KINDS[tag & 7])
             for peer in pending:
                 self._check_word(peer, peer.words[at], tag)
-            if starved is not None:
+            if silence is not None:
                 self._look_for_hangups(_KINDS[tag & 7], start)
-                if now - start - frozen >= self._timeout_ns:
-                    self._time_out(pending, now - start, frozen, starved)
-            elif now - start > _SPIN_NS:
-                starved = Starvation(peer.pid for peer in pending)
+                if silence.longest_ns >= self._timeout_ns:
+                    self._time_out(pending, silence, (time.monotonic_ns() - start) / 1e9)
             if self._roll_call:
                 return
             pending = [peer for peer in pending if peer.rank not in self._lost]
@@ -480,12 +476,11 @@ class CpuCommunicator(Communicator):
                 if gone(peer.pidfd):
                     self._lose(peer.rank, "notice", seconds, operation)
 
-    def _time_out(self, pending: list[PeerSegment], elapsed: int, frozen: int, starved: Starvation) -> None:
-        excused = max(frozen, starved.own_ns())
+    def _time_out(self, pending: list[PeerSegment], silence: Silence, waited_s: float) -> None:
         for peer in pending:
-            its_own = starved.peer_ns(peer.pid)
-            if its_own is not None and elapsed - max(excused, its_own) >= self._timeout_ns:
-                self._lose(peer.rank, "timeout", elapsed / 1e9, _KINDS[self._tag & 7])
+            silent_ns = silence.of_ns(peer.pid)
+            if silent_ns is not None and silent_ns >= self._timeout_ns:
+                self._lose(peer.rank, "timeout", waited_s, _KINDS[self._tag & 7])
 
     def _check_word(self, peer: PeerSegment, word: int, tag: int) -> None:
         """A word beyond ours: the peer stopped waiting for us. Another kind under our number: a bug of the caller."""
