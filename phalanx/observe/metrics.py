@@ -49,76 +49,66 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._preemptions: dict[tuple[int, int], int] = {}
+        self._described: list[tuple[str, str, tuple[str, ...]]] = []
         self._requests()
         self._ranks()
         self._elasticity()
 
     def _requests(self) -> None:
-        model = self._model
-
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["model_name"], registry=self.registry).labels(model)
-
-        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(name, text, ["model_name"], registry=self.registry, buckets=tuple(buckets)).labels(model)
-
-        self.prompt_tokens = counter("phalanx_prompt_tokens", "Prompt tokens of requests that got a first token")
-        self.computed_tokens = counter("phalanx_prefill_tokens_computed", "Prompt tokens computed, recomputed ones too")
-        self.generation_tokens = counter("phalanx_generation_tokens", "Tokens given to clients")
-        self.ttft = histogram("phalanx_time_to_first_token_seconds", "Arrival to first token", _LATENCY_S)
-        self.itl = histogram("phalanx_inter_token_latency_seconds", "Between two tokens of a request", _SHORT_S)
-        self.e2e = histogram("phalanx_e2e_request_latency_seconds", "Arrival to last token", _LATENCY_S)
-        self.queue_time = histogram("phalanx_request_queue_time_seconds", "Arrival to hand-over to a rank", _LATENCY_S)
-        self.request_prompt = histogram("phalanx_request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
-        self.request_output = histogram("phalanx_request_generation_tokens", "Output tokens of a request", _TOKENS)
-        self.request_n = histogram("phalanx_request_params_n", "`n` of a request", _COUNT)
-        self.request_max = histogram("phalanx_request_params_max_tokens", "`max_tokens` of a request", _TOKENS)
-        self._success = Counter(
-            "phalanx_request_success", "Requests that ended, by reason", ["model_name", "finished_reason"],
-            registry=self.registry,
-        )  # fmt: skip
-        self._refused = Counter(
-            "phalanx_requests_refused", "Requests not taken, by reason", ["model_name", "reason"],
-            registry=self.registry,
-        )  # fmt: skip
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got a first token")
+        self.computed_tokens = self._counter("prefill_tokens_computed", "Prompt tokens computed, recomputed ones too")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens given to clients")
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _LATENCY_S)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a request", _SHORT_S)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", _LATENCY_S)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to hand-over to a rank", _LATENCY_S)
+        self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
+        self.request_output = self._histogram("request_generation_tokens", "Output tokens of a request", _TOKENS)
+        self.request_n = self._histogram("request_params_n", "n of a call", _COUNT)
+        self.request_max = self._histogram("request_params_max_tokens", "max_tokens of a request", _TOKENS)
+        self._success = self._counters("request_success", "Requests that ended", "model_name", "finished_reason")
+        self._refused = self._counters("requests_refused", "Requests not taken", "model_name", "reason")
 
     def _ranks(self) -> None:
-        def by_rank(name: str, text: str) -> Gauge:
-            return Gauge(name, text, ["model_name", "rank"], registry=self.registry)
-
-        self._running = by_rank("phalanx_num_requests_running", "Requests running on a rank")
-        self._waiting = by_rank("phalanx_num_requests_waiting", "Requests waiting on a rank")
-        self._kv_usage = by_rank("phalanx_kv_cache_usage_perc", "Used share of a rank's KV blocks, 1 = all")
-        self._held = Gauge(
-            "phalanx_num_requests_held", "Requests in the router that no rank has", ["model_name"],
-            registry=self.registry,
-        ).labels(self._model)  # fmt: skip
-        self._preempted = Counter(
-            "phalanx_num_preemptions", "Requests preempted for want of KV blocks", ["model_name"],
-            registry=self.registry,
-        ).labels(self._model)  # fmt: skip
+        self._running = self._gauge("num_requests_running", "Requests running on a rank", "model_name", "rank")
+        self._waiting = self._gauge("num_requests_waiting", "Requests waiting on a rank", "model_name", "rank")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "Used share of KV blocks, 1 = all", "model_name", "rank")
+        self._held = self._gauge("num_requests_held", "Requests that no rank has", "model_name").labels(self._model)
+        self._preempted = self._counter("num_preemptions", "Requests preempted for want of KV blocks")
 
     def _elasticity(self) -> None:
-        registry = self.registry
-        self.ranks_alive = Gauge("phalanx_ranks_alive", "Ranks that serve or recover", registry=registry)
-        self.view_epoch = Gauge("phalanx_view_epoch", "Epoch of the newest view", registry=registry)
-        self.rank_failures = Counter("phalanx_rank_failures", "Ranks lost, by cause", ["cause"], registry=registry)
-        self.recoveries = Counter(
-            "phalanx_recoveries", "Changes of membership after start-up", ["trigger", "outcome"], registry=registry
+        self.ranks_alive = self._gauge("ranks_alive", "Members of the view that live")
+        self.view_epoch = self._gauge("view_epoch", "Epoch of the newest view")
+        self.rank_failures = self._counters("rank_failures", "Ranks lost", "cause")
+        self.recoveries = self._counters("recoveries", "Changes of membership", "trigger", "outcome")
+        self.recovery_seconds = self._histograms("recovery_seconds", "Duration of a recovery", _PHASE_S, "phase")
+        self.stall = self._histograms(
+            "stream_stall_seconds", "Gap in a stream made by a change of membership", _PHASE_S
         )
-        self.recovery_seconds = Histogram(
-            "phalanx_recovery_seconds", "Duration of a recovery, by phase", ["phase"], registry=registry,
-            buckets=_PHASE_S,
-        )  # fmt: skip
-        self.stall = Histogram(
-            "phalanx_stream_stall_seconds", "Gap in a stream caused by a change of membership", registry=registry,
-            buckets=_PHASE_S,
-        )  # fmt: skip
-        self.steps_replayed = Counter("phalanx_steps_replayed", "Steps that ran again", registry=registry)
-        self.requests_moved = Counter("phalanx_requests_moved", "Requests moved to another rank", registry=registry)
-        self.bytes_restored = Counter(
-            "phalanx_expert_bytes_restored", "Expert bytes restored, by source", ["source"], registry=registry
-        )
+        self.steps_replayed = self._counters("steps_replayed", "Steps that ran again")
+        self.requests_moved = self._counters("requests_moved", "Requests moved to another rank")
+        self.bytes_restored = self._counters("expert_bytes_restored", "Expert bytes restored", "source")
+
+    def _counters(self, stem: str, text: str, *labels: str) -> Counter:
+        return Counter(self._name(stem, "counter", labels), text, labels, registry=self.registry)
+
+    def _gauge(self, stem: str, text: str, *labels: str) -> Gauge:
+        return Gauge(self._name(stem, "gauge", labels), text, labels, registry=self.registry)
+
+    def _histograms(self, stem: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
+        name = self._name(stem, "histogram", labels)
+        return Histogram(name, text, labels, registry=self.registry, buckets=tuple(buckets))
+
+    def _counter(self, stem: str, text: str) -> Counter:
+        return self._counters(stem, text, "model_name").labels(self._model)
+
+    def _histogram(self, stem: str, text: str, buckets: Iterable[float]) -> Histogram:
+        return self._histograms(stem, text, buckets, "model_name").labels(self._model)
+
+    def _name(self, stem: str, kind: str, labels: tuple[str, ...]) -> str:
+        name = f"phalanx_{stem}"
+        self._described.append((name, kind, labels))
+        return name
 
     def finished(self, reason: str) -> None:
         """A request (one choice of one prompt) ended: stop, length, abort or error."""
@@ -156,9 +146,11 @@ class Metrics:
         for phase, seconds in recovery.seconds.items():
             self.recovery_seconds.labels(phase).observe(seconds)
 
-    def names(self) -> list[str]:
-        """The names of all metrics as they are scraped, without histograms' suffixes."""
-        return sorted(m.name + ("_total" if m.type == "counter" else "") for m in self.registry.collect())
+    def described(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Name as scraped (histograms without their suffixes), type and labels of every metric. LOCAL."""
+        return sorted(
+            (name + ("_total" if kind == "counter" else ""), kind, labels) for name, kind, labels in self._described
+        )
 
     def scrape(self) -> bytes:
         """The text that Prometheus reads."""

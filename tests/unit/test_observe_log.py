@@ -1,0 +1,95 @@
+"""Logs for people and for machines, and the file of events."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phalanx.observe.events import EventLog, Recovery
+from phalanx.observe.log import QuietProbes, set_up_logging
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """The logging of the test run itself is put back."""
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level = before
+
+
+def test_text_lines_name_the_process_and_the_level() -> None:
+    out = io.StringIO()
+    set_up_logging("info", "text", "rank 2.0", out)
+    logging.getLogger("phalanx.worker").warning("slow by %d ms", 5)
+    logging.getLogger("phalanx.worker").debug("not shown")
+    assert out.getvalue().endswith("WARNING rank 2.0: slow by 5 ms\n")
+
+
+def test_json_lines_hold_message_extras_and_traceback() -> None:
+    out = io.StringIO()
+    set_up_logging("debug", "json", "server", out)
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("phalanx.http").exception("it failed", extra={"epoch": 3, "what": {1}})
+    line = json.loads(out.getvalue())
+    assert (line["level"], line["process"], line["logger"]) == ("error", "server", "phalanx.http")
+    assert (line["message"], line["epoch"]) == ("it failed", 3)
+    assert "ValueError: broken" in line["traceback"]
+    assert line["time"].endswith("Z")
+
+
+def test_setting_up_twice_writes_each_line_once() -> None:
+    out = io.StringIO()
+    set_up_logging("info", "text", "a", out)
+    set_up_logging("info", "text", "b", out)
+    logging.getLogger("x").info("once")
+    assert out.getvalue().count("once") == 1
+
+
+def test_probes_are_kept_out_of_the_access_log() -> None:
+    def record(path: str) -> logging.LogRecord:
+        args = ("127.0.0.1:1", "GET", path, "1.1", 200)
+        return logging.LogRecord("uvicorn.access", logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
+
+    quiet = QuietProbes()
+    assert not quiet.filter(record("/metrics"))
+    assert not quiet.filter(record("/ready?verbose=1"))
+    assert quiet.filter(record("/v1/completions"))
+
+
+def test_events_are_appended_one_json_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for number in range(2):
+        events = EventLog(str(path))
+        events.append("recovery", epoch=number)
+        events.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["event"], line["epoch"]) for line in lines] == [("recovery", 0), ("recovery", 1)]
+    assert all(line["time"] > 1.7e9 for line in lines)
+
+
+def test_no_path_keeps_no_events_and_a_full_disk_stops_nothing() -> None:
+    EventLog("").append("recovery")
+    full = EventLog("/dev/full")
+    full.append("recovery")
+    full.append("recovery")
+
+
+def test_a_recovery_reads_as_one_line() -> None:
+    recovery = Recovery(
+        trigger="failure", lost=[2], joined=[], epoch=4, previous_epoch=3, requests_moved=5, steps_replayed=1,
+        seconds={"detect": 0.001, "agree": 0.01, "mask": 0.0, "replan": 0.002, "restore": 0.05, "replay": 0.018,
+                 "total": 0.081},
+        bytes_restored={"peer": 1000, "vault": 0, "disk": 24}, causes={2: "notice"}, outcome="complete",
+    )  # fmt: skip
+    assert recovery.summary() == (
+        "recovered: lost ranks [2], epoch 3 -> 4, total 0.081 s (detect 0.001, agree 0.010, mask 0.000, replan 0.002, "
+        "restore 0.050, replay 0.018), 5 requests moved, 1000 bytes from peer, 24 bytes from disk restored"
+    )
