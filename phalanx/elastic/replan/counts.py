@@ -37,21 +37,41 @@ def safest(ground: Ground, num_experts: int) -> Safety:
     have room for all single experts and the protected ones suffice to fill each safe rank with different ones.
     """
     n, total = ground.size, ground.total
-    if n < 2 or total >= 2 * num_experts:
-        everyone = np.ones(n, bool) if n > 1 else np.zeros(n, bool)
-        return Safety(everyone, num_experts if n > 1 else 0)
+    used = ground.sequence_N[ground.fill_N[ground.sequence_N] > 0]
+    if used.size < 2:
+        return Safety(np.zeros(n, bool), 0)
+    if total >= 2 * num_experts:
+        return Safety(np.ones(n, bool), num_experts)
     doubles = total - num_experts
-    order = ground.sequence_N[np.argsort(ground.fill_N[ground.sequence_N], kind="stable")]
+    order = used[np.argsort(ground.fill_N[used], kind="stable")]
     best = Safety(np.zeros(n, bool), 0)
-    for k in range(1, n):
+    for k in range(1, order.size):
         safe = order[:k]
         needed = max(num_experts - int(ground.fill_N[order[k:]].sum()), int(ground.fill_N[safe].max()))
+        # Each protected expert can stand on a rank once, so few of them cannot take many slots.
+        needed = max(needed, -(-doubles // (order.size - 1)))
         if needed > doubles:
             break
         mask = np.zeros(n, bool)
         mask[safe] = True
-        best = Safety(mask, needed)
+        while needed <= doubles and int(protected_room(ground, mask, doubles + needed).max()) > needed:
+            needed += 1
+        if needed <= doubles:
+            best = Safety(mask, needed)
     return best
+
+
+def protected_room(ground: Ground, safe_N: Bools, replicas: int) -> Ints:
+    """[N]: slots a rank for replicas of protected experts: the safe ranks' all, the rest evenly on the others."""
+    room = np.where(safe_N, ground.fill_N, 0)
+    others = [i for i in ground.sequence_N if not safe_N[i]]
+    left = min(replicas, ground.total) - int(room.sum())
+    while left > 0:
+        for i in others:
+            if left > 0 and room[i] < ground.fill_N[i]:
+                room[i] += 1
+                left -= 1
+    return room
 
 
 def protected_experts(w_LE: Floats, order_LE: Ints, safety: Safety, ground: Ground, priority: Priority) -> Bools:
@@ -92,6 +112,7 @@ def replica_counts(w_LE: Floats, low_LE: Ints, high_LE: Ints, total: int) -> Int
     Adams' divisor method: the next replica always goes to the expert whose replicas carry most. Instead of one at a
     time, a search for the divisor gives all but the last few at once. w_LE must be positive.
     """
+    assert int(low_LE.sum(axis=1).max(initial=0)) <= total <= int(high_LE.sum(axis=1).min(initial=total)), total
     below = np.zeros((w_LE.shape[0], 1))
     above = total / w_LE.sum(axis=1, keepdims=True)
     count = low_LE

@@ -17,13 +17,13 @@ from phalanx.world import View
 class Ground:
     """The living ranks of a view, numbered 0..N-1 in rank order. The same for every layer.
 
-    rank_N: the rank of each. host_N: a number for its host, in order of first appearance. limit_N: the slots it may
-    fill at most. fill_N: the slots a plan fills on it.
+    rank_N: the rank of each. host_N: a number for its host, in order of first appearance. slots_N: the slots it has.
+    fill_N: how many of them a plan fills.
     """
 
     rank_N: Ints
     host_N: Ints
-    limit_N: Ints
+    slots_N: Ints
     fill_N: Ints
 
     @property
@@ -77,15 +77,15 @@ def survey(
     rank = np.array(view.ranks, np.int64)
     names: dict[str, int] = {}
     host = np.array([names.setdefault(m.host, len(names)) for m in view.members], np.int64)
-    limit = np.full(rank.size, slots_per_rank, np.int64)
+    slots = np.full(rank.size, slots_per_rank, np.int64)
     if rank_slots is not None:
-        limit = np.clip(np.asarray(rank_slots, np.int64)[rank], 0, slots_per_rank)
+        slots = np.clip(np.asarray(rank_slots, np.int64)[rank], 0, slots_per_rank)
     # A second copy of an expert on one rank serves nobody, so a rank never fills more slots than there are experts.
-    limit = np.minimum(limit, num_experts)
+    limit = np.minimum(slots, num_experts)
     total = int(limit.sum()) if num_replicas is None else min(num_replicas, int(limit.sum()))
     if total < num_experts:
         raise TooFewSlots(total, num_experts)
-    return Ground(rank, host, limit, _fill(limit, total, spread(host)))
+    return Ground(rank, host, slots, _fill(limit, total, spread(host)))
 
 
 def _fill(limit_N: Ints, total: int, sequence_N: Ints) -> Ints:

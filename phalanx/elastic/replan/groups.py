@@ -22,6 +22,7 @@ def fits_groups(ground: Ground, num_experts: int, num_groups: int) -> bool:
         and num_experts % num_groups == 0
         and ground.total % hosts == 0
         and int(ground.fill_N[0]) * hosts <= 2 * num_experts
+        and ground.total <= num_experts * (ground.size // hosts + 1)
     )
 
 

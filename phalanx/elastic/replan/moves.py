@@ -88,7 +88,7 @@ def _costs(ground: Ground, flat_LP: Ints, count_LE: Ints, w_LE: Floats, priority
     filled = (by_rank != EMPTY).sum(axis=2)
     beyond = filled >= ground.fill_N
     empty = np.where(np.repeat(beyond, width, axis=1), 0.5, 0.0)
-    usable = (np.arange(width) < ground.limit_N[:, None]).ravel()
+    usable = (np.arange(width) < ground.slots_N[:, None]).ravel()
     cost = np.where(flat_LP == EMPTY, empty, cost)
     cost[:, ~usable] = np.inf
     return cost
@@ -112,7 +112,7 @@ def keep_slots(ground: Ground, expert_LNM: Ints, held_LNS: Ints, num_experts: in
     """[L, N, S]: each rank's experts in its slots, those that it holds already where they are. New ones go to empty
     slots first."""
     layers, ranks, width = held_LNS.shape
-    held = np.where(np.arange(width) < ground.limit_N[:, None], held_LNS, EMPTY)
+    held = np.where(np.arange(width) < ground.slots_N[:, None], held_LNS, EMPTY)
     slot_of = np.full((layers * ranks, num_experts + 1), -1, np.int64)
     cell = np.arange(layers * ranks)[:, None]
     slot_of[cell, held.reshape(-1, width)] = np.arange(width)
@@ -122,7 +122,7 @@ def keep_slots(ground: Ground, expert_LNM: Ints, held_LNS: Ints, num_experts: in
     out = np.full((layers * ranks, width), EMPTY, np.int64)
     row, at = np.nonzero(slot >= 0)
     out[row, slot[row, at]] = expert[row, at]
-    usable = np.broadcast_to(np.arange(width) < ground.limit_N[:, None], held.shape).reshape(-1, width)
+    usable = np.broadcast_to(np.arange(width) < ground.slots_N[:, None], held.shape).reshape(-1, width)
     rank_key = (out != EMPTY) * 2 + (held.reshape(-1, width) != EMPTY) + 4 * ~usable
     free = np.argsort(rank_key, axis=1, kind="stable")
     new = (slot < 0) & (expert >= 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from phalanx.elastic.replan.counts import protected_room
 from phalanx.elastic.replan.ground import Ground
 from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending, descending
 
@@ -103,7 +104,7 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
     )
     none = np.zeros(ground.size, np.int64)
     singles = int(single_LE[0].sum()) if packed else 0
-    first_fill = _room_for_protected(ground, safe_N, ground.total - singles) if singles else ground.fill_N
+    first_fill = protected_room(ground, safe_N, ground.total - singles) if singles else ground.fill_N
     split = int(first_fill.sum())
     _rounds(out, item[:, :split], item_part[:, :split], none, first_fill)
     if singles:
@@ -111,19 +112,6 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
     if ground.host_matters:
         out.count_hosts()
     return out
-
-
-def _room_for_protected(ground: Ground, safe_N: Bools, replicas: int) -> Ints:
-    """Slots a rank for replicas of protected experts: the safe ranks' all, the rest evenly on the others."""
-    room = np.where(safe_N, ground.fill_N, 0)
-    others = [i for i in ground.sequence_N if not safe_N[i]]
-    left = replicas - int(room.sum())
-    while left > 0:
-        for i in others:
-            if left > 0 and room[i] < ground.fill_N[i]:
-                room[i] += 1
-                left -= 1
-    return room
 
 
 def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> None:
@@ -180,6 +168,7 @@ def _part_neighbours(rank: Ints, item: Ints, domain_N: Ints, last_item: Ints, la
     same = np.empty(item.shape, bool)
     same[:, 0] = (item[:, 0] == last_item) & (domain[:, 0] == last_domain)
     same[:, 1:] = (item[:, 1:] == item[:, :-1]) & (domain[:, 1:] == domain[:, :-1])
+    same[:, 1:] &= ~same[:, :-1]  # one exchange at a time: `repair` sees to the rest
     layer, at = np.nonzero(same[:, :-1])
     rank[layer, at], rank[layer, at + 1] = rank[layer, at + 1], rank[layer, at]
 
@@ -193,22 +182,33 @@ def repair(out: Deal) -> None:
     if not out.ground.host_matters:
         return
     for _ in range(out.shape[1]):
-        stuck = (out.on_host_LEH.max(axis=2) == out.count_LE) & (out.count_LE > 1)
-        layer, one = np.nonzero(stuck)
+        layer, one = np.nonzero(_on_one_host(out))
         if not layer.size:
             return
-        # Any one of its replicas may go; the exchange that leaves the loads most even tells which rank's it is.
-        rank, slot = np.divmod(
-            (out.expert_LNM[layer] == one[:, None, None]).reshape(layer.size, -1).argmax(1), out.shape[2]
-        )
+        mine = (out.expert_LNM[layer] == one[:, None, None]).reshape(layer.size, -1)
+        rank, slot = np.divmod(mine.argmax(axis=1), out.shape[2])
         if not _one_a_layer(out, layer, rank, slot, off_host=True):
-            return
+            break
+    for layer_, one_ in np.argwhere(_on_one_host(out)).tolist():
+        _cover(out, layer_, one_)
+
+
+def _on_one_host(out: Deal) -> Bools:
+    """[L, E]: experts that have several replicas, all on one host."""
+    lone: Bools = (out.on_host_LEH.max(axis=2) == out.count_LE) & (out.count_LE > 1)
+    return lone
 
 
 def _one_a_layer(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) -> bool:
     """Exchange each of these replicas away, one of each layer at a time. Whether any could be."""
     any_moved = False
     while layer.size:
+        if not off_host:  # an earlier exchange may have seen to it
+            expert = out.expert_LNM[layer, rank]
+            still = (expert == expert[np.arange(layer.size), slot][:, None]).sum(axis=1) > 1
+            layer, rank, slot = layer[still], rank[still], slot[still]
+            if not layer.size:
+                break
         _, first = np.unique(layer, return_index=True)
         moved = _exchange(out, layer[first], rank[first], slot[first], off_host)
         any_moved |= bool(moved.any())
@@ -238,8 +238,8 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
         here = ground.host_N[rank]
         away = (ground.host_N[None, :] != here[:, None])[:, :, None]
         count, hosts = out.count_LE[layer], out.on_host_LEH[layer]
-        theirs = count[at, expert]
-        good &= ~away | (theirs == 1) | (theirs - hosts[at, expert, here[:, None, None]] > 1)
+        times = count[at, expert]
+        good &= ~away | (times == 1) | (times - hosts[at, expert, here[:, None, None]] > 1)
         outside = count[c, mine][:, None] - hosts[c, mine]
         good &= away if off_host else ~away | (outside[:, ground.host_N] > 1)[:, :, None]
     delta = part[c, rank, slot][:, None, None] - part
@@ -250,28 +250,52 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
     layer, rank, slot, mine = layer[found], rank[found], slot[found], mine[found]
     other, place = np.divmod(best[found], width)
     out.swap(layer, rank, slot, other, place)
-    # A second replica of the expert may have stayed on the rank: the exchange took only one away.
+    # A second replica of either expert may have stayed on its rank: the exchange took only one away.
     out.holds_LNE[layer, rank, mine] = (out.expert_LNM[layer, rank] == mine[:, None]).any(axis=1)
+    theirs = out.expert_LNM[layer, rank, slot]
+    out.holds_LNE[layer, other, theirs] = (out.expert_LNM[layer, other] == theirs[:, None]).any(axis=1)
     return found
 
 
 def _replace(out: Deal, layer: int, rank: int, slot: int) -> None:
     """The last resort, for very uneven slots a rank: a second replica on one rank gives way to the expert whose
     replicas carry most of those that the rank does not hold."""
-    mine, count = int(out.expert_LNM[layer, rank, slot]), out.count_LE[layer]
-    total = np.bincount(out.expert_LNM[layer].ravel() + 1, out.part_LNM[layer].ravel(), count.size + 1)[1:]
-    free = ~out.holds_LNE[layer, rank]
-    if out.packed:
-        free &= ~out.single_LE[layer]
-    new = int(np.argmax(np.where(free, total / np.maximum(count, 1), -1.0)))
-    count[mine] -= 1
+    carried = _totals(out, layer) / np.maximum(out.count_LE[layer], 1)
+    _put(out, layer, rank, slot, int(np.argmax(np.where(out.holds_LNE[layer, rank], -1.0, carried))))
+
+
+def _cover(out: Deal, layer: int, one: int) -> None:
+    """Likewise when no exchange takes an expert off its only host: it gets one more replica on another host, in place
+    of one of three or more of another expert that keeps two hosts without it."""
+    hosts, expert, count = out.on_host_LEH[layer], out.expert_LNM[layer], out.count_LE[layer]
+    host = out.ground.host_N[:, None]
+    elsewhere = (count[:, None] - hosts)[expert, host]
+    spare = (count[expert] > 2) & ((elsewhere > 1) | ((elsewhere == 1) & (hosts[expert, host] > 1)))
+    spare &= (hosts[one] == 0)[host] & (expert >= 0)
+    if spare.any():
+        rank, slot = divmod(int(np.argmin(np.where(spare, out.part_LNM[layer], np.inf))), expert.shape[1])
+        _put(out, layer, rank, slot, one)
+
+
+def _totals(out: Deal, layer: int) -> Floats:
+    """[E]: each expert's load."""
+    experts = out.shape[3]
+    return np.bincount(out.expert_LNM[layer].ravel() + 1, out.part_LNM[layer].ravel(), experts + 1)[1:]
+
+
+def _put(out: Deal, layer: int, rank: int, slot: int, new: int) -> None:
+    """Let a slot hold another expert, which changes how many replicas the two have and what each carries."""
+    total, count, expert = _totals(out, layer), out.count_LE[layer], out.expert_LNM[layer]
+    old = int(expert[rank, slot])
+    expert[rank, slot] = new
+    count[old] -= 1
     count[new] += 1
-    out.expert_LNM[layer, rank, slot] = new
+    out.single_LE[layer, [old, new]] = count[[old, new]] == 1
+    out.holds_LNE[layer, rank, old] = bool((expert[rank] == old).any())
     out.holds_LNE[layer, rank, new] = True
-    expert = out.expert_LNM[layer]
     out.part_LNM[layer] = np.where(expert >= 0, (total / np.maximum(count, 1))[expert], 0.0)
     out.load_LN[layer] = out.part_LNM[layer].sum(axis=1)
     if out.ground.host_matters:
         host = out.ground.host_N[rank]
-        out.on_host_LEH[layer, mine, host] -= 1
+        out.on_host_LEH[layer, old, host] -= 1
         out.on_host_LEH[layer, new, host] += 1

@@ -109,7 +109,9 @@ def _held_by_living(held_LP: IntArray, ground: Ground, shape: tuple[int, ...], e
         raise ValueError(f"held names experts outside 0..{experts - 1}")
     every = np.full((layers, ep_size, width), EMPTY, np.int64)
     every[:, : held.shape[1] // width] = held.reshape(layers, -1, width)
-    return every[:, ground.rank_N]
+    living = every[:, ground.rank_N]
+    living[:, np.arange(width) >= ground.slots_N[:, None]] = EMPTY
+    return living
 
 
 def _full_plan(
@@ -122,7 +124,8 @@ def _full_plan(
         safety = Safety(np.zeros(ground.size, bool), 0)
     packed = bool(safety.safe_N.any() and not safety.safe_N.all())
     protected = protected_experts(w_LE, descending(w_LE), safety, ground, priority)
-    high = np.where(protected, ground.size, 1) if packed else np.full(w_LE.shape, ground.size)
+    ranks = int((ground.fill_N > 0).sum())
+    high = np.where(protected, ranks, 1) if packed else np.full(w_LE.shape, ranks)
     counts = replica_counts(w_LE, np.where(protected, 2, 1), high, ground.total)
     single = counts == 1
     new = deal(ground, w_LE / counts, counts, single, safety.safe_N)

@@ -84,8 +84,8 @@ def routed_loads(placement: Placement, view: View, load_LE: npt.ArrayLike) -> Fl
     layer = np.arange(load.shape[0])[:, None, None]
     key = np.where(valid, layer * view.ep_size + slots // placement.slots_per_rank, 0)
     part = np.where(valid, share * load[:, :, None], 0.0)
-    out: Floats = np.bincount(key.ravel(), part.ravel(), load.shape[0] * view.ep_size)
-    return out.reshape(load.shape[0], -1)
+    out = np.bincount(key.ravel(), part.ravel(), load.shape[0] * view.ep_size)
+    return np.asarray(out, np.float64).reshape(load.shape[0], -1)
 
 
 def _living(placement: Placement, view: View) -> tuple[IntArray, IntArray]:
