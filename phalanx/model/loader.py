@@ -130,7 +130,7 @@ class Checkpoint:
     def _handle(self, name: str) -> Any:
         file = self._files[name]
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
+            self._open[file] = _opened(file, framework="pt")
         return self._open[file]
 
     def _tensor(self, name: str) -> Tensor:
@@ -266,10 +266,10 @@ def _read_header(file: Path, names: list[str]) -> dict[str, Shape]:
     return shapes
 
 
-def _opened(file: Path) -> Any:
+def _opened(file: Path, framework: str = "np") -> Any:
     """safetensors checks the header, and that the tensors cover the file to its last byte."""
     try:
-        return safe_open(file, framework="np")
+        return safe_open(file, framework=framework)
     except FileNotFoundError as error:
         raise BadCheckpoint(f"{file} is missing, though the index names it: fetch it again") from error
     except (SafetensorError, OSError) as error:
