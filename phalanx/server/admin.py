@@ -92,6 +92,7 @@ def _observation(router: APIRouter) -> None:
                 "started_at": service.started_at,
                 "epoch": roster.epoch,
                 "ranks_alive": roster.alive,
+                "rank_problems": roster.reasons(),
                 "requests_in_flight": service.router.in_flight,
                 "requests_held": service.router.held,
                 "eos_token_ids": sorted(service.text.eos_ids),

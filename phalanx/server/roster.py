@@ -153,15 +153,19 @@ class Roster:
             "ep_size": self.ep_size,
             "ranks": [self._rank_status(rank) for rank in range(self.ep_size)],
             "last_recovery": None if last is None else {
-                "trigger": last.trigger, "lost": last.lost, "joined": last.joined, "epoch": last.epoch,
-                "seconds": last.seconds, "bytes_restored": last.bytes_restored, "requests_moved": last.requests_moved,
-                "outcome": last.outcome,
+                "trigger": last.trigger, "lost": last.lost, "epoch": last.epoch, "seconds": last.seconds,
+                "bytes_restored": last.bytes_restored, "requests_moved": last.requests_moved,
             },
         }  # fmt: skip
 
+    def reasons(self) -> dict[str, str]:
+        """By rank, why it does not serve, where that is known. LOCAL."""
+        known = {str(rank): r.detail or r.cause or r.cannot_serve for rank, r in sorted(self.records.items())}
+        return {rank: reason for rank, reason in known.items() if reason}
+
     def _rank_status(self, rank: int) -> dict[str, Any]:
         record = self.records.get(rank) or RankRecord(Identity(rank, 0))
-        status: dict[str, Any] = {
+        return {
             "rank": rank,
             "incarnation": record.identity.incarnation,
             "state": self.state(rank),
@@ -169,9 +173,6 @@ class Roster:
             "host": record.host,
             "device": record.device,
         }
-        if reason := record.detail or record.cause or record.cannot_serve:
-            status["reason"] = reason
-        return status
 
     # --- what they say; each returns the identities that are lost by it
 

@@ -89,6 +89,7 @@ def test_streams_go_on_when_their_rank_is_killed(make_cluster: Callable[..., Clu
     last = seen["last_recovery"]
     assert (last["trigger"], last["lost"], last["epoch"], last["requests_moved"]) == ("failure", [1], 2, 3)
     assert last["seconds"]["detect"] == pytest.approx(0.003)
+    assert cluster.http.get("/server_info").json()["rank_problems"] == {"1": "killed by SIGKILL"}
     assert last["bytes_restored"] == {"peer": 200, "vault": 0, "disk": 0}
     assert cluster.metric("phalanx_ranks_alive") == 2
     assert cluster.metric("phalanx_view_epoch") == 2

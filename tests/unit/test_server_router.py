@@ -469,10 +469,12 @@ def test_a_recovery_is_the_slowest_rank_by_phase_and_the_sum_of_bytes(desk: Desk
     desk.died(2)
     desk.meet((0, 0), (1, 0), trigger="failure", lost=(2,), causes={2: "notice"})
     desk.hear(recovered(0, 2, 0.010, 100, [2]))
-    assert desk.router.roster.status()["last_recovery"]["outcome"] == "partial"
+    assert desk.router.roster.last_recovery is not None
+    assert desk.router.roster.last_recovery.outcome == "partial"
     desk.hear(recovered(1, 2, 0.004, 50, [2]))
     last = desk.router.roster.status()["last_recovery"]
-    assert (last["trigger"], last["lost"], last["epoch"], last["outcome"]) == ("failure", [2], 2, "complete")
+    assert set(last) == {"trigger", "lost", "epoch", "seconds", "bytes_restored", "requests_moved"}
+    assert (last["trigger"], last["lost"], last["epoch"]) == ("failure", [2], 2)
     assert last["seconds"]["detect"] == 0.010
     assert last["bytes_restored"] == {"peer": 150, "vault": 0, "disk": 0}
     assert last["requests_moved"] == 1
