@@ -222,6 +222,7 @@ class Worker:
                 trigger=adoption.trigger,
                 lost=list(adoption.lost),
                 causes=dict(adoption.causes),
+                kv_tokens=self._limits.num_blocks * self._limits.block_size,
             )
         )
 
