@@ -212,9 +212,10 @@ class RollCall:
         return agreed
 
     def join(self, mine: Answer) -> Agreed:
-        """Ask to be let in, and return the World that has this rank. Waits until the members meet. Raises Evicted when
-        they have not let it in after start_s. LOCAL for the members: none waits for a newcomer that does not answer."""
-        deadline = self._clock.now() + self._limits.start_s
+        """Ask to be let in, and return the World that has this rank. Waits until the members meet; they wait for a
+        newcomer at most join_s. Raises Evicted when they do not meet for longer than start_s. LOCAL."""
+        patience_s = self._limits.start_s + self._limits.roll_call_s  # the first meeting may be open already
+        deadline = self._clock.now() + patience_s
         last = self.follow(None)
         asked = answered = 0
         while self._clock.now() < deadline and not self._is_dead(self.me):
@@ -235,6 +236,7 @@ class RollCall:
                 last = self.follow(agreed)
                 if last is not None and self.me in last.view:
                     return last
+                deadline = self._clock.now() + patience_s
         raise self._evicted(last.epoch if last else 0)
 
     def joiners(self) -> tuple[tuple[int, int], ...]:
@@ -320,14 +322,17 @@ class _Meeting:
         self._shape, self._limits = calls._shape, calls._limits
         self.epoch = (base.epoch if base else 0) + 1
         self.answers: dict[Member, Answer] = {}
-        members = base.view.members if base else tuple(Member(r, 0) for r in range(self._shape.ep_size))
+        self.members = base.view.members if base else tuple(Member(r, 0) for r in range(self._shape.ep_size))
+        self.newcomers: tuple[Member, ...] = ()
+        self._look_for_newcomers()
+
+    def _look_for_newcomers(self) -> None:
         self.newcomers = tuple(
             Member(rank, incarnation)
-            for rank, incarnation in calls.joiners()
+            for rank, incarnation in self._calls.joiners()
             if 0 <= rank < self._shape.ep_size
-            and not any(m.rank == rank and m.incarnation >= incarnation for m in members)
+            and not any(m.rank == rank and m.incarnation >= incarnation for m in self.members)
         )
-        self.members = members
 
     def expected(self) -> tuple[Member, ...]:
         """Everyone who may be in the next view and is not known to be dead: members first, by rank, then newcomers. A
@@ -351,6 +356,8 @@ class _Meeting:
         late = open_s >= limit
         if not late and (not expected or expected[0] != self._calls.me):
             return False
+        self._look_for_newcomers()
+        expected = self.expected()
         for member in expected:
             if member not in self.answers and (answer := self._calls.answer_of(self.epoch, member)) is not None:
                 self.answers[member] = answer

@@ -89,10 +89,10 @@ class PeerSource:
     def copies(self, layer: int, expert: int) -> Iterator[Fetch]:
         assert self._agreed is not None, "copies of what? Nothing is agreed yet"
         placement, view = self._agreed.placement, self._agreed.view
-        width, ep_size = placement.slots_per_rank, view.ep_size
+        width, mine = placement.slots_per_rank, self._me.rank
         slots = np.flatnonzero(self._kept_LP[layer] & (placement.slots_LP[layer] == expert)).tolist()
-        # Each rank starts at another replica, so that not all read from the same one.
-        for slot in sorted(slots, key=lambda p: (p // width - self._me.rank) % ep_size):
+        turn = mine % max(1, len(slots))  # each rank starts at another replica, so that not all read from one
+        for slot in slots[turn:] + slots[:turn]:
             member = view.member(slot // width)
             if member is not None and member != self._me:
                 yield self._fetch(member, layer, slot % width)
