@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ import click
 import httpx
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -33,8 +35,9 @@ from phalanx.errors import PhalanxError
 from phalanx.testing.service import Service, ServiceEnded
 from phalanx.testing.streams import Stream, client, run_and_hurt, run_streams
 
-QUESTIONS = (
-    "What is the capital of France?",
+QUESTION = "What is the capital of France?"
+CHATS = (
+    "How do I learn to play the piano?",
     "Tell me a short story about a cat who finds a lighthouse.",
     "Explain in simple words why the sky is blue.",
     "Give me a recipe for pancakes.",
@@ -42,6 +45,7 @@ QUESTIONS = (
     "What should I see on a first visit to Rome?",
 )
 CHAT = "/v1/chat/completions"
+READY_OR_DEAD = re.compile(r"ready: |(?P<dead>rank \S+ \(pid \d+\) ended)")
 
 
 class DemoFailed(PhalanxError):
@@ -51,7 +55,7 @@ class DemoFailed(PhalanxError):
 @click.command(context_settings={"show_default": True})
 @click.option("--model", type=click.Path(path_type=Path), default="models/smollm2-moe", help="Built when it is absent.")
 @click.option("--ep-size", type=click.IntRange(min=2), default=4, help="Ranks.")
-@click.option("--chats", type=click.IntRange(1, len(QUESTIONS)), default=len(QUESTIONS), help="Chats at once.")
+@click.option("--chats", type=click.IntRange(1, len(CHATS)), default=len(CHATS), help="Chats at once.")
 @click.option("--max-tokens", type=click.IntRange(min=8), default=80, help="Tokens a chat at most.")
 @click.option("--kill-rank", type=click.IntRange(min=0), default=0, help="Who falls. There is no special rank.")
 @click.option("--plain", is_flag=True, help="Lines instead of a live picture.")
@@ -65,7 +69,7 @@ def main(model: Path, ep_size: int, chats: int, max_tokens: int, kill_rank: int,
         with served(console, model, ep_size) as service:
             Demo(console, service, chats, max_tokens, kill_rank, live=console.is_terminal and not plain).run()
     except (PhalanxError, ServiceEnded, TimeoutError) as error:
-        console.print(f"[bold red]demo: {error}", markup=True)
+        console.print(Text(f"demo: {error}", style="bold red"), soft_wrap=True)
         sys.exit(1)
 
 
@@ -90,7 +94,9 @@ def served(console: Console, model: Path, ep_size: int) -> Iterator[Service]:
     console.print(f"$ phalanx serve {model} --ep-size {ep_size}")
     try:
         with console.status(f"{ep_size} ranks load their experts"):
-            service.start().wait_ready(timeout_s=300)
+            found = service.start().wait_for_line(READY_OR_DEAD, timeout_s=300)
+        if found["dead"]:
+            raise DemoFailed(f"the service did not come up; its log:\n{service.log}")
         console.print(f"ready after {time.monotonic() - begin:.1f} s at {service.url}\n")
         yield service
     finally:
@@ -104,19 +110,24 @@ class Demo:
         self, console: Console, service: Service, chats: int, max_tokens: int, kill_rank: int, *, live: bool
     ) -> None:
         self._console, self._service, self._kill_rank, self._live = console, service, kill_rank, live
-        self._questions = QUESTIONS[:chats]
+        self._questions = CHATS[:chats]
         self._max_tokens = max_tokens
 
     def run(self) -> None:
         """Raises DemoFailed when anything is not as promised."""
         expected = asyncio.run(self._unfailed())
+        answer = self._answer()
         before = self._service.status()
         pid = next(rank["pid"] for rank in before["ranks"] if rank["rank"] == self._kill_rank)
         streams, killed_s, over = asyncio.run(self._with_a_death(expected, pid))
         after = self._service.status()
         self._report(expected, streams, killed_s, over, after)
         self._check(expected, streams, over, before, after)
-        self._ask_once_more(after)
+        if self._answer() != answer:
+            raise DemoFailed(f"asked again, {QUESTION!r} gets another answer than {answer!r}")
+        left = sum(rank["state"] == "healthy" for rank in after["ranks"])
+        self._console.print(f"\n{left} ranks go on answering: {QUESTION} [bold]{escape(answer)}[/]")
+        self._console.print("[bold green]Every chat went on to its end, with the same text.")
 
     # --- the runs
 
@@ -177,9 +188,9 @@ class Demo:
         over: frozenset[str],
         after: dict[str, Any],
     ) -> None:
-        table = Table(title="What the clients saw")
-        table.add_column("chat")
-        for column in ("tokens", "kill to next token", "longest gap without a failure", "text"):
+        table = Table(title="The longest silence that each client saw")
+        table.add_column("chat", no_wrap=True, max_width=28)
+        for column in ("tokens", "kill to next token", "without a failure", "text"):
             table.add_column(column, justify="right")
         for mine, theirs, question in zip(streams, expected, self._questions, strict=True):
             silence = None if mine.name in over else mine.silence(killed_s)
@@ -215,14 +226,13 @@ class Demo:
         with talking_to(self._service.url):
             return httpx.get(f"{self._service.url}/ready", timeout=30).status_code == httpx.codes.OK
 
-    def _ask_once_more(self, after: dict[str, Any]) -> None:
-        body = self._bodies()[0]
+    def _answer(self) -> str:
+        """What the service answers to one short question, without streaming."""
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"messages": messages, "max_tokens": 16, "temperature": 0.0}
         with talking_to(self._service.url):
             answer = httpx.post(f"{self._service.url}{CHAT}", json=body, timeout=60).raise_for_status().json()
-        text = answer["choices"][0]["message"]["content"]
-        left = sum(rank["state"] == "healthy" for rank in after["ranks"])
-        self._console.print(f"\nand {left} ranks go on answering: {self._questions[0]} [bold]{text.strip()}[/]")
-        self._console.print("[bold green]Every chat went on to its end, with the same text.")
+        return str(answer["choices"][0]["message"]["content"]).strip()
 
 
 @contextmanager
@@ -230,14 +240,15 @@ def shown(
     console: Console, streams: Sequence[Stream], live: bool, questions: Sequence[str], note: Text | None = None
 ) -> Iterator[None]:
     """Show the streams while they grow, or, without a terminal, each one's end."""
-    chats = Chats(streams, questions, note or Text())
+    chats = Chats(streams, questions, Text() if note is None else note)  # an empty Text is falsy
     if live:
         with Live(chats, console=console, refresh_per_second=8):
             yield
         return
     yield
     for stream, question in zip(streams, questions, strict=True):
-        console.print(f"   {question} -> {' '.join(stream.text.split())[:100]}", markup=False)
+        said = " ".join((stream.error or stream.text).split())
+        console.print(Text(f"   {question} -> {said}"), no_wrap=True, overflow="ellipsis")
 
 
 class Chats:
