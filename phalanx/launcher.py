@@ -46,6 +46,9 @@ log = logging.getLogger("phalanx.launcher")
 STOP_PATIENCE_S = 5.0
 """How long a process may take to end after it was asked to, before it is killed."""
 
+FIRST_WORLD = "world/1"
+"""The store's key for the outcome of the first meeting (`elastic.agree`)."""
+
 
 @dataclass
 class Worker:
@@ -199,7 +202,12 @@ class Launcher:
             "rank %d.%d (pid %d) ended: %s", worker.rank, worker.incarnation, worker.pid, detail,
         )  # fmt: skip
         self._tell(m.Died(rank=worker.rank, incarnation=worker.incarnation, cause=cause, detail=detail))
-        if not self.config.elastic and not self._stopping:
+        if self._stopping:
+            return
+        if not self._by_pidfd and not self._store.check([FIRST_WORLD]):
+            log.error("no rank lived to the first meeting: stopping the service")
+            self._exit_code, self._stopping = 1, True
+        elif not self.config.elastic:
             log.error("a rank is gone and --no-elastic is set: stopping the service")
             self._exit_code, self._stopping = 1, True
 

@@ -41,6 +41,11 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--max-num-batched-tokens", "Tokens a rank computes in one step.", type=int)
 @_option("--block-size", "Tokens a KV block.", type=int)
 @_option("--num-kv-blocks", "KV blocks a rank (0: from --kv-cache-memory-mb).", type=int)
+@click.option(
+    "--enable-prefix-caching/--no-enable-prefix-caching",
+    default=True,
+    help="Reuse the KV of prompts' common beginnings.",
+)
 @_option("--kv-cache-memory-mb", "Memory a rank for its KV cache.", type=int)
 @_option("--max-queued-requests", "Requests waiting in the service; more are answered 429.", type=int)
 @_option("--peer-timeout", "Seconds a silent rank is waited for before it is suspected.", type=float)
