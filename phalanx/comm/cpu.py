@@ -5,9 +5,9 @@ its own that it is there. Readers take what concerns them: in a dispatch the tok
 combine the rows of their tokens. So each byte is copied once into and once out of shared memory, nobody writes where
 others write, and a rank that is stopped in the middle of anything leaves nothing locked.
 
-A wait spins with `sched_yield` (4 ranks on 2 cores need each other's CPU), and naps once it has lasted for
-milliseconds. Only a wait looks for trouble: notices of death, open roll calls, peers whose process ended, time-outs.
-What is ready when a rank looks costs it no check but one: after copying, that the peer has not reused the buffer.
+A wait spins with `sched_yield` (4 ranks on 2 cores need each other's CPU), and naps while others compute. Only a wait
+looks for trouble: notices of death, open roll calls, peers whose process ended, time-outs. What is ready when a rank
+looks costs it no check but one: after copying, that the peer has not reused the buffer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ _NUMBER_SHIFT = 3
 _EPOCH_SHIFT = 40
 
 _SPIN_NS = 2_000_000
-"""A wait this long is no longer about latency: nap, and leave the CPU to those who compute."""
+"""A wait this long is no longer about latency: look for trouble in each round."""
+_TURN_NS = 300_000
+"""A yield this long means that someone computes who had to wait for a CPU: nap, instead of asking for it back."""
 _NAP_S = 50e-6
 _ROUNDS_PER_LOOK = 16
 """While it spins, a wait looks for trouble every so many rounds (some 10 us)."""
@@ -420,18 +422,21 @@ class CpuCommunicator(Communicator):
         return not self._roll_call
 
     def _wait(self, pending: list[PeerSegment], at: int, tag: int) -> None:
-        start = time.monotonic_ns()
+        start = now = time.monotonic_ns()
         rounds = 0
+        crowded = False
         silence: Silence | None = None
         while True:
-            os.sched_yield() if silence is None else time.sleep(_NAP_S)
+            time.sleep(_NAP_S) if crowded else os.sched_yield()
             pending = [peer for peer in pending if peer.words[at] != tag]
             if not pending:
                 return
             rounds += 1
+            before, now = now, time.monotonic_ns()
+            crowded = crowded or now - before > _TURN_NS or now - start > _SPIN_NS
             if silence is not None:
                 silence.tick()
-            elif time.monotonic_ns() - start > _SPIN_NS:
+            elif now - start > _SPIN_NS:
                 silence = Silence(peer.pid for peer in pending)
             elif rounds % _ROUNDS_PER_LOOK != 1:
                 continue
