@@ -147,6 +147,13 @@ def _tokens(router: APIRouter) -> None:
             answer["token_strs"] = [service.text.token_text(i) for i in ids]
         return _json(answer)
 
+    @router.get("/tokenizer_info")
+    async def tokenizer_info(service: ServiceHere) -> Response:
+        """What a client needs to use this server as its tokenizer, as vLLM gives it and lm-eval asks for it."""
+        text = service.text
+        return _json({**text.special_tokens, "chat_template": text.template.source or None,
+                      "model_max_length": service.max_model_len})  # fmt: skip
+
     @router.post("/detokenize")
     async def detokenize(request: DetokenizeRequest, service: ServiceHere) -> Response:
         check_model(service, request.model)

@@ -19,9 +19,10 @@ from starlette.requests import Request as HttpRequest
 from phalanx import messages as m
 from phalanx.config import ServeConfig
 from phalanx.observe.metrics import Metrics
-from phalanx.server import router as r
+from phalanx.server.flight import QueueFull, RankRefused, Request, RouterError, Unavailable
 from phalanx.server.link import Link
 from phalanx.server.protocol import ApiError, GenerationRequest
+from phalanx.server.router import Router
 from phalanx.server.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_S, raw_event
 from phalanx.server.text import Detokenizer, ModelText, StopStrings
 
@@ -45,7 +46,7 @@ class Service:
     started_at: int
 
     @property
-    def router(self) -> r.Router:
+    def router(self) -> Router:
         return self.link.router
 
 
@@ -137,7 +138,7 @@ class Choice:
         self._call.wake(self)
         return self.outcome is not None
 
-    def fail(self, error: r.RouterError) -> None:
+    def fail(self, error: RouterError) -> None:
         self._call.fail(error)
 
     def take(self) -> Delta:
@@ -180,7 +181,7 @@ class Generation:
         self._n = request.n or 1
         self._news = asyncio.Event()
         self._fresh: dict[int, Choice] = {c.index: c for c in self.choices if c.plan.echo is not None}
-        self._error: r.RouterError | None = None
+        self._error: RouterError | None = None
         self._began = time.monotonic()
         if self._fresh:
             self._news.set()
@@ -201,12 +202,12 @@ class Generation:
     def start(self) -> None:
         """Hand all choices to the router. ApiError 429 or 503 when it takes none."""
         requests = [
-            r.Request(f"{self.id}-{c.index}", self.id, c.plan.prompt_ids, c.plan.sampling, c) for c in self.choices
+            Request(f"{self.id}-{c.index}", self.id, c.plan.prompt_ids, c.plan.sampling, c) for c in self.choices
         ]
         metrics = self.service.metrics
         try:
             self.service.link.submit(requests)
-        except r.RouterError as error:
+        except RouterError as error:
             raise api_error(error) from None
         for choice in self.choices:
             metrics.request_prompt.observe(len(choice.plan.prompt_ids))
@@ -248,7 +249,7 @@ class Generation:
         self._fresh[choice.index] = choice
         self._news.set()
 
-    def fail(self, error: r.RouterError) -> None:
+    def fail(self, error: RouterError) -> None:
         self._error = self._error or error
         self._news.set()
 
@@ -308,15 +309,15 @@ async def unless_gone(request: HttpRequest, work: Awaitable[T]) -> T | None:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-def api_error(error: r.RouterError) -> ApiError:
+def api_error(error: RouterError) -> ApiError:
     """A router's refusal as an HTTP answer."""
     retry = {"Retry-After": str(RETRY_AFTER_S)}
     match error:
-        case r.QueueFull():
+        case QueueFull():
             return ApiError(429, str(error), code="queue_full", headers=retry)
-        case r.Unavailable():
+        case Unavailable():
             return ApiError(503, str(error), code="unavailable", headers=retry)
-        case r.RankRefused():
+        case RankRefused():
             return ApiError(400, str(error), param="prompt", code="request_too_large")
         case _:
             return ApiError(500, str(error))

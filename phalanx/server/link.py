@@ -17,8 +17,9 @@ import zmq.asyncio
 from phalanx import messages as m
 from phalanx.observe.events import EventLog
 from phalanx.process import launcher_endpoint, server_endpoint, worker_endpoint
+from phalanx.server.flight import Connect, Disconnect, Lost, Report, Request, ToRank
 from phalanx.server.roster import Identity
-from phalanx.server.router import Connect, Disconnect, Lost, Report, Request, Router, ToRank
+from phalanx.server.router import Router
 
 log = logging.getLogger("phalanx.server")
 

@@ -292,5 +292,7 @@ def validation_error(errors: list[dict[str, Any]]) -> ApiError:
     if place and place[0] == "prompt":
         return ApiError(400, "prompt: must be a string, a list of strings, a list of token ids or a list of such lists",
                         param="prompt")  # fmt: skip
+    if not place:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
     where = ".".join(place)
-    return ApiError(400, f"{where}: {first['msg']}" if where else f"{first['msg']}", param=place[0] if place else None)
+    return ApiError(400, f"{where}: {first['msg']}", param=place[0])

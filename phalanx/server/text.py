@@ -38,6 +38,7 @@ class ModelText:
         self.raw = _read_tokenizer(path)
         self.vocab_size = int(self.config.get("vocab_size") or self.raw.get_vocab_size(with_added_tokens=True))
         tokens = {k: _token(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.special_tokens = tokens
         self.bos_id = self._id(tokens["bos_token"])
         self.eos_ids = self._eos_ids(tokens["eos_token"], generation)
         self.template = ChatTemplate.read(path, settings, {k: v for k, v in tokens.items() if v}, chat_template)

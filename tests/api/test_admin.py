@@ -61,6 +61,12 @@ def test_texts_and_conversations_are_tokenized_and_back(cluster: Cluster) -> Non
     assert cluster.http.post("/detokenize", json={"tokens": [999]}).status_code == 400
 
 
+def test_a_client_can_use_the_server_as_its_tokenizer(cluster: Cluster) -> None:
+    info = cluster.http.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["bos_token"], info["model_max_length"]) == ("<|im_end|>", None, 512)
+    assert "<|im_start|>" in info["chat_template"]
+
+
 def test_metrics_count_what_clients_got(make_cluster: Callable[..., Cluster]) -> None:
     cluster = make_cluster(ranks=2)
     for _ in range(3):

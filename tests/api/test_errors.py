@@ -52,6 +52,12 @@ def test_a_body_that_cannot_be_read_is_a_400(cluster: Cluster, body: bytes) -> N
     assert error_of(answer)["message"]
 
 
+def test_a_body_without_its_content_type_says_what_is_missing(cluster: Cluster) -> None:
+    answer = cluster.http.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in error_of(answer)["message"]
+
+
 def test_a_prompt_that_is_too_long_says_how_long_it_is_and_may_be(cluster: Cluster) -> None:
     answer = cluster.http.post("/v1/completions", json={"prompt": "x" * 600})
     error = error_of(answer)

@@ -10,8 +10,7 @@ import pytest
 
 from phalanx import messages as m
 from phalanx.observe.metrics import Metrics
-from phalanx.server.roster import Identity
-from phalanx.server.router import (
+from phalanx.server.flight import (
     Connect,
     Disconnect,
     Effect,
@@ -20,11 +19,12 @@ from phalanx.server.router import (
     Report,
     Request,
     RequestBroken,
-    Router,
     RouterError,
     ToRank,
     Unavailable,
 )
+from phalanx.server.roster import Identity
+from phalanx.server.router import Router
 
 
 def truth(prompt_ids: list[int], index: int) -> int:
