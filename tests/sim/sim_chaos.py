@@ -49,7 +49,6 @@ class Trial:
             self.sim,
             Shape(rng.choice((1, 2)), experts, ranks, experts, rng.choice((0, 1, experts))),
             garbage=rng.choice((0.0, 0.1)),
-            disk_failures=0.0,
             disk_read_s=rng.choice((0.0, 0.002, 0.008)),
             on_point=self._passed,
         )

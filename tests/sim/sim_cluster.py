@@ -225,9 +225,7 @@ class Cluster:
         *,
         limits: Limits = LIMITS,
         garbage: float = 0.0,
-        disk_failures: float = 0.0,
         disk_read_s: float = 0.002,
-        missing: frozenset[tuple[int, int]] = frozenset(),
         on_point: Callable[[Process, str], None] = lambda process, name: None,
     ) -> None:
         self.sim, self.shape, self.limits = sim, shape, limits
@@ -241,11 +239,7 @@ class Cluster:
         self.adoptions: list[tuple[Member, Adoption]] = []
         self.resume = 0
         self._garbage, self._on_point = garbage, on_point
-        self._disk = (disk_read_s, disk_failures, missing)
-
-    def heal_disk(self) -> None:
-        """From now on the disk has everything; processes that start later see it."""
-        self._disk = (self._disk[0], 0.0, frozenset())
+        self.disk = SimDisk(sim, disk_read_s)
 
     def start(self, rank: int, incarnation: int = 0) -> Process:
         address = f"bank:{rank}.{incarnation}"
@@ -266,7 +260,6 @@ class Cluster:
         bank = process.bank = SimBank(self.sim, self.shape.num_layers, self.shape.slots_per_rank)
         self.wires.banks[me.weights_address] = bank
         engine = Engine(self, me, comm, bank)
-        disk = SimDisk(self.sim, *self._disk)
         recovery = process.recovery = Recovery(
             me,
             self.shape,
@@ -275,7 +268,7 @@ class Cluster:
             clock=self.sim,
             comm=comm,
             bank=bank,
-            sources=(PeerSource(me, self._open_bank), DiskSource(disk, None)),
+            sources=(PeerSource(me, self._open_bank), DiskSource(self.disk, None)),
             notices=self.notices,
             route_width=4,
             step=lambda: engine.step_number,
@@ -312,7 +305,7 @@ class Cluster:
             except PeerLost as lost:
                 change = recovery.change_after(lost)
             except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
-                self.cannot_serve.append((process.member, recovery.view.epoch, type(error).__name__))
+                self.cannot_serve.append((process.member, recovery.view.epoch, str(error)))
                 change = self._wait_for_help(comm, recovery)
 
     def _wait_for_help(self, comm: SimComm, recovery: Recovery) -> Change:

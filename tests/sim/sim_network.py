@@ -316,13 +316,15 @@ class SimPeer:
 
 
 class SimDisk:
-    """A checkpoint that takes its time, is written into the slot in two pieces, and sometimes fails."""
+    """A checkpoint that takes its time, is written into the slot in two pieces, and may lack experts."""
 
-    def __init__(self, sim: Scheduler, read_s: float, failures: float, missing: frozenset[tuple[int, int]]) -> None:
-        self._sim, self._read_s, self._failures, self._missing = sim, read_s, failures, missing
+    def __init__(self, sim: Scheduler, read_s: float) -> None:
+        self._sim, self._read_s = sim, read_s
+        self.missing: set[tuple[int, int]] = set()
+        """(layer, expert) that cannot be read at present."""
 
     def read_expert(self, layer: int, expert: int, out: npt.NDArray[np.uint8], dtype: Any) -> None:
-        if (layer, expert) in self._missing or self._sim.rng.random() < self._failures:
+        if (layer, expert) in self.missing:
             raise OSError("the disk does not answer")
         content = true_bytes(layer, expert)
         out[: EXPERT_BYTES // 2] = content[: EXPERT_BYTES // 2]
