@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phalanx.elastic.replan.counts import Priority
+from phalanx.elastic.replan.counts import Priority, protected_room
 from phalanx.elastic.replan.ground import Ground
 from phalanx.elastic.replan.order import Bools, Floats, Ints, descending
 from phalanx.elastic.replan.place import Deal
@@ -166,8 +166,12 @@ def _keep(ground: Ground, held_LNS: Ints, part_LE: Floats, count_LE: Ints, singl
     part = np.where(flat >= 0, part_LE.take(layer_key + np.maximum(flat, 0)), 0.0)
     load = part.reshape(layers, ranks, width).sum(axis=2)
     if safe_N.any() and not safe_N.all():
-        single = single_LE.take(layer_key + np.maximum(flat, 0))
-        flat[(flat >= 0) & single & np.repeat(safe_N, width)] = EMPTY
+        single = (flat >= 0) & single_LE.take(layer_key + np.maximum(flat, 0))
+        flat[single & np.repeat(safe_N, width)] = EMPTY
+        # Ranks that are not safe leave room for the singles: they keep few replicas of protected experts.
+        others = ((flat >= 0) & ~single).reshape(layers, ranks, width)
+        room = protected_room(ground, safe_N, ground.total - int(single_LE[0].sum()))
+        flat[(others & (np.cumsum(others, axis=2) > room[:, None])).reshape(layers, -1)] = EMPTY
     # Replicas sorted by (expert, load of their rank): of each expert the first few stay.
     turn = np.repeat(np.argsort(np.argsort(load, axis=1, kind="stable"), axis=1, kind="stable"), width, axis=1)
     key = (np.where(flat >= 0, flat, experts) * ranks + turn) * width * ranks + np.arange(ranks * width)

@@ -280,7 +280,8 @@ def _cover(out: Deal, layer: int, one: int) -> None:
 def _totals(out: Deal, layer: int) -> Floats:
     """[E]: each expert's load."""
     experts = out.shape[3]
-    return np.bincount(out.expert_LNM[layer].ravel() + 1, out.part_LNM[layer].ravel(), experts + 1)[1:]
+    total = np.bincount(out.expert_LNM[layer].ravel() + 1, out.part_LNM[layer].ravel(), experts + 1)[1:]
+    return np.asarray(total, np.float64)
 
 
 def _put(out: Deal, layer: int, rank: int, slot: int, new: int) -> None:

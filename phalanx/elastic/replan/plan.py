@@ -13,8 +13,9 @@ from phalanx.elastic.replan.even import even_out
 from phalanx.elastic.replan.ground import Ground, survey
 from phalanx.elastic.replan.groups import by_groups, fits_groups
 from phalanx.elastic.replan.moves import continue_from, fill_missing, keep_slots
-from phalanx.elastic.replan.order import Floats, Ints, descending
+from phalanx.elastic.replan.order import Bools, Floats, Ints, descending
 from phalanx.elastic.replan.place import Deal, deal, repair
+from phalanx.elastic.replan.polish import polish
 from phalanx.world import EMPTY, IntArray, Placement, View
 
 ROUNDS = 24
@@ -128,9 +129,10 @@ def _full_plan(
     high = np.where(protected, ranks, 1) if packed else np.full(w_LE.shape, ranks)
     counts = replica_counts(w_LE, np.where(protected, 2, 1), high, ground.total)
     single = counts == 1
-    new = deal(ground, w_LE / counts, counts, single, safety.safe_N)
-    repair(new)
-    even_out(new, ROUNDS)
+    new = deal(ground, w_LE / counts, counts.copy(), single.copy(), safety.safe_N)
+    low = np.where(protected, 2, 1)
+    grow = protected if packed else np.ones_like(protected)
+    improve(new, low, grow)
     expert, heaviest = new.expert_LNM, new.load_LN.max(axis=1)
     if not packed and fits_groups(ground, experts, num_groups):
         grouped, load, _ = by_groups(ground, w_LE, 2 if ground.total >= 2 * experts else 1, num_groups, ROUNDS)
@@ -138,12 +140,24 @@ def _full_plan(
             expert, heaviest = grouped, load.max(axis=1)
     if held_LNS is None:
         return expert
-    kept = continue_from(ground, held_LNS, w_LE, counts.copy(), single, safety.safe_N)
-    repair(kept)
-    even_out(kept, ROUNDS)
+    kept = continue_from(ground, held_LNS, w_LE, counts.copy(), single.copy(), safety.safe_N)
+    improve(kept, low, grow)
     worse = kept.load_LN.max(axis=1) > heaviest * (1 + WORTH_MOVING)
-    worse |= _lone_hosts(kept) > _lone_hosts(new)
+    worse |= (_lone_hosts(kept) > _lone_hosts(new)) | (_exposed(kept) > _exposed(new))
     return keep_slots(ground, np.where(worse[:, None, None], expert, kept.expert_LNM), held_LNS, experts)
+
+
+def improve(out: Deal, low_LE: Ints, may_grow_LE: Bools) -> None:
+    """Repair a deal, even it out and, if it is small, polish it."""
+    repair(out)
+    even_out(out, ROUNDS)
+    polish(out, low_LE, may_grow_LE)
+
+
+def _exposed(out: Deal) -> Ints:
+    """[L]: ranks whose death loses an expert."""
+    exposed: Ints = (out.holds_LNE & out.single_LE[:, None, :]).any(axis=2).sum(axis=1)
+    return exposed
 
 
 def _lone_hosts(out: Deal) -> Ints:

@@ -1,0 +1,152 @@
+"""A closer look at small layers: exchanges and changes of the replica counts, one layer at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from phalanx.elastic.replan.order import Bools, Floats, Ints
+from phalanx.elastic.replan.place import Deal
+
+SMALL = 192
+"""Slots times experts up to which a layer is small: there a few heavy replicas decide, and there is time to look."""
+
+PATIENCE = 12
+"""Steps without a new best after which the search of a layer ends."""
+
+BUDGET = 400
+"""Steps in all: some 50 ms at most."""
+
+
+def polish(out: Deal, low_LE: Ints, may_grow_LE: Bools) -> None:
+    """Search small layers by exchanges and replacements, also through worse states, never through one twice. LOCAL.
+
+    A replacement gives a slot to another expert: one replica less here, one more there, so that what the large cases
+    get from counts alone is corrected where few replicas make up a rank. low_LE: replicas of each at least.
+    may_grow_LE: experts that may get more. (This is a tabu search; it draws no random numbers.)
+    """
+    _, ranks, width, experts = out.shape
+    if ranks < 2 or ranks * width * experts > SMALL:
+        return
+    budget = BUDGET
+    for layer in np.argsort(-out.load_LN.max(axis=1) / out.load_LN.mean(axis=1), kind="stable").tolist():
+        weight = out.count_LE[layer] * _parts(out, layer)
+        least = weight.sum() / ranks * 1.005
+        best, best_cost, fails = out.expert_LNM[layer].copy(), float(_cost(out.load_LN[layer])), 0
+        seen = {_key(best)}
+        while fails < PATIENCE and budget > 0 and out.load_LN[layer].max() > least:
+            budget -= 1
+            if not _step(out, layer, weight, low_LE[layer], may_grow_LE[layer], seen):
+                break
+            cost = float(_cost(out.load_LN[layer]))
+            if cost < best_cost * (1 - 1e-9):
+                best, best_cost, fails = out.expert_LNM[layer].copy(), cost, 0
+            else:
+                fails += 1
+        if (best != out.expert_LNM[layer]).any():
+            _rebuild(out, layer, best, weight)
+
+
+def _key(expert: Ints) -> bytes:
+    """The same for layers that differ only in the order of slots on a rank, or of ranks."""
+    rows = np.sort(expert, axis=1)
+    return rows[np.lexsort(rows.T[::-1])].tobytes()
+
+
+def _step(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E: Bools, seen: set[bytes]) -> bool:
+    """Carry out the best change of a layer that leads to a state not seen yet; False when there is none."""
+    expert = out.expert_LNM[layer]
+    swap, replaced = _swaps(out, layer), _replacements(out, layer, weight, low_E, may_grow_E)
+    costs = np.concatenate([swap.ravel(), replaced.ravel()])
+    for at in np.argsort(costs, kind="stable")[:64].tolist():
+        if not np.isfinite(costs[at]):
+            return False
+        after = expert.copy().ravel()
+        if at < swap.size:
+            p, q = divmod(at, swap.shape[1])
+            after[p], after[q] = after[q], after[p]
+        else:
+            p, new = divmod(at - swap.size, replaced.shape[1])
+            after[p] = new
+        after = after.reshape(expert.shape)
+        if (key := _key(after)) not in seen:
+            seen.add(key)
+            _rebuild(out, layer, after, weight)
+            return True
+    return False
+
+
+def _rebuild(out: Deal, layer: int, expert: Ints, weight: Floats) -> None:
+    """Let a layer be this one."""
+    used = expert >= 0
+    count = np.bincount(expert[used], minlength=weight.size)
+    out.expert_LNM[layer], out.count_LE[layer], out.single_LE[layer] = expert, count, count == 1
+    out.part_LNM[layer] = np.where(used, (weight / count)[expert], 0.0)
+    out.load_LN[layer] = out.part_LNM[layer].sum(axis=1)
+    rank, slot = np.nonzero(used)
+    out.holds_LNE[layer] = False
+    out.holds_LNE[layer, rank, expert[rank, slot]] = True
+    if out.ground.host_matters:
+        out.on_host_LEH[layer] = 0
+        np.add.at(out.on_host_LEH[layer], (expert[rank, slot], out.ground.host_N[rank]), 1)
+
+
+def _parts(out: Deal, layer: int) -> Floats:
+    """[E]: the load of one replica of each."""
+    part = np.zeros(out.shape[3])
+    used = out.expert_LNM[layer] >= 0
+    part[out.expert_LNM[layer][used]] = out.part_LNM[layer][used]
+    return part
+
+
+def _cost(load: Floats) -> Floats:
+    """The heaviest rank's load, and a little of the others': the sum of the eighth powers, its eighth root."""
+    cost: Floats = load.max(axis=-1) + 1e-3 * (load**8).sum(axis=-1) ** 0.125
+    return cost
+
+
+def _swaps(out: Deal, layer: int) -> Floats:
+    """[P, P]: the cost after exchanging two slots' replicas; infinite where that is not allowed."""
+    _, ranks, width, _ = out.shape
+    expert, part = out.expert_LNM[layer].ravel(), out.part_LNM[layer].ravel()
+    rank = np.repeat(np.arange(ranks), width)
+    holds, single = out.holds_LNE[layer], out.single_LE[layer]
+    used = expert >= 0
+    bad = (
+        ~used[:, None] | ~used[None, :] | holds[rank[None, :], expert[:, None]] | holds[rank[:, None], expert[None, :]]
+    )
+    if out.packed:
+        bad |= (single[expert] & used)[:, None] & out.safe_N[rank][None, :]
+        bad |= (single[expert] & used)[None, :] & out.safe_N[rank][:, None]
+    if out.ground.host_matters:
+        host = out.ground.host_N[rank]
+        left = out.count_LE[layer][expert][:, None] - out.on_host_LEH[layer][expert[:, None], host[None, :]]
+        lone = (out.count_LE[layer][expert] > 1)[:, None] & (left <= 1) & (host[:, None] != host[None, :])
+        bad |= lone | lone.T
+    load = np.broadcast_to(out.load_LN[layer], (expert.size, expert.size, ranks)).copy()
+    delta = part[:, None] - part[None, :]
+    i, j = np.indices(delta.shape)
+    load[i, j, rank[:, None]] -= delta
+    load[i, j, rank[None, :]] += delta
+    return np.where(bad, np.inf, _cost(np.maximum(load, 0.0)))
+
+
+def _replacements(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E: Bools) -> Floats:
+    """[P, E]: the cost after giving a slot to another expert; infinite where that is not allowed."""
+    _, ranks, width, _ = out.shape
+    expert, holds, count = out.expert_LNM[layer].ravel(), out.holds_LNE[layer], out.count_LE[layer]
+    rank = np.repeat(np.arange(ranks), width)
+    bad = (expert < 0)[:, None] | (count <= low_E)[expert][:, None] | ~may_grow_E[None, :] | holds[rank]
+    if out.ground.host_matters:
+        host = out.ground.host_N[rank]
+        hosts = out.on_host_LEH[layer][expert]
+        after = hosts.copy()
+        after[np.arange(expert.size), host] -= 1
+        bad |= ((hosts > 0).sum(axis=1) > 1)[:, None] & ((after > 0).sum(axis=1) < 2)[:, None]
+    part = weight / count
+    less = weight / np.maximum(count - 1, 1)
+    more = weight / (count + 1)
+    load = out.load_LN[layer][None, None, :] + (holds * (less - part)).T[expert][:, None, :]
+    load = load + (holds * (more - part)).T[None, :, :]
+    at = np.arange(expert.size)
+    load[at, :, rank] += more[None, :] - less[expert][:, None]
+    return np.where(bad, np.inf, _cost(np.maximum(load, 0.0)))
