@@ -408,7 +408,9 @@ def test_a_rank_that_the_others_masked_learns_so_from_a_buffer_in_use_again() ->
         for _ in range(3):  # the rest of the round, with nobody left
             assert ranks.hear(0) == "received"
             ranks.tell(0)
-        assert ranks.hear(0)["causes"] == {"1": "timeout"}
+        status = ranks.hear(0)
+        assert status["causes"] == {"1": "timeout"}
+        assert status["detect_s"] == {"1": 0.0}, "found by waiting, not by looking at the buffer"
 
 
 def test_nothing_is_sent_to_a_masked_rank_and_a_cleared_one_is_heard_again() -> None:
