@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import Cluster, running, write_model
+from fake_cluster import Cluster, running, write_model
 
 
 @pytest.fixture(scope="session")

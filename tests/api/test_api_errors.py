@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from cluster import Cluster
+from fake_cluster import Cluster
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:

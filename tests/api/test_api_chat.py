@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from cluster import Cluster
+from fake_cluster import Cluster
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import openai
 import pytest
-from cluster import Cluster, alphabet, running
+from fake_cluster import Cluster, alphabet, running
 
 from phalanx import messages as m
 

@@ -6,7 +6,7 @@ import math
 
 import openai
 import pytest
-from cluster import Cluster, alphabet
+from fake_cluster import Cluster, alphabet
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from cluster import Cluster
+from fake_cluster import Cluster
 
 from phalanx import __version__
 from phalanx import messages as m
