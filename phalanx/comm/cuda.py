@@ -1,0 +1,618 @@
+"""The communicator on NVLink: Triton kernels that store into the peers' buffers, under masks and time-outs.
+
+The second implementation of `comm.base.Communicator`; `comm.cpu` is its reference. What differs, because nothing here
+may wait for the host or move:
+
+* `dispatch` returns a `DeviceDispatched`: tensors of full capacity, sorted by slot, with the counts on the device.
+* `combine` can weigh and add on the way (`combine_weighted`), in the mode chosen at construction: `exact` (a row per
+  (token, k) travels; the owner adds them in the order of k in float32) or `fast` (added at the expert's rank first).
+* Every COLLECTIVE call only launches a kernel: it may be captured in a CUDA graph. `adopt`, `update_mask`, `interrupt`
+  and `patience` write words that kernels read at each launch or in their waits, so a graph goes on after all of them.
+* What went wrong stands in `status_words`, on the device: copy it along with the step's result and give the copy to
+  `decode_status`. `status()` does both at once, with a synchronisation.
+
+Two memories a rank: the exported device buffer (`comm.peer_memory`), written by peers' kernels, and a host segment
+(`comm.segment`), which carries the buffer's handle, wakes sleepers, and is the address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phalanx.comm import segment
+from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status, empty_view
+from phalanx.comm.notices import NoticeBoard
+from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory
+from phalanx.errors import Evicted
+from phalanx.world import Member, View
+
+_EPOCH, _TIMEOUT_NS, _INTERRUPTED = 0, 1, 2
+_TABLES = 16  # words before the tables a rank; see comm.kernels
+_CAUSES = {1: "notice", 2: "timeout", 3: "operator", 4: "timeout"}  # 4: the peer went on without us
+_NOTICE, _OPERATOR = 1, 3
+_HANDLE_BYTES = 2048
+_PAIRS_IN_REGISTERS = 8192
+
+Mode = Literal["exact", "fast"]
+
+
+@dataclass(frozen=True)
+class DeviceDispatched(Dispatched):
+    """What a rank received, on the device, with capacities in place of sizes.
+
+    x_ND: [2 * R * T, D], the receive buffers themselves; only rows named by `row_M` mean anything. With fp8: e4m3.
+    row_M, slot_M: int64 [R * T * K]; entries from `first_S[S]` on are undefined. Pairs stand sorted by slot, and within
+    a slot by (source rank, token, k): what a grouped GEMM wants, and deterministic for a given view and batch.
+    first_S: int32 [S + 1], where each slot's pairs begin; the last entry is M.
+    scale_ND: float32 [2 * R * T, D / 128], what to multiply each group of 128 channels by; None without fp8.
+    Valid until the second dispatch after this one.
+    """
+
+    first_S: Tensor
+    scale_ND: Tensor | None
+
+    def trimmed(self) -> Dispatched:
+        """The same with real sizes, as the CPU communicator returns it. Synchronises: for tests and eager use."""
+        pairs = int(self.first_S[-1])
+        return Dispatched(self.x_ND, self.row_M[:pairs], self.slot_M[:pairs], self.handle)
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """What combine needs of its dispatch. position: int32 [R * T * K], a pair's place in the sorted order or -1."""
+
+    position: Tensor
+    counts: Tensor
+    slots_TK: Tensor
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """A member that this rank has mapped."""
+
+    member: Member
+    segment: segment.PeerSegment
+    pointer: int
+
+
+class CudaCommunicator(Communicator):
+    """One rank on one CUDA device; peers are processes of the same host. Not thread-safe, except `interrupt`."""
+
+    def __init__(
+        self,
+        rank: int,
+        ep_size: int,
+        *,
+        incarnation: int,
+        max_tokens: int,
+        hidden: int,
+        top_k: int,
+        slots_per_rank: int,
+        dtype: torch.dtype = torch.bfloat16,
+        peer_timeout_s: float = 2.0,
+        notices: NoticeBoard | None = None,
+        elastic: bool = True,
+        mode: Mode = "exact",
+        fp8: bool = False,
+        shape: LaunchShape | None = None,
+        guard: bool = True,
+        memory: PeerMemory | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """max_tokens: the most that any rank sends in one dispatch. fp8: x travels as e4m3 with a scale a 128 channels.
+
+        guard: False leaves masks and time-outs out of the kernels, to measure what they cost; never serve so.
+        memory: where the buffer comes from; CUDA IPC on `device` unless a test brings its own.
+        Compiles and runs every kernel once, alone, so that no failure path compiles anything.
+        """
+        self.rank, self.ep_size = rank, ep_size
+        self._me = Member(rank, incarnation)
+        self._slots, self._top_k, self._hidden = slots_per_rank, top_k, hidden
+        self._max_tokens, self._dtype, self._fp8, self._mode = max_tokens, dtype, fp8, mode
+        self._elastic, self._timeout_s = elastic, peer_timeout_s
+        self._shape = shape or LaunchShape.of(hidden)
+        self._padded = _power_of_two(ep_size)
+        device = device or torch.device("cuda", torch.cuda.current_device())
+        self.layout = BufferLayout(
+            ep_size, max_tokens, hidden, top_k, 1 if fp8 else dtype.itemsize, dtype.itemsize,
+            self._shape.chunks(hidden) * self._shape.dispatch_groups,
+            self._shape.chunks(hidden) * self._shape.combine_groups,
+        )  # fmt: skip
+        self._memory = memory or CudaIpcMemory(self.layout.nbytes, device)
+        self._own = self._memory.buffer
+        self._device = self._own.device
+        self._view = empty_view(ep_size)
+        self._peers: dict[int, _Peer] = {}
+        self._retired: list[tuple[Any, int]] = []
+        self._rings = 0
+        self._state = torch.zeros(_TABLES + 5 * self._padded, dtype=torch.int64, device=self._device)
+        self._host = self._memory.host_words(self._padded + 1)
+        self._segment = segment.OwnSegment(self._segment_layout(), rank, incarnation)
+        self._publish_handle()
+        self._notices = notices
+        self._relay: _NoticeRelay | None = None
+        self._notice_pointer, self._notice_stride = self._map_notices()
+        self._kernels = _Kernels(self, guard)
+        if guard:  # without it, a kernel alone would wait for ranks that are not there
+            self._warm_up()
+
+    # -- who is in ----------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        return self._segment.address
+
+    def adopt(self, view: View) -> None:
+        """See the contract. Kernels launched before still use the old mappings; those are unmapped once they ended.
+
+        Raises Evicted when this process is not in the view. The caller has no collective of the old epoch in flight: it read their status before it joined the roll call.
+        """
+        assert view.ep_size == self.ep_size, f"ep_size {self.ep_size} cannot serve a view of {view.ep_size} ranks"
+        assert self._view.epoch < view.epoch < 1 << 31, f"epochs grow: {self._view.epoch} -> {view.epoch}"
+        if self._me not in view:
+            raise Evicted(self.rank, self._me.incarnation, view.epoch)
+        gone = [p for r, p in self._peers.items() if p.member not in view]
+        if gone:
+            # A process that the others left behind may still run: from now on its kernels send nothing to us.
+            self._tell("cut", [p.member.rank for p in gone], view.epoch)
+        for peer in gone:
+            del self._peers[peer.member.rank]
+            peer.segment.close()
+            self._retired.append((self._memory.mark(), peer.pointer))
+        dead = []
+        for member in view.members:
+            if member.rank != self.rank and member.rank not in self._peers:
+                try:
+                    self._peers[member.rank] = self._map(member)
+                except segment.Unreachable:
+                    dead.append(member.rank)
+        self._view = view
+        dead += self._known_dead()
+        self._rings = 0
+        self._host[: self._padded] = 0
+        if int(self._host[self._padded]) <= view.epoch:
+            self._host[self._padded] = 0
+        self._write_state(dead)
+        self._segment.words[segment.RINGING] = 0
+        self._segment.words[segment.ROLL_CALL] = max(self._segment.words[segment.ROLL_CALL], view.epoch)
+        self.reap()
+
+    def query_mask(self) -> Tensor:
+        return self._table("mask").cpu()[: self.ep_size].to(torch.uint8)
+
+    def update_mask(self, rank: int, alive: bool) -> None:
+        assert rank != self.rank, "a rank does not mask itself"
+        assert self._view.member(rank) is not None, f"rank {rank} is no member of epoch {self._view.epoch}"
+        # The host word ends a wait that is running; the state words, in stream order, are for the kernels after it.
+        self._host[rank] = 0 if alive else 1
+        self._table("mask")[rank] = int(alive and rank in self._peers)
+        self._table("cause")[rank] = 0 if alive else _OPERATOR
+        if alive:
+            self._word("cut")[rank] = 0
+
+    def interrupt(self, epoch: int) -> None:
+        """See the contract. May be called from another thread than the one that launches collectives."""
+        if epoch <= self._view.epoch:
+            return
+        self._host[self._padded] = max(int(self._host[self._padded]), epoch)
+        self._segment.words[segment.ROLL_CALL] = max(self._segment.words[segment.ROLL_CALL], epoch)
+        peers = list(self._peers)
+        if peers:
+            with self._memory.aside():
+                self._tell("opened", peers, epoch)
+        for rank in peers:
+            self._peers[rank].segment.wake()
+
+    def reap(self) -> None:
+        """Unmap the buffers of processes that left, as far as no kernel can be using them any more. LOCAL."""
+        kept = []
+        for mark, pointer in self._retired:
+            if self._memory.passed(mark):
+                self._memory.unmap(pointer)
+            else:
+                kept.append((mark, pointer))
+        self._retired = kept
+
+    # -- collectives --------------------------------------------------------------------------------------------------
+
+    def dispatch(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None = None) -> DeviceDispatched:
+        """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`."""
+        tokens = self._check(x_TD, slots_TK)
+        assert self._mode == "exact" or weights_TK is not None, "mode fast adds at the expert's rank: it needs weights"
+        pairs = self.ep_size * self._max_tokens * self._top_k
+        rows_M = torch.empty(pairs, dtype=torch.int64, device=self._device)
+        slots_M = torch.empty(pairs, dtype=torch.int64, device=self._device)
+        position = torch.empty(pairs, dtype=torch.int32, device=self._device)
+        first_S = torch.empty(self._slots + 1, dtype=torch.int32, device=self._device)
+        counts = torch.empty(self._padded + 1, dtype=torch.int32, device=self._device)
+        self._kernels.dispatch(x_TD, slots_TK, weights_TK, rows_M, slots_M, position, first_S, counts, tokens)
+        x_ND, scale_ND = self._received()
+        return DeviceDispatched(x_ND, rows_M, slots_M, _Handle(position, counts, slots_TK), first_S, scale_ND)
+
+    def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
+        """See the contract; graph-safe. Rows of y_MD stand in the order of the dispatch's pairs."""
+        tokens = dispatched.handle.slots_TK.shape[0]
+        out = torch.empty(tokens, self._top_k, self._hidden, dtype=self._dtype, device=self._device)
+        self._kernels.combine(y_MD, dispatched.handle, None, out, tokens, "rows")
+        return out
+
+    def combine_weighted(self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+        """Like `combine`, but returns [T, D]: each token's rows times its weights (float32 [T, K]), added. COLLECTIVE.
+
+        Graph-safe. Mode exact: in the order of k, in float32, rounded once: the same bits wherever the experts live.
+        """
+        tokens = dispatched.handle.slots_TK.shape[0]
+        assert weights_TK.shape == (tokens, self._top_k) and weights_TK.dtype == torch.float32, weights_TK.shape
+        out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
+        self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode)
+        return out
+
+    def all_gather(self, row: Tensor) -> Tensor:
+        """See the contract; the result is on the device. Graph-safe when `row` is on the device, too."""
+        assert row.dtype == torch.int64 and row.dim() == 1 and row.numel() <= GATHER_WORDS, row
+        out = torch.empty(self.ep_size, row.numel(), dtype=torch.int64, device=self._device)
+        self._rings += 1
+        self._kernels.gather(row.to(self._device), out, row.numel())
+        return out
+
+    def barrier(self) -> None:
+        """Peers are here when the stream passes this point; the host does not wait."""
+        self.all_gather(torch.empty(0, dtype=torch.int64, device=self._device))
+
+    # -- what went wrong ----------------------------------------------------------------------------------------------
+
+    @property
+    def relayed(self) -> bool:
+        """Whether a thread copies the launcher's notices, because the device cannot map the board itself. LOCAL."""
+        return self._relay is not None
+
+    @property
+    def status_words(self) -> Tensor:
+        """int64, on the device, at a fixed address: copy it to the host behind the step, for `decode_status`. LOCAL."""
+        return self._state[: _TABLES + 3 * self._padded]
+
+    def status(self) -> Status:
+        return self.decode_status(self.status_words.cpu())
+
+    def decode_status(self, words: Tensor) -> Status:
+        """What a host copy of `status_words` says. Touches no device. LOCAL. Raises CollectiveFailed when a rank was
+        lost and elasticity is off."""
+        mask, cause, waited = (t.tolist() for t in words[_TABLES:].view(3, self._padded))
+        lost: dict[int, tuple[str, float]] = {}
+        for member in self._view.members:
+            r = member.rank
+            if r != self.rank and not mask[r]:
+                lost[r] = (_CAUSES[int(cause[r])], self._seconds_until_masked(r, int(cause[r]), waited[r] / 1e9))
+        if lost and not self._elastic:
+            rank, (why, seconds) = min(lost.items())
+            failure = CollectiveTimeout if why == "timeout" else PeerDied
+            raise failure(rank, "a collective", seconds)
+        opened = max(int(words[_INTERRUPTED]), int(self._host[self._padded]))
+        return Status(
+            lost=frozenset(lost),
+            interrupted=opened if opened > self._view.epoch else 0,
+            causes=tuple((r, why) for r, (why, _) in sorted(lost.items())),
+            detect_s=tuple((r, seconds) for r, (_, seconds) in sorted(lost.items())),
+        )
+
+    @property
+    def failed(self) -> bool:
+        """Whether this host can tell that the step is lost. Never waits for the device, so False proves nothing."""
+        return self._opened() > self._view.epoch or bool(self._known_dead())
+
+    # -- sleeping -----------------------------------------------------------------------------------------------------
+
+    def ring(self) -> None:
+        """Wake sleeping peers: this rank is about to run its next eager `all_gather` or `barrier` of this epoch.
+
+        Collectives replayed by a graph are not counted; every step begins with an eager one."""
+        self._segment.words[segment.RINGING] = self._ring_tag()
+        for peer in self._peers.values():
+            peer.segment.wake()
+
+    def sleep(self, timeout_s: float, wake_fds: tuple[int, ...] = ()) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._segment.drain()
+            if self._disturbed():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            pidfds = [peer.segment.pidfd for peer in self._peers.values()]
+            ready, _, _ = select.select((self._segment.wake_read, *wake_fds, *pidfds), (), (), left)
+            if any(fd in ready for fd in pidfds):
+                return True  # the next collective finds out what this means
+            if any(fd in ready for fd in wake_fds):
+                return self._disturbed()
+
+    @contextmanager
+    def patience(self, timeout_s: float) -> Iterator[None]:
+        before, self._timeout_s = self._timeout_s, timeout_s
+        self._state[_TIMEOUT_NS] = int(timeout_s * 1e9)
+        try:
+            yield
+        finally:
+            self._timeout_s = before
+            self._state[_TIMEOUT_NS] = int(before * 1e9)
+
+    def close(self) -> None:
+        if self._relay is not None:
+            self._relay.close()
+        self._memory.wait()
+        for peer in self._peers.values():
+            peer.segment.close()
+            self._memory.unmap(peer.pointer)
+        self._peers.clear()
+        self.reap()
+        self._own = torch.empty(0, dtype=torch.uint8)
+        self._memory.close()
+        self._segment.close()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _check(self, x_TD: Tensor, slots_TK: Tensor) -> int:
+        tokens = x_TD.shape[0]
+        assert x_TD.shape == (tokens, self._hidden) and x_TD.dtype == self._dtype, (x_TD.shape, x_TD.dtype)
+        assert slots_TK.shape == (tokens, self._top_k) and slots_TK.dtype == torch.int32, slots_TK.shape
+        assert x_TD.is_contiguous() and slots_TK.is_contiguous(), "kernels read rows that follow one another"
+        assert tokens <= self._max_tokens, f"{tokens} tokens, the buffers hold {self._max_tokens} a rank"
+        return tokens
+
+    def _received(self) -> tuple[Tensor, Tensor | None]:
+        """The receive buffers of x and of its scales, as tensors."""
+        rows, at = 2 * self.ep_size * self._max_tokens, self.layout.offsets
+        itemsize = self.layout.x_itemsize
+        x = self._own[at["x"] : at["x"] + rows * self._hidden * itemsize]
+        if not self._fp8:
+            return x.view(self._dtype).view(rows, self._hidden), None
+        groups = self._hidden // 128
+        scale = self._own[at["scales"] : at["scales"] + rows * groups * 4].view(torch.float32).view(rows, groups)
+        return x.view(torch.float8_e4m3fn).view(rows, self._hidden), scale
+
+    def _table(self, name: Literal["mask", "cause", "waited", "incarnation", "peer"]) -> Tensor:
+        index = ("mask", "cause", "waited", "incarnation", "peer").index(name)
+        return self._state[_TABLES + index * self._padded :][: self._padded]
+
+    def _word(self, name: Literal["cut", "opened"]) -> Tensor:
+        return self._own[self.layout.offsets[name] :][: 8 * self.ep_size].view(torch.int64)
+
+    def _write_state(self, dead: list[int]) -> None:
+        """The whole table in one copy, in stream order."""
+        state = torch.zeros(self._state.shape[0], dtype=torch.int64)
+        state[_EPOCH] = self._view.epoch
+        state[_TIMEOUT_NS] = int(self._timeout_s * 1e9)
+        tables = state[_TABLES:].view(5, self._padded)
+        own = self._own.data_ptr()
+        for member in self._view.members:
+            r = member.rank
+            peer = self._peers.get(r)
+            tables[0, r] = int(r not in dead)
+            tables[1, r] = _NOTICE if r in dead else 0
+            tables[3, r] = member.incarnation
+            tables[4, r] = peer.pointer - own if peer is not None else 0
+        self._state.copy_(state)
+
+    def _tell(self, what: Literal["cut", "opened"], ranks: list[int], epoch: int) -> None:
+        self._kernels.tell(sum(1 << r for r in ranks), epoch, self.layout.offsets[what])
+
+    def _map(self, member: Member) -> _Peer:
+        """Map a member's segment and buffer. Raises segment.Unreachable when its process is gone."""
+        peer = segment.PeerSegment(member.comm_address, self._segment_layout(), member.rank, member.incarnation)
+        try:
+            text = peer.x[0].view(np.uint8).tobytes().rstrip(b"\0").decode()
+            return _Peer(member, peer, self._memory.open(text))
+        except BaseException:
+            peer.close()
+            raise
+
+    def _publish_handle(self) -> None:
+        text = self._memory.handle().encode()
+        assert len(text) < _HANDLE_BYTES, f"a handle of {len(text)} bytes"
+        self._segment.x[0].view(np.uint8).reshape(-1)[: len(text)] = np.frombuffer(text, np.uint8)
+
+    def _segment_layout(self) -> segment.Layout:
+        """Host segments carry words and a handle, no rows: one row of `_HANDLE_BYTES`."""
+        return segment.Layout(self.ep_size, 1, _HANDLE_BYTES // 4, 1, 4)
+
+    def _map_notices(self) -> tuple[int, int]:
+        """Address and stride, in words, of what kernels poll: the board itself, or our copy that a thread keeps."""
+        if self._notices is not None:
+            words = self._notices.dead_words
+            pointer = self._memory.map_readonly(words)
+            if pointer is not None:
+                return pointer, words.strides[0] // 8
+        self._dead = self._memory.host_words(self._padded)
+        self._dead.fill_(-1)
+        if self._notices is not None:
+            self._relay = _NoticeRelay(self._notices, self._dead)
+        return self._dead.data_ptr(), 1
+
+    def _known_dead(self) -> list[int]:
+        """Members that the launcher declared dead, whether or not a kernel has noticed."""
+        if self._notices is None:
+            return []
+        return [m.rank for m in self._view.members if m.rank != self.rank and self._notices.is_dead(m)]
+
+    def _seconds_until_masked(self, rank: int, cause: int, waited_s: float) -> float:
+        """From the earliest sign: the launcher's notice if that was later than the start of our wait."""
+        if cause != _NOTICE or self._notices is None:
+            return waited_s
+        return min(waited_s, max(0.0, (time.monotonic_ns() - self._notices.stamp_ns(rank)) / 1e9))
+
+    def _opened(self) -> int:
+        """The latest roll call that this host can see open."""
+        opened = int(self._host[self._padded])
+        for peer in self._peers.values():
+            opened = max(opened, peer.segment.words[segment.ROLL_CALL])
+        return opened
+
+    def _ring_tag(self) -> int:
+        return (self._view.epoch << 32) | (self._rings + 1)
+
+    def _disturbed(self) -> bool:
+        """Whether a peer rang for a collective that we have not begun, somebody died, or a roll call is open."""
+        if self.failed:
+            return True
+        return any(p.segment.words[segment.RINGING] >= self._ring_tag() for p in self._peers.values())
+
+    def _warm_up(self) -> None:
+        """Run every kernel once with nobody else in."""
+        self._view = View(1, self.ep_size, (self._me,))
+        self._write_state([])
+        slots = torch.full((1, self._top_k), -1, dtype=torch.int32, device=self._device)
+        weights = torch.zeros(1, self._top_k, device=self._device)
+        x = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
+        sent = self.dispatch(x, slots, weights if self._mode == "fast" else None)
+        y = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
+        if self._mode == "exact":
+            self.combine(y, sent)
+        self.combine_weighted(y, sent, weights)
+        self.barrier()
+        self._tell("cut", [], 0)
+        self._memory.wait()
+        self._view = empty_view(self.ep_size)
+        self._rings = 0
+        self._write_state([])
+        self._own.zero_()
+        self._memory.wait()
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
+
+    chunk: columns a program moves. groups: programs that share the tokens. tile: tokens that a program holds in
+    registers at once (of its own ones, when it adds results). rows: results that it sends at once.
+    """
+
+    chunk: int = 1024
+    dispatch_groups: int = 18
+    dispatch_tile: int = 4
+    dispatch_warps: int = 4
+    combine_groups: int = 18
+    combine_tile: int = 2
+    combine_rows: int = 16
+    combine_warps: int = 4
+
+    @classmethod
+    def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
+        """A shape that fills about `programs` multiprocessors."""
+        chunk = min(1024, _power_of_two(hidden))
+        groups = max(1, programs // -(-hidden // chunk))
+        return cls(chunk=chunk, dispatch_groups=groups, combine_groups=groups)
+
+    def chunks(self, hidden: int) -> int:
+        return -(-hidden // self.chunk)
+
+
+class _Kernels:
+    """Launches: the constants of one communicator, given to the kernels by name."""
+
+    def __init__(self, comm: CudaCommunicator, guard: bool) -> None:
+        from triton import knobs
+
+        from phalanx.comm import kernels
+
+        self._code = kernels
+        self._comm = comm
+        layout, shape, at = comm.layout, comm._shape, comm.layout.offsets
+        self._shape = shape
+        common = {"R": comm.ep_size, "P": comm._padded}
+        waits = {
+            **common, "GUARD": guard, "INTERPRETED": bool(knobs.runtime.interpret), "CUT_AT": at["cut"],
+            "OPENED_AT": at["opened"],
+        }  # fmt: skip
+        moves = {
+            **waits, "S": comm._slots, "K": comm._top_k, "KP": _power_of_two(comm._top_k), "D": comm._hidden,
+            "T_MAX": comm._max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(comm._hidden),
+            "WEIGHTS": at["weights"],
+        }  # fmt: skip
+        pairs = _power_of_two(comm._max_tokens * comm._top_k)
+        block = pairs if pairs * comm._padded <= _PAIRS_IN_REGISTERS else 1024
+        self._dispatch = {
+            **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
+            "BLOCKS": -(-pairs // block),
+            "FP8": layout.x_itemsize == 1, "WEIGHTED": comm._mode == "fast", "META": at["meta"], "COUNT": at["count"],
+            "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
+        }  # fmt: skip
+        self._combine = {
+            **moves, "GROUPS": shape.combine_groups, "TILE": shape.combine_tile, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"], "RESULT_FLAG": at["result_flag"],
+        }  # fmt: skip
+        self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
+        self._common = common
+
+    def dispatch(
+        self, x: Tensor, slots: Tensor, weights: Tensor | None, rows: Tensor, slots_out: Tensor, position: Tensor,
+        first: Tensor, counts: Tensor, tokens: int,
+    ) -> None:  # fmt: skip
+        c = self._comm
+        programs = c.ep_size + c.layout.dispatch_programs
+        self._code.dispatch_kernel[(programs,)](
+            x, slots, weights if weights is not None else slots, rows, slots_out, position, first, counts,
+            *self._words(), tokens, c.rank, **self._dispatch, num_warps=self._shape.dispatch_warps,
+        )  # fmt: skip
+
+    def combine(
+        self, y: Tensor, handle: _Handle, weights: Tensor | None, out: Tensor, tokens: int,
+        mode: Literal["rows", "exact", "fast"],
+    ) -> None:  # fmt: skip
+        c = self._comm
+        self._code.combine_kernel[(c.layout.combine_programs,)](
+            y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
+            out, *self._words(), tokens, c.rank, **self._combine, MODE=("rows", "exact", "fast").index(mode),
+            num_warps=self._shape.combine_warps,
+        )  # fmt: skip
+
+    def gather(self, row: Tensor, out: Tensor, words: int) -> None:
+        # An empty tensor has no address: a barrier reads and writes nothing, but the kernel wants pointers.
+        row, out = (row, out) if words else (self._comm._state, self._comm._state)
+        self._code.gather_kernel[(1,)](row, out, *self._words(), words, self._comm.rank, **self._gather, num_warps=1)
+
+    def tell(self, whom: int, epoch: int, word_at: int) -> None:
+        c = self._comm
+        self._code.tell_kernel[(1,)](
+            c._own, c._state, whom, epoch, c.rank, word_at, **self._common, num_warps=1
+        )
+
+    def _words(self) -> tuple[Any, ...]:
+        c = self._comm
+        return c._own, c._state, c._host, c._notice_pointer, c._notice_stride
+
+
+class _NoticeRelay:
+    """Copies the launcher's notices into pinned words, where the device cannot map the board itself."""
+
+    def __init__(self, board: NoticeBoard, dead: Tensor) -> None:
+        self._board, self._dead = board, dead
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="phalanx-notices", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        seen = -1
+        while not self._stop.wait(0.001):
+            if self._board.version != seen:
+                seen = self._board.version
+                words = np.array(self._board.dead_words)
+                self._dead[: len(words)] = torch.from_numpy(words)
+
+    def close(self) -> None:
+        self._stop.set()
+        with contextlib.suppress(RuntimeError):
+            self._thread.join()
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
