@@ -131,7 +131,8 @@ class Attention:
         self._kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
     def plan(self, batch: ForwardBatch, kv: KVStore) -> AttentionPlan:
-        """Lay out a batch, and wipe the KV blocks that it begins. LOCAL."""
+        """Lay out a batch, and wipe the KV blocks that it begins and does not fill: what stood there must not be wanted
+        any more. A replay of the same step wipes and writes the same. LOCAL."""
         block_size, c = kv.block_size, self.tile_tokens
         kv_rows = np.empty(batch.token_ids_T.shape[0], np.int64)
         by_length: dict[int, list[list[_Tile]]] = {}
