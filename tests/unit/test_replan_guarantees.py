@@ -92,7 +92,9 @@ def on_rank(case: Case, placement: Placement) -> npt.NDArray[np.bool_]:
     return (slots[..., None] == np.arange(case.experts)).any(axis=2)
 
 
-many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+many = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 
 
 @many

@@ -106,15 +106,16 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
     singles = int(single_LE[0].sum()) if packed else 0
     first_fill = protected_room(ground, safe_N, ground.total - singles) if singles else ground.fill_N
     split = int(first_fill.sum())
-    _rounds(out, item[:, :split], item_part[:, :split], none, first_fill)
+    _rounds(out, item[:, :split], item_part[:, :split], none, first_fill, copies=True)
     if singles:
-        _rounds(out, item[:, split:], item_part[:, split:], first_fill, ground.fill_N)
+        _rounds(out, item[:, split:], item_part[:, split:], first_fill, ground.fill_N, copies=False)
     if ground.host_matters:
         out.count_hosts()
     return out
 
 
-def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> None:
+def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copies: bool) -> None:
+    """Deal `item`, [L, n], into the places from_N..to_N of the ranks. copies: whether an expert may occur twice."""
     rows = np.arange(item.shape[0])[:, None]
     _, ranks, width, experts = out.shape
     top, bottom = 0, item.shape[1]
@@ -126,32 +127,33 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> No
         open_ = np.nonzero(to_N - from_N > level)[0]
         light = open_.size // 8 * 2 if mix and level else 0
         heavy = open_.size - light
-        column = np.r_[top : top + heavy, bottom - light : bottom]
+        column = np.r_[top : top + heavy, bottom - light : bottom] if light else slice(top, top + heavy)
         top, bottom = top + heavy, bottom - light
-        rank = open_[_arrange(out, open_)]
         mine = item[:, column]
-        _part_neighbours(rank, mine, domain_N, last_item, last_domain)
-        last_item, last_domain = mine[:, -1], domain_N[rank[:, -1]]
+        rank = open_[_arrange(out, open_, copies)]
+        if copies:
+            _part_neighbours(rank, mine, domain_N, last_item, last_domain)
+            last_item, last_domain = mine[:, -1], domain_N[rank[:, -1]]
         cell = rows * ranks + rank
-        place = cell * width + from_N[rank] + level
         held = cell * experts + mine
-        if level or from_N.any():
+        if copies and level:
             layer, at = np.nonzero(out.holds_LNE.take(held))
             if layer.size:
                 out.doubled.append(np.stack([layer, rank[layer, at], from_N[rank[layer, at]] + level]))
         out.holds_LNE.reshape(-1)[held] = True
+        place = cell * width + from_N[rank] + level
         out.expert_LNM.reshape(-1)[place] = mine
         out.part_LNM.reshape(-1)[place] = part[:, column]
         out.load_LN.reshape(-1)[cell] += part[:, column]
 
 
-def _arrange(out: Deal, open_: Ints) -> Ints:
+def _arrange(out: Deal, open_: Ints, copies: bool) -> Ints:
     """[L, n] positions in `open_`: in which order the ranks take their turns in a round, lightest first.
 
     Where hosts matter: first the lightest rank of every host, then the second of every host and so on, so that two
     neighbours are on different hosts except where one such group ends and the next begins."""
     load = out.load_LN[:, open_]
-    if not out.ground.host_matters:
+    if not (copies and out.ground.host_matters):
         return ascending(load)
     host = out.ground.host_N[open_]
     scaled = load / (load.max(axis=1, keepdims=True) * 2 + 1e-300)
@@ -182,20 +184,24 @@ def repair(out: Deal) -> None:
     if not out.ground.host_matters:
         return
     for _ in range(out.shape[1]):
-        layer, one = np.nonzero(_on_one_host(out))
+        layer, one = np.nonzero(on_one_host(out))
         if not layer.size:
             return
         mine = (out.expert_LNM[layer] == one[:, None, None]).reshape(layer.size, -1)
         rank, slot = np.divmod(mine.argmax(axis=1), out.shape[2])
         if not _one_a_layer(out, layer, rank, slot, off_host=True):
             break
-    for layer_, one_ in np.argwhere(_on_one_host(out)).tolist():
+    for layer_, one_ in np.argwhere(on_one_host(out)).tolist():
         _cover(out, layer_, one_)
 
 
-def _on_one_host(out: Deal) -> Bools:
+def on_one_host(out: Deal) -> Bools:
     """[L, E]: experts that have several replicas, all on one host."""
-    lone: Bools = (out.on_host_LEH.max(axis=2) == out.count_LE) & (out.count_LE > 1)
+    # Host by host: numpy is slow where the last axis is short.
+    lone: Bools = out.on_host_LEH[:, :, 0] == out.count_LE
+    for host in range(1, out.ground.num_hosts):
+        lone |= out.on_host_LEH[:, :, host] == out.count_LE
+    lone &= out.count_LE > 1
     return lone
 
 

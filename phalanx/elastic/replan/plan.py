@@ -14,7 +14,7 @@ from phalanx.elastic.replan.ground import Ground, survey
 from phalanx.elastic.replan.groups import by_groups, fits_groups
 from phalanx.elastic.replan.moves import continue_from, fill_missing, keep_slots
 from phalanx.elastic.replan.order import Bools, Floats, Ints, descending
-from phalanx.elastic.replan.place import Deal, deal, repair
+from phalanx.elastic.replan.place import Deal, deal, on_one_host, repair
 from phalanx.elastic.replan.polish import polish
 from phalanx.world import EMPTY, IntArray, Placement, View
 
@@ -164,8 +164,7 @@ def _lone_hosts(out: Deal) -> Ints:
     """[L]: experts with several replicas, all on one host."""
     if not out.ground.host_matters:
         return np.zeros(out.shape[0], np.int64)
-    lone: Ints = ((out.on_host_LEH.max(axis=2) == out.count_LE) & (out.count_LE > 1)).sum(axis=1)
-    return lone
+    return np.asarray(on_one_host(out).sum(axis=1), np.int64)
 
 
 def diff(held_LP: IntArray, placement: Placement, rank: int) -> tuple[Move, ...]:
