@@ -180,6 +180,15 @@ def test_the_least_plan_touches_only_what_it_must(case: Case) -> None:
 
 
 @many
+@given(cases(even=True))
+def test_a_plan_that_starts_from_what_is_held_exposes_no_more_ranks_than_one_from_scratch(case: Case) -> None:
+    if case.total < case.experts or case.priority == "balance":
+        return
+    scratch, kept = case.plan(), case.plan(held_LP=case.held)
+    assert ((at_risk(kept, case.view) > 0).sum(axis=1) <= (at_risk(scratch, case.view) > 0).sum(axis=1)).all()
+
+
+@many
 @given(cases())
 def test_planning_again_for_the_same_load_moves_next_to_nothing(case: Case) -> None:
     if case.total < case.experts:

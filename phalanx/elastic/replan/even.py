@@ -7,7 +7,7 @@ import numpy as np
 from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending
 from phalanx.elastic.replan.place import Deal
 
-TOLERANCE = 0.003
+TOLERANCE = 0.004
 """A layer whose heaviest rank is within this fraction of the best that can be is left alone."""
 
 
@@ -52,7 +52,7 @@ def _even_among(out: Deal, among: Ints, rounds: int, floor_L: Floats) -> None:
         if alone:
             # The heaviest rank had its choice among all: when nothing helped, no exchange will; when three rounds
             # brought next to nothing, more are not worth their time.
-            busy[rows] &= gained & (now < before[rows] * (1 - TOLERANCE / 4))
+            busy[rows] &= gained & (now < before[rows] * (1 - TOLERANCE / 2))
             before[rows] = now
 
 

@@ -10,6 +10,9 @@ from phalanx.elastic.replan.counts import protected_room
 from phalanx.elastic.replan.ground import Ground
 from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending, descending
 
+PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
+"""The three ways to make pairs of four."""
+
 
 @dataclass(eq=False)
 class Deal:
@@ -132,6 +135,8 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
         mine = item[:, column]
         rank = open_[_arrange(out, open_, copies)]
         if copies:
+            rank = rank[:, _pairing(open_.size, level)]
+        if copies:
             _part_neighbours(rank, mine, domain_N, last_item, last_domain)
             last_item, last_domain = mine[:, -1], domain_N[rank[:, -1]]
         cell = rows * ranks + rank
@@ -161,6 +166,17 @@ def _arrange(out: Deal, open_: Ints, copies: bool) -> Ints:
     size = np.bincount(host)
     nth = np.arange(host.size) - np.repeat(np.cumsum(size) - size, size)
     return np.take_along_axis(by_host, ascending(nth + np.take_along_axis(scaled, by_host, 1)), 1)
+
+
+def _pairing(size: int, level: int) -> Ints:
+    """An order of turns in which each of every four meets another of them as its neighbour, changing with the round.
+
+    Two ranks that got the two replicas of an expert carry the same, so they would be neighbours in the next round too
+    and end up as mirrors of each other: then a death would double one rank's load instead of raising many a little."""
+    order = np.arange(size)
+    whole = size // 4 * 4
+    order[:whole] = order[:whole].reshape(-1, 4)[:, PAIRINGS[level % len(PAIRINGS)]].ravel()
+    return order
 
 
 def _part_neighbours(rank: Ints, item: Ints, domain_N: Ints, last_item: Ints, last_domain: Ints) -> None:

@@ -18,7 +18,7 @@ from phalanx.elastic.replan.place import Deal, deal, on_one_host, repair
 from phalanx.elastic.replan.polish import polish
 from phalanx.world import EMPTY, IntArray, Placement, View
 
-ROUNDS = 24
+ROUNDS = 15
 """Rounds of exchanges at most; a layer that is even, or that nothing helps, leaves them earlier."""
 
 WORTH_MOVING = 0.01
@@ -79,7 +79,7 @@ def replan(
     if min_moves and held is not None:
         expert = fill_missing(ground, w, held, priority)
     else:
-        expert = _full_plan(ground, w, held, num_groups, priority, slots_per_rank)
+        expert = _full_plan(ground, w, held, num_groups, priority)
     slots = np.full((w.shape[0], view.ep_size, slots_per_rank), EMPTY, np.int32)
     slots[:, ground.rank_N, : expert.shape[2]] = expert
     return Placement(slots.reshape(w.shape[0], -1), num_experts, slots_per_rank)
@@ -115,9 +115,7 @@ def _held_by_living(held_LP: IntArray, ground: Ground, shape: tuple[int, ...], e
     return living
 
 
-def _full_plan(
-    ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: int, priority: Priority, width: int
-) -> Ints:
+def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: int, priority: Priority) -> Ints:
     """[L, N, M] or, when something is held, [L, N, S] with experts that stay in their slots."""
     experts = w_LE.shape[1]
     safety = safest(ground, experts)
@@ -125,14 +123,12 @@ def _full_plan(
         safety = Safety(np.zeros(ground.size, bool), 0)
     packed = bool(safety.safe_N.any() and not safety.safe_N.all())
     protected = protected_experts(w_LE, descending(w_LE), safety, ground, priority)
-    ranks = int((ground.fill_N > 0).sum())
-    high = np.where(protected, ranks, 1) if packed else np.full(w_LE.shape, ranks)
-    counts = replica_counts(w_LE, np.where(protected, 2, 1), high, ground.total)
+    counts = _counts(ground, w_LE, protected, packed)
     single = counts == 1
     new = deal(ground, w_LE / counts, counts.copy(), single.copy(), safety.safe_N)
     low = np.where(protected, 2, 1)
     grow = protected if packed else np.ones_like(protected)
-    improve(new, low, grow)
+    _improve(new, low, grow)
     expert, heaviest = new.expert_LNM, new.load_LN.max(axis=1)
     if not packed and fits_groups(ground, experts, num_groups):
         grouped, load, _ = by_groups(ground, w_LE, 2 if ground.total >= 2 * experts else 1, num_groups, ROUNDS)
@@ -141,13 +137,26 @@ def _full_plan(
     if held_LNS is None:
         return expert
     kept = continue_from(ground, held_LNS, w_LE, counts.copy(), single.copy(), safety.safe_N)
-    improve(kept, low, grow)
+    _improve(kept, low, grow)
     worse = kept.load_LN.max(axis=1) > heaviest * (1 + WORTH_MOVING)
     worse |= (_lone_hosts(kept) > _lone_hosts(new)) | (_exposed(kept) > _exposed(new))
     return keep_slots(ground, np.where(worse[:, None, None], expert, kept.expert_LNM), held_LNS, experts)
 
 
-def improve(out: Deal, low_LE: Ints, may_grow_LE: Bools) -> None:
+def _counts(ground: Ground, w_LE: Floats, protected_LE: Bools, packed: bool) -> Ints:
+    """[L, E] replicas. packed: what is not protected gets one, so only the protected few share what is left."""
+    ranks = int((ground.fill_N > 0).sum())
+    if not packed:
+        return replica_counts(w_LE, np.where(protected_LE, 2, 1), np.full(w_LE.shape, ranks), ground.total)
+    few = np.nonzero(protected_LE)[1].reshape(w_LE.shape[0], -1)
+    left = ground.total - w_LE.shape[1] + few.shape[1]
+    w = np.take_along_axis(w_LE, few, 1)
+    counts = np.ones(w_LE.shape, np.int64)
+    np.put_along_axis(counts, few, replica_counts(w, np.full(few.shape, 2), np.full(few.shape, ranks), left), axis=1)
+    return counts
+
+
+def _improve(out: Deal, low_LE: Ints, may_grow_LE: Bools) -> None:
     """Repair a deal, even it out and, if it is small, polish it."""
     repair(out)
     even_out(out, ROUNDS)

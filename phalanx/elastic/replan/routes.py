@@ -31,7 +31,7 @@ def routes(placement: Placement, view: View, rank: int, width: int, load_LE: npt
     if most > 1:
         layer, expert = np.nonzero((count > 1) & (own == EMPTY))
         share = shares(placement, view, load_LE)[layer, expert]
-        column = _columns(share, expert, rank, view, width)
+        column = _columns(share, count[layer, expert], expert, rank, view, width)
         table[layer, expert] = np.take_along_axis(slots[layer, expert], column, 1)
     here = np.nonzero(own != EMPTY)
     table[here] = own[here][:, None]
@@ -97,7 +97,7 @@ def _living(placement: Placement, view: View) -> tuple[IntArray, IntArray]:
     return live.slots_LEX, live.count_LE
 
 
-def _columns(share_KX: Floats, expert_K: Ints, rank: int, view: View, width: int) -> Ints:
+def _columns(share_KX: Floats, count_K: IntArray, expert_K: Ints, rank: int, view: View, width: int) -> Ints:
     """[K, W]: which replica each column takes: the cumulated shares cut at W evenly spaced points.
 
     The points are shifted by less than one column, differently for every rank and expert, so that over the ranks each
@@ -108,6 +108,10 @@ def _columns(share_KX: Floats, expert_K: Ints, rank: int, view: View, width: int
     stride = next(s for s in range(max(1, round(width * GOLDEN)), 2 * width + 1) if np.gcd(s, width) == 1)
     strewn = (np.arange(width) * stride + position) % width
     point = (strewn[None, :] + shift[:, None]) / width
-    edges = np.cumsum(share_KX, axis=1)[:, :-1]
-    column: Ints = (point[:, :, None] >= edges[:, None, :] - 1e-12).sum(axis=2)
+    column = np.zeros(point.shape, np.int64)
+    edge = np.zeros(len(point))
+    for replica in range(share_KX.shape[1] - 1):
+        edge += share_KX[:, replica]
+        more = np.nonzero(count_K > replica + 1)[0]
+        column[more] += point[more] >= edge[more, None] - 1e-12
     return column
