@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ from phalanx.comm import segment
 from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status, empty_view
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory
-from phalanx.errors import Evicted
+from phalanx.errors import Evicted, PhalanxError
 from phalanx.world import Member, View
 
 _EPOCH, _TIMEOUT_NS, _INTERRUPTED = 0, 1, 2
@@ -47,16 +48,20 @@ _PAIRS_IN_REGISTERS = 8192
 Mode = Literal["exact", "fast"]
 
 
+class LaunchTooLarge(PhalanxError):
+    """A kernel's programs would not all run at once: those that run would wait for peers that wait for the others."""
+
+
 @dataclass(frozen=True)
 class DeviceDispatched(Dispatched):
     """What a rank received, on the device, with capacities in place of sizes.
 
     x_ND: [2 * R * T, D], the receive buffers themselves; only rows named by `row_M` mean anything. With fp8: e4m3.
-    row_M, slot_M: int64 [R * T * K]; entries from `first_S[S]` on are undefined. Pairs stand sorted by slot, and within
+    row_M, slot_M: int64 [R * T * K]; entries from `first_S[S]` on mean nothing, but are valid. Pairs stand sorted by slot, and within
     a slot by (source rank, token, k): what a grouped GEMM wants, and deterministic for a given view and batch.
     first_S: int32 [S + 1], where each slot's pairs begin; the last entry is M.
     scale_ND: float32 [2 * R * T, D / 128], what to multiply each group of 128 channels by; None without fp8.
-    Valid until the second dispatch after this one.
+    Valid until the second dispatch after this one (of the same graph, or of those launched eagerly).
     """
 
     first_S: Tensor
@@ -75,6 +80,23 @@ class _Handle:
     position: Tensor
     counts: Tensor
     slots_TK: Tensor
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """What a dispatch writes about what it received. Allocated once, zeroed: whatever a broken-off dispatch leaves in
+    them is a valid index, so that the experts' kernels of a step that will be discarded read no foreign memory."""
+
+    row_M: Tensor
+    slot_M: Tensor
+    position: Tensor
+    first_S: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, pairs: int, slots: int, padded: int, device: torch.device) -> _Lists:
+        long, short = (partial(torch.zeros, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        return cls(long(pairs), long(pairs), short(pairs), short(slots + 1), short(padded + 1))
 
 
 @dataclass(frozen=True)
@@ -127,7 +149,7 @@ class CudaCommunicator(Communicator):
         self.layout = BufferLayout(
             ep_size, max_tokens, hidden, top_k, 1 if fp8 else dtype.itemsize, dtype.itemsize,
             self._shape.chunks(hidden) * self._shape.dispatch_groups,
-            self._shape.chunks(hidden) * self._shape.combine_groups,
+            self._shape.chunks(hidden) * self._shape.combine_groups, self._shape.combine_phases,
         )  # fmt: skip
         self._memory = memory or CudaIpcMemory(self.layout.nbytes, device)
         self._own = self._memory.buffer
@@ -137,6 +159,9 @@ class CudaCommunicator(Communicator):
         self._retired: list[tuple[Any, int]] = []
         self._rings = 0
         self._state = torch.zeros(_TABLES + 5 * self._padded, dtype=torch.int64, device=self._device)
+        pairs = ep_size * max_tokens * top_k
+        self._lists = [_Lists.of(pairs, slots_per_rank, self._padded, self._device) for _ in range(2)]
+        self._turn = 0
         self._host = self._memory.host_words(self._padded + 1)
         self._segment = segment.OwnSegment(self._segment_layout(), rank, incarnation)
         self._publish_handle()
@@ -230,15 +255,13 @@ class CudaCommunicator(Communicator):
         """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`."""
         tokens = self._check(x_TD, slots_TK)
         assert self._mode == "exact" or weights_TK is not None, "mode fast adds at the expert's rank: it needs weights"
-        pairs = self.ep_size * self._max_tokens * self._top_k
-        rows_M = torch.empty(pairs, dtype=torch.int64, device=self._device)
-        slots_M = torch.empty(pairs, dtype=torch.int64, device=self._device)
-        position = torch.empty(pairs, dtype=torch.int32, device=self._device)
-        first_S = torch.empty(self._slots + 1, dtype=torch.int32, device=self._device)
-        counts = torch.empty(self._padded + 1, dtype=torch.int32, device=self._device)
-        self._kernels.dispatch(x_TD, slots_TK, weights_TK, rows_M, slots_M, position, first_S, counts, tokens)
+        lists = self._lists[self._turn]
+        self._turn ^= 1
+        self._kernels.dispatch(x_TD, slots_TK, weights_TK, lists, tokens)
         x_ND, scale_ND = self._received()
-        return DeviceDispatched(x_ND, rows_M, slots_M, _Handle(position, counts, slots_TK), first_S, scale_ND)
+        return DeviceDispatched(
+            x_ND, lists.row_M, lists.slot_M, _Handle(lists.position, lists.counts, slots_TK), lists.first_S, scale_ND
+        )
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
         """See the contract; graph-safe. Rows of y_MD stand in the order of the dispatch's pairs."""
@@ -482,6 +505,7 @@ class CudaCommunicator(Communicator):
         self.barrier()
         self._tell("cut", [], 0)
         self._memory.wait()
+        self._kernels.check_fit()
         self._view = empty_view(self.ep_size)
         self._rings = 0
         self._write_state([])
@@ -493,25 +517,27 @@ class CudaCommunicator(Communicator):
 class LaunchShape:
     """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
 
-    chunk: columns a program moves. groups: programs that share the tokens. tile: tokens that a program holds in
-    registers at once (of its own ones, when it adds results). rows: results that it sends at once.
+    chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
+    program sends at once. phases: parts in which rows are sent (and added, while the next are under way).
     """
 
     chunk: int = 1024
     dispatch_groups: int = 18
-    dispatch_tile: int = 4
-    dispatch_warps: int = 4
-    combine_groups: int = 18
-    combine_tile: int = 2
-    combine_rows: int = 16
+    dispatch_tile: int = 8
+    dispatch_warps: int = 8
+    combine_groups: int = 48
+    combine_phases: int = 2
+    combine_rows: int = 8
     combine_warps: int = 4
 
     @classmethod
     def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
         """A shape that fills about `programs` multiprocessors."""
         chunk = min(1024, _power_of_two(hidden))
-        groups = max(1, programs // -(-hidden // chunk))
-        return cls(chunk=chunk, dispatch_groups=groups, combine_groups=groups)
+        chunks = -(-hidden // chunk)
+        return cls(
+            chunk=chunk, dispatch_groups=max(1, programs // chunks), combine_groups=max(1, 5 * programs // 2 // chunks)
+        )
 
     def chunks(self, hidden: int) -> int:
         return -(-hidden // self.chunk)
@@ -526,6 +552,7 @@ class _Kernels:
         from phalanx.comm import kernels
 
         self._code = kernels
+        self._seen: dict[str, tuple[int, int, Any]] = {}
         self._comm = comm
         layout, shape, at = comm.layout, comm._shape, comm.layout.offsets
         self._shape = shape
@@ -548,32 +575,50 @@ class _Kernels:
             "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
         }  # fmt: skip
         self._combine = {
-            **moves, "GROUPS": shape.combine_groups, "TILE": shape.combine_tile, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"], "RESULT_FLAG": at["result_flag"],
+            **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"], "RESULT_FLAG": at["result_flag"],
         }  # fmt: skip
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
     def dispatch(
-        self, x: Tensor, slots: Tensor, weights: Tensor | None, rows: Tensor, slots_out: Tensor, position: Tensor,
-        first: Tensor, counts: Tensor, tokens: int,
+        self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: _Lists, tokens: int,
     ) -> None:  # fmt: skip
         c = self._comm
         programs = c.ep_size + c.layout.dispatch_programs
-        self._code.dispatch_kernel[(programs,)](
-            x, slots, weights if weights is not None else slots, rows, slots_out, position, first, counts,
-            *self._words(), tokens, c.rank, **self._dispatch, num_warps=self._shape.dispatch_warps,
+        compiled = self._code.dispatch_kernel[(programs,)](
+            x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
+            lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch, num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
+        self._seen["dispatch"] = (programs, self._shape.dispatch_warps, compiled)
 
     def combine(
         self, y: Tensor, handle: _Handle, weights: Tensor | None, out: Tensor, tokens: int,
         mode: Literal["rows", "exact", "fast"],
     ) -> None:  # fmt: skip
         c = self._comm
-        self._code.combine_kernel[(c.layout.combine_programs,)](
+        compiled = self._code.combine_kernel[(c.layout.combine_programs,)](
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
-            out, *self._words(), tokens, c.rank, **self._combine, MODE=("rows", "exact", "fast").index(mode),
+            out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
+            PHASES=1 if mode == "fast" else self._shape.combine_phases, MODE=("rows", "exact", "fast").index(mode),
             num_warps=self._shape.combine_warps,
         )  # fmt: skip
+        self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+
+    def check_fit(self) -> None:
+        """Whether each grid launched so far fits the device at once; its programs wait for peers, so it must. LOCAL."""
+        if self._comm._device.type != "cuda":
+            return
+        device = torch.cuda.get_device_properties(self._comm._device)
+        for name, (programs, warps, compiled) in self._seen.items():
+            registers = -(-compiled.n_regs // 8) * 8 * 32 * warps
+            at_once = min(device.regs_per_multiprocessor // registers, 64 // warps, 32)
+            if shared := compiled.metadata.shared:
+                at_once = min(at_once, device.shared_memory_per_multiprocessor // (shared + 1024))
+            if programs > at_once * device.multi_processor_count:
+                raise LaunchTooLarge(
+                    f"{name}: {programs} programs of {registers} registers, {device.name} runs "
+                    f"{at_once * device.multi_processor_count} at once: choose a LaunchShape with fewer groups"
+                )
 
     def gather(self, row: Tensor, out: Tensor, words: int) -> None:
         # An empty tensor has no address: a barrier reads and writes nothing, but the kernel wants pointers.

@@ -205,7 +205,7 @@ def _wait(
 
 @triton.jit
 def _raise(own, state, flag_at, expected, alive_P, R: tl.constexpr, P: tl.constexpr):
-    """Make this program's stores visible everywhere, then raise its flag at every living rank."""
+    """Make this program's stores visible everywhere, then raise its flag at the living ranks."""
     r = tl.arange(0, P)
     peer_P = tl.load(state + MASK + 4 * P + r, mask=r < R, other=0)
     tl.debug_barrier()
@@ -319,17 +319,21 @@ def _lay_out(
         source = i // BLOCK
         pair = source * (T_MAX * K) + i % BLOCK
         row = ((parity * R + source) * T_MAX + i % BLOCK // K).to(tl.int64)
-        for slot in range(program, S + 1, programs):
+        # Two slots at once, one in each half of a word: one scan places both.
+        for slot in range(2 * program, S + 1, 2 * programs):
             smaller = tl.sum(((v >= 0) & (v < slot)).to(tl.int32))
+            hits = (v == slot).to(tl.int32) + ((v == slot + 1).to(tl.int32) << 16)
+            before = tl.cumsum(hits, 0) - hits
+            smaller_next = smaller + tl.sum((v == slot).to(tl.int32))
             tl.store(first + slot, smaller)
-            if slot == S:
+            tl.store(first + slot + 1, smaller_next, mask=slot + 1 <= S)
+            at = tl.where(v == slot, smaller + (before & 0xFFFF), smaller_next + (before >> 16))
+            hit = hits > 0  # slot S is nobody's: no pair asks for it
+            tl.store(position + pair, at, mask=hit)
+            tl.store(rows_M + at, row, mask=hit)
+            tl.store(slots_M + at, v.to(tl.int64), mask=hit)
+            if slot + 2 > S:
                 tl.store(position + pair, -1, mask=v == -1)
-            else:
-                hit = v == slot
-                at = smaller + tl.cumsum(hit.to(tl.int32), 0) - 1
-                tl.store(position + pair, at, mask=hit)
-                tl.store(rows_M + at, row, mask=hit)
-                tl.store(slots_M + at, tl.zeros([P * BLOCK], tl.int64) + slot, mask=hit)
     else:
         for slot in range(program, S + 1, programs):
             smaller = 0
@@ -416,8 +420,22 @@ def dispatch_kernel(
 
 
 @triton.jit
+def _first_rows(
+    position, counts, rank, group, rows,
+    R: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr, GROUPS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The first pairs of this program for the rank after ours, and where their results stand in y (-1: not here)."""
+    lane = tl.arange(0, ROWS_AT_ONCE)
+    to = (rank + 1) % R
+    pair = (group + lane // K * GROUPS) * K + lane % K
+    # Loaded beside the count, not after it: what lies behind the count is left from earlier, and not taken.
+    at = tl.load(position + to * (T_MAX * K) + pair, mask=pair < T_MAX * K, other=-1)
+    return pair, tl.where((pair < tl.load(counts + to) * K) & (at < rows), at, -1)
+
+
+@triton.jit
 def _send_rows(
-    state, own, y, position, counts, rank, group, cols, parity, alive_P,
+    state, own, y, position, counts, rank, group, cols, parity, alive_P, pair, at, rows,
     RESULTS,
     R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, GROUPS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
@@ -426,15 +444,13 @@ def _send_rows(
     lane = tl.arange(0, ROWS_AT_ONCE)
     for step in range(R - 1):
         to = (rank + 1 + step) % R
+        if step > 0:
+            pair, at = _first_rows(position, counts, to - 1 + R, group, rows, R, K, T_MAX, GROUPS, ROWS_AT_ONCE)
         if _at(alive_P, to, P) > 0:
             count = tl.minimum(tl.load(counts + to), T_MAX)
             pairs = ((count - group + GROUPS - 1) // GROUPS) * K
             base = own + tl.multiple_of(tl.load(state + MASK + 4 * P + to), 128)
             results = (base + RESULTS).to(tl.pointer_type(y.dtype.element_ty)) + parity.to(tl.int64) * (T_MAX * K * D)
-            pair = (group + lane // K * GROUPS) * K + lane % K
-            # Loaded beside the count, not after it: what lies behind the count is undefined, and not taken.
-            at = tl.load(position + to * (T_MAX * K) + pair, mask=pair < T_MAX * K, other=-1)
-            at = tl.where(lane < pairs, at, -1)
             for start in range(0, pairs, ROWS_AT_ONCE):
                 here = (at >= 0)[:, None] & (cols < D)[None, :]
                 y_MD = tl.load(y + at[:, None].to(tl.int64) * D + cols[None, :], mask=here, other=0.0)
@@ -442,12 +458,12 @@ def _send_rows(
                 next_pair = (group + i // K * GROUPS) * K + i % K
                 next_at = tl.load(position + to * (T_MAX * K) + next_pair, mask=i < pairs, other=-1)
                 tl.store(results + pair[:, None].to(tl.int64) * D + cols[None, :], y_MD, mask=here)
-                pair, at = next_pair, next_at
+                pair, at = next_pair, tl.where(next_at < rows, next_at, -1)
 
 
 @triton.jit
 def _send_sums(
-    state, own, y, position, counts, rank, group, cols, parity, alive_P,
+    state, own, y, position, counts, rank, group, cols, parity, alive_P, rows,
     RESULTS, WEIGHTS,
     R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, GROUPS: tl.constexpr,
@@ -464,6 +480,7 @@ def _send_sums(
             weights = (own + WEIGHTS).to(tl.pointer_type(tl.float32)) + (sent_parity * R + to) * (T_MAX * K)
             places = position + to * (T_MAX * K)
             at = tl.load(places + group * K + k, mask=(k < K) & (group < count), other=-1)
+            at = tl.where(at < rows, at, -1)
             weight = tl.load(weights + group * K + k, mask=at >= 0, other=0.0)
             for t in range(group, count, GROUPS):
                 here = (at >= 0)[:, None] & (cols < D)[None, :]
@@ -472,6 +489,7 @@ def _send_sums(
                 total = tl.sum(y_KD.to(tl.float32) * weight[:, None], axis=0)
                 after = t + GROUPS
                 at = tl.load(places + after * K + k, mask=(k < K) & (after < count), other=-1)
+                at = tl.where(at < rows, at, -1)
                 weight = tl.load(weights + after * K + k, mask=at >= 0, other=0.0)
                 row = ((parity * R + rank) * T_MAX + t).to(tl.int64)
                 tl.store(results + row * D + cols, total.to(y.dtype.element_ty), mask=wanted)
@@ -479,75 +497,64 @@ def _send_sums(
 
 @triton.jit
 def _plan(
-    position, slots, weights, tokens, rank, start,
-    S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T_MAX: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    MODE: tl.constexpr,
+    position, slots, weights, tokens, rank, t, rows,
+    S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T_MAX: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of our own tokens: each pair's owner (-1: none), its place in y if it is ours, its weight. [TILE, KP]."""
-    t = start + tl.arange(0, TILE) * GROUPS
+    """Of one of our own tokens, for each k: the owner of its slot (-1: none), its row of y if that is us, its weight."""
     k = tl.arange(0, KP)
-    inside = (t < tokens)[:, None] & (k < K)[None, :]
-    pair = t[:, None] * K + k[None, :]
-    slot_TK = tl.load(slots + pair, mask=inside, other=-1)
-    at_TK = tl.load(position + rank * (T_MAX * K) + pair, mask=inside, other=-1)
-    owner_TK = tl.where(slot_TK >= 0, slot_TK // S, -1)
+    inside = (k < K) & (t < tokens)
+    slot_K = tl.load(slots + t * K + k, mask=inside, other=-1)
+    at_K = tl.load(position + (rank * T_MAX + t) * K + k, mask=inside, other=-1)
+    at_K = tl.where(at_K < rows, at_K, -1)
+    owner_K = tl.where(slot_K >= 0, slot_K // S, -1)
     if MODE == ROWS:
-        weight_TK = tl.zeros([TILE, KP], tl.float32)
+        weight_K = tl.zeros([KP], tl.float32)
     else:
-        weight_TK = tl.load(weights + pair, mask=inside, other=0.0)
-    return owner_TK, at_TK, weight_TK
+        weight_K = tl.load(weights + t * K + k, mask=inside, other=0.0)
+    return owner_K, at_K, weight_K
 
 
 @triton.jit
-def _column(tile_TK, k, KP: tl.constexpr):
-    """tile_TK[:, k], from registers."""
-    return tl.sum(tl.where(tl.arange(0, KP)[None, :] == k, tile_TK, 0), axis=1)
-
-
-@triton.jit
-def _add_results(
-    own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P, owner_TK, at_TK, weight_TK,
+def _add_rows(
+    own, y, position, slots, weights, out, tokens, rank, first, cols, parity, here_P, owner_K, at_K, weight_K, rows,
     RESULTS,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MODE: tl.constexpr,
+    T_MAX: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """ROWS: out[t, k] = the row of (t, k). EXACT: out[t] = their weighted sum, added in the order of k in float32.
 
-    Results of our own experts are read where they stand in y; the others' from our receive buffer.
+    Results of our own experts are read where they stand in y; the others' from our receive buffer, which is addressed
+    as rows at a fixed distance from y. The plan of the first token is given.
     """
-    results = (own + RESULTS).to(tl.pointer_type(y.dtype.element_ty)) + parity.to(tl.int64) * (T_MAX * K * D)
-    for start in range(group, tokens, GROUPS * TILE):
-        t = start + tl.arange(0, TILE) * GROUPS
-        inside = (t < tokens)[:, None] & (cols < D)[None, :]
-        here_TK = tl.zeros([TILE, KP], tl.int32)
+    k = tl.arange(0, KP)
+    buffer = (own + RESULTS).to(tl.int64, bitcast=True) - y.to(tl.int64, bitcast=True)
+    buffer = tl.multiple_of(buffer // 2, 8) + parity.to(tl.int64) * (T_MAX * K * D)
+    for t in range(first, tokens, STRIDE):
+        here_K = tl.zeros([KP], tl.int32)
         for r in tl.static_range(R):
-            here_TK += tl.where(owner_TK == r, _at(here_P, r, P), 0)
-        mine_TK = tl.where((here_TK > 0) & (owner_TK == rank), at_TK, -1)
-        other_TK = ((here_TK > 0) & (owner_TK != rank)).to(tl.int32)
-        sum_TD = tl.zeros([TILE, CHUNK], tl.float32)
-        for k in tl.static_range(K):
-            mine = _column(mine_TK, k, KP)
-            other = _column(other_TK, k, KP) > 0
-            y_at = mine[:, None].to(tl.int64) * D + cols[None, :]
-            mine_TD = tl.load(y + y_at, mask=(mine >= 0)[:, None] & inside, other=0.0)
-            other_at = (t * K + k)[:, None].to(tl.int64) * D + cols[None, :]
-            other_TD = tl.load(results + other_at, mask=other[:, None] & inside, other=0.0)
-            row_TD = tl.where((mine >= 0)[:, None], mine_TD, other_TD)
+            here_K += tl.where(owner_K == r, _at(here_P, r, P), 0)
+        mine_K = (owner_K == rank) & (at_K >= 0)
+        valid_K = ((here_K > 0) & ((owner_K != rank) | mine_K)).to(tl.int32)
+        row_K = tl.where(mine_K, at_K, t * K + k)
+        total = tl.zeros([CHUNK], tl.float32)
+        for j in tl.static_range(K):
+            base = tl.where(_at(mine_K.to(tl.int32), j, KP) > 0, 0, buffer)
+            at = base + _at(row_K, j, KP).to(tl.int64) * D
+            row = tl.load(y + at + cols, mask=(cols < D) & (_at(valid_K, j, KP) > 0), other=0.0)
             if MODE == ROWS:
-                tl.store(out + other_at, row_TD, mask=inside)
+                tl.store(out + tl.cast(t * K + j, tl.int64) * D + cols, row, mask=cols < D)
             else:
-                sum_TD += _column(weight_TK, k, KP)[:, None] * row_TD.to(tl.float32)
+                total += _at(weight_K, j, KP) * row.to(tl.float32)
         if MODE != ROWS:
-            out_at = t[:, None].to(tl.int64) * D + cols[None, :]
-            tl.store(out + out_at, sum_TD.to(out.dtype.element_ty), mask=inside)
-        owner_TK, at_TK, weight_TK = _plan(
-            position, slots, weights, tokens, rank, start + GROUPS * TILE, S, K, KP, T_MAX, GROUPS, TILE, MODE
+            tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
+        owner_K, at_K, weight_K = _plan(
+            position, slots, weights, tokens, rank, t + STRIDE, rows, S, K, KP, T_MAX, MODE
         )
 
 
 @triton.jit
 def _add_sums(
-    own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P,
+    own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P, rows,
     RESULTS,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
@@ -558,6 +565,7 @@ def _add_sums(
     for t in range(group, tokens, GROUPS):
         slot = tl.load(slots + t * K + k, mask=k < K, other=-1)
         at = tl.load(position + (rank * T_MAX + t) * K + k, mask=k < K, other=-1)
+        at = tl.where(at < rows, at, -1)
         weight = tl.load(weights + t * K + k, mask=k < K, other=0.0)
         owner = tl.where(slot >= 0, slot // S, -1)
         held = ((owner == rank) & (at >= 0) & (_at(here_P, rank, P) > 0))[:, None] & (cols < D)[None, :]
@@ -571,56 +579,77 @@ def _add_sums(
         tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
 
 
-@triton.jit(do_not_specialize=["tokens", "rank", "notice", "notice_stride"])
+@triton.jit(do_not_specialize=["tokens", "rank", "notice", "notice_stride", "rows"])
 def combine_kernel(
     y, position, counts, slots, weights, out, own, state, host, notice,
-    notice_stride, tokens, rank,
+    notice_stride, tokens, rank, rows,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
+    T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, PHASES: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr, MODE: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
-    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, WEIGHTS: tl.constexpr, RESULTS: tl.constexpr, RESULT_FLAG: tl.constexpr,
+    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, WEIGHTS: tl.constexpr, RESULTS: tl.constexpr,
+    RESULT_FLAG: tl.constexpr,
 ):  # fmt: skip
-    """Bring the experts' results back to their tokens' owners, and add them. COLLECTIVE.
+    """Bring the experts' results back to their tokens' owners, and add them. COLLECTIVE. rows: how many y has.
 
     Grid: CHUNKS * GROUPS programs. Program (group, chunk) sends a chunk of columns of every GROUPS-th token of each
-    other rank, and needs only its twins' flags: what they send is what it adds.
+    other rank, and needs only its twins' flags: what they send is what it adds. It does so in PHASES, each with a flag:
+    what came first is added while the rest is under way. A phase that has no tokens has no flag.
     """
     pid = tl.program_id(0)
     group = pid // CHUNKS
     cols = (pid % CHUNKS) * CHUNK + tl.arange(0, CHUNK)
-    # What is to be added where does not depend on the peers: know it before they answer.
-    owner_TK, at_TK, weight_TK = _plan(
-        position, slots, weights, tokens, rank, group, S, K, KP, T_MAX, GROUPS, TILE, MODE
-    )
-    expected, parity, alive_P = _begin(own, state, CUT_AT, COMBINE, CHUNKS * GROUPS, R, P, GUARD)
-    if MODE == FAST:
-        _send_sums(
-            state, own, y, position, counts, rank, group, cols, parity, alive_P,
-            RESULTS, WEIGHTS, R, P, K, KP, D, T_MAX, GROUPS,
-        )  # fmt: skip
-    else:
-        _send_rows(
-            state, own, y, position, counts, rank, group, cols, parity, alive_P,
-            RESULTS, R, P, K, KP, D, T_MAX, GROUPS, ROWS_AT_ONCE,
-        )  # fmt: skip
-    others_P = tl.where(tl.arange(0, P) == rank, 0, alive_P)
-    _raise(own, state, RESULT_FLAG + (rank * (CHUNKS * GROUPS) + pid) * 8, expected, others_P, R, P)
+    r = tl.arange(0, P)
+    STRIDE: tl.constexpr = GROUPS * PHASES
+    PROGRAMS: tl.constexpr = CHUNKS * GROUPS
+    # What is to be sent and added where does not depend on the peers: know it before they answer.
+    owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, group, rows, S, K, KP, T_MAX, MODE)
+    count_P = tl.load(counts + r, mask=r < R, other=0)
+    if MODE != FAST:
+        pair, at = _first_rows(position, counts, rank, group, rows, R, K, T_MAX, STRIDE, ROWS_AT_ONCE)
+    expected, parity, alive_P = _begin(own, state, CUT_AT, COMBINE, PROGRAMS, R, P, GUARD)
+    others_P = tl.where(r == rank, 0, alive_P)
+    for phase in tl.static_range(PHASES):
+        start = group + phase * GROUPS
+        if MODE == FAST:
+            _send_sums(
+                state, own, y, position, counts, rank, start, cols, parity, alive_P, rows,
+                RESULTS, WEIGHTS, R, P, K, KP, D, T_MAX, STRIDE,
+            )  # fmt: skip
+        else:
+            if phase > 0:
+                pair, at = _first_rows(position, counts, rank, start, rows, R, K, T_MAX, STRIDE, ROWS_AT_ONCE)
+            _send_rows(
+                state, own, y, position, counts, rank, start, cols, parity, alive_P, pair, at, rows,
+                RESULTS, R, P, K, KP, D, T_MAX, STRIDE, ROWS_AT_ONCE,
+            )  # fmt: skip
+        told_P = others_P
+        if phase > 0:
+            told_P = tl.where(count_P > start, others_P, 0)
+        _raise(own, state, RESULT_FLAG + ((phase * R + rank) * PROGRAMS + pid) * 8, expected, told_P, R, P)
     _count(state, expected, COMBINE)
-    here_P = _wait(
-        own, state, host, notice, notice_stride, RESULT_FLAG + pid * 8, CHUNKS * GROUPS, CUT_AT, OPENED_AT, rank, expected,
-        others_P, R, P, GUARD, INTERPRETED,
-    )  # fmt: skip
-    here_P = tl.where(tl.arange(0, P) == rank, alive_P, here_P)
-    if MODE == FAST:
-        _add_sums(
-            own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P,
-            RESULTS, R, P, S, K, KP, D, T_MAX, GROUPS, CHUNK,
-        )  # fmt: skip
-    else:
-        _add_results(
-            own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P,
-            owner_TK, at_TK, weight_TK, RESULTS, R, P, S, K, KP, D, T_MAX, GROUPS, TILE, CHUNK, MODE,
-        )  # fmt: skip
+    awaited_P = others_P
+    for phase in tl.static_range(PHASES):
+        start = group + phase * GROUPS
+        if phase == 0 or start < tokens:
+            awaited_P = _wait(
+                own, state, host, notice, notice_stride, RESULT_FLAG + (phase * R * PROGRAMS + pid) * 8, PROGRAMS,
+                CUT_AT, OPENED_AT, rank, expected, awaited_P, R, P, GUARD, INTERPRETED,
+            )  # fmt: skip
+            here_P = tl.where(r == rank, alive_P, awaited_P)
+            if MODE == FAST:
+                _add_sums(
+                    own, y, position, slots, weights, out, tokens, rank, start, cols, parity, here_P, rows,
+                    RESULTS, R, P, S, K, KP, D, T_MAX, STRIDE, CHUNK,
+                )  # fmt: skip
+            else:
+                if phase > 0:
+                    owner_K, at_K, weight_K = _plan(
+                        position, slots, weights, tokens, rank, start, rows, S, K, KP, T_MAX, MODE
+                    )
+                _add_rows(
+                    own, y, position, slots, weights, out, tokens, rank, start, cols, parity, here_P,
+                    owner_K, at_K, weight_K, rows, RESULTS, R, P, S, K, KP, D, T_MAX, STRIDE, CHUNK, MODE,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["words", "rank", "notice", "notice_stride"])

@@ -42,7 +42,7 @@ class BufferLayout:
         x           2 * R * T * D * b          (+ 2 * R * T * D / 128 * 4 for the scales of fp8)
         results     2 * max(K, R) * T * D * 2  (a row per (token, k); under `fast` a row per (rank, token))
         slot lists  2 * R * T * K * 8          (int32 slot, float32 weight)
-        flags       R * (2 * programs + 2) * 8, and a few lines of counters
+        flags       8 * R words a program, and a few lines of counters
 
     2 ranks, T = 128, D = 7168, K = 8, fp8: 33.3 MB. It grows with T, so prefill in larger batches goes in several waves.
     """
@@ -55,6 +55,7 @@ class BufferLayout:
     result_itemsize: int
     dispatch_programs: int
     combine_programs: int
+    combine_phases: int
 
     def __post_init__(self) -> None:
         assert min(self.ep_size, self.max_tokens, self.hidden, self.top_k) >= 1, self
@@ -71,7 +72,7 @@ class BufferLayout:
             "meta_flag": 8 * R,
             "row_flag": 8 * R,
             "data_flag": 8 * R * self.dispatch_programs,
-            "result_flag": 8 * R * self.combine_programs,
+            "result_flag": 8 * R * self.combine_programs * self.combine_phases,
             "count": 2 * 8 * R,
             "row": 2 * 8 * R * GATHER_WORDS,
             "meta": 2 * 4 * R * T * K,

@@ -220,7 +220,7 @@ class RankProcess:
             itemsize = 1 if options.get("fp8") else 2
             layout = BufferLayout(
                 ep_size, max_tokens, hidden, top_k, itemsize, 2, launch.chunks(hidden) * launch.dispatch_groups,
-                launch.chunks(hidden) * launch.combine_groups,
+                launch.chunks(hidden) * launch.combine_groups, launch.combine_phases,
             )  # fmt: skip
             memory = HostSharedMemory(layout.nbytes)
             self.device = torch.device("cpu")
