@@ -74,8 +74,8 @@ def protected_room(ground: Ground, safe_N: Bools, replicas: int) -> Ints:
     return room
 
 
-def protected_experts(w_LE: Floats, order_LE: Ints, safety: Safety, ground: Ground, priority: Priority) -> Bools:
-    """bool [L, E]: the experts that get two replicas at least. order_LE: hottest first.
+def protected_experts(w_LE: Floats, safety: Safety, ground: Ground, priority: Priority) -> Bools:
+    """bool [L, E]: the experts that get two replicas at least.
 
     In "even" mode the safe ranks' share of the load decides: as many of the hottest as their room allows, then a
     stretch of colder ones that brings the sum of the loads closest to it.
@@ -84,6 +84,7 @@ def protected_experts(w_LE: Floats, order_LE: Ints, safety: Safety, ground: Grou
     m = safety.protected
     if m in (0, num_experts):
         return np.full((num_layers, num_experts), bool(m))
+    order_LE = descending(w_LE)
     if priority == "safety":
         place = np.broadcast_to(np.arange(num_experts) < m, (num_layers, num_experts))
     else:

@@ -26,7 +26,7 @@ def even_out(out: Deal, rounds: int) -> None:
 
 def _even_among(out: Deal, among: Ints, rounds: int, floor_L: Floats) -> None:
     """In most rounds the i-th heaviest rank of every layer meets one of the lightest, each time another, and makes the
-    one exchange that brings the two closest. In the others the heaviest rank alone may choose among all."""
+    one exchange that brings the two closest. In the others the heaviest rank alone may choose among many."""
     ranks = among.size
     if ranks < 2:
         return
@@ -41,8 +41,9 @@ def _even_among(out: Deal, among: Ints, rounds: int, floor_L: Floats) -> None:
         order = among[ascending(out.load_LN[rows[:, None], among])]
         alone = number % 3 == 2
         if alone:
-            heavy = np.repeat(order[:, -1:], ranks - 1, axis=1)
-            light = order[:, :-1]
+            # With few slots a rank, one that is not light may still have the light replica that is wanted.
+            light = order[:, : ranks - 1 if out.shape[2] <= 4 else max(1, ranks // 2)]
+            heavy = np.repeat(order[:, -1:], light.shape[1], axis=1)
         else:
             heavy = order[:, ::-1][:, :pairs]
             light = np.roll(order[:, :pairs], -number, axis=1)
@@ -50,7 +51,7 @@ def _even_among(out: Deal, among: Ints, rounds: int, floor_L: Floats) -> None:
         now = out.load_LN[rows[:, None], among].max(axis=1)
         busy[rows] = now > goal[rows]
         if alone:
-            # The heaviest rank had its choice among all: when nothing helped, no exchange will; when three rounds
+            # The heaviest rank had its choice: when nothing helped, hardly any exchange will; when three rounds
             # brought next to nothing, more are not worth their time.
             busy[rows] &= gained & (now < before[rows] * (1 - TOLERANCE / 2))
             before[rows] = now

@@ -31,14 +31,17 @@ def fill_missing(ground: Ground, w_LE: Floats, held_LNS: Ints, priority: Priorit
     hottest_first = descending(np.where(missing[rows], w_LE[rows] + 1.0, 0.0))[:, : int(times.max())]
     cost = _costs(ground, flat[rows], count[rows], w_LE[rows], priority)
     count, load, part, times = count[rows], load[rows], part[rows], times[rows]
-    mean = w_LE[rows].mean(axis=1, keepdims=True) * experts / ranks
+    # Loads stay far below 1 so that they decide within one step of the cost only.
+    scale = 1 / (w_LE[rows].sum(axis=1) * 64)
     room = ground.total - (flat[rows] != EMPTY).sum(axis=1)
+    empties = bool((flat[rows] == EMPTY).any())
     open_ = np.arange(rows.size)
     for k in range(int(times.max())):
         open_ = open_[times[open_] > k]
-        # Loads stay far below 1 so that they decide within one step of the cost only.
-        price = cost[open_] + np.repeat(load[open_] / (mean[open_] * 64 * ranks), width, axis=1)
-        price[(room[open_] <= 0)[:, None] & (flat[rows[open_]] == EMPTY)] += 1e9
+        price = cost[open_].reshape(open_.size, ranks, width) + (load[open_] * scale[open_, None])[:, :, None]
+        price = price.reshape(open_.size, -1)
+        if empties:
+            price[(room[open_] <= 0)[:, None] & (flat[rows[open_]] == EMPTY)] += 1e9
         at = price.argmin(axis=1)
         layer, expert = rows[open_], hottest_first[open_, k]
         gone = flat[layer, at]

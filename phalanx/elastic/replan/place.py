@@ -126,7 +126,9 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
     mix = levels > 2 and item.shape[1] >= 1.5 * experts
     last_item = last_domain = np.full(item.shape[0], -1)
     domain_N = out.ground.host_N if out.ground.host_matters else np.arange(ranks)
-    for level in range(levels):
+    start = 0 if copies else _snake(out, item, part, from_N, to_N)
+    top = start * int((to_N > from_N).sum())
+    for level in range(start, levels):
         open_ = np.nonzero(to_N - from_N > level)[0]
         light = open_.size // 8 * 2 if mix and level else 0
         heavy = open_.size - light
@@ -150,6 +152,25 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
         out.expert_LNM.reshape(-1)[place] = mine
         out.part_LNM.reshape(-1)[place] = part[:, column]
         out.load_LN.reshape(-1)[cell] += part[:, column]
+
+
+def _snake(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> int:
+    """Deal all but the last few rounds at once, to and fro, where all ranks that take part are alike. Singles need no
+    other care, and the last rounds make the loads even. Returns how many rounds that were."""
+    open_ = np.nonzero(to_N > from_N)[0]
+    first, rounds = int(from_N[open_[0]]), int((to_N - from_N).max()) - 3
+    alike = (from_N[open_] == first).all() and (to_N[open_] == to_N[open_[0]]).all()
+    if rounds < 1 or not alike:
+        return 0
+    layers, n = item.shape[0], open_.size
+    experts = item[:, : rounds * n].reshape(layers, rounds, n).copy()
+    parts = part[:, : rounds * n].reshape(layers, rounds, n).copy()
+    experts[:, 1::2], parts[:, 1::2] = experts[:, 1::2, ::-1].copy(), parts[:, 1::2, ::-1].copy()
+    out.expert_LNM[:, open_, first : first + rounds] = experts.transpose(0, 2, 1)
+    out.part_LNM[:, open_, first : first + rounds] = parts.transpose(0, 2, 1)
+    out.load_LN[:, open_] += parts.sum(axis=1)
+    out.holds_LNE[np.arange(layers)[:, None, None], open_[None, None, :], experts] = True
+    return rounds
 
 
 def _arrange(out: Deal, open_: Ints, copies: bool) -> Ints:

@@ -13,7 +13,7 @@ from phalanx.elastic.replan.even import even_out
 from phalanx.elastic.replan.ground import Ground, survey
 from phalanx.elastic.replan.groups import by_groups, fits_groups
 from phalanx.elastic.replan.moves import continue_from, fill_missing, keep_slots
-from phalanx.elastic.replan.order import Bools, Floats, Ints, descending
+from phalanx.elastic.replan.order import Bools, Floats, Ints
 from phalanx.elastic.replan.place import Deal, deal, on_one_host, repair
 from phalanx.elastic.replan.polish import polish
 from phalanx.world import EMPTY, IntArray, Placement, View
@@ -122,7 +122,7 @@ def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: 
     if safety.protected < experts and priority == "balance":
         safety = Safety(np.zeros(ground.size, bool), 0)
     packed = bool(safety.safe_N.any() and not safety.safe_N.all())
-    protected = protected_experts(w_LE, descending(w_LE), safety, ground, priority)
+    protected = protected_experts(w_LE, safety, ground, priority)
     counts = _counts(ground, w_LE, protected, packed)
     single = counts == 1
     new = deal(ground, w_LE / counts, counts.copy(), single.copy(), safety.safe_N)

@@ -50,26 +50,26 @@ def shares(placement: Placement, view: View, load_LE: npt.ArrayLike | None = Non
     if most == 1 or not load.any():
         return out
     layer, expert = np.nonzero(count > 1)
-    rank = slots[layer, expert] // placement.slots_per_rank
-    used = valid[layer, expert]
-    key = np.where(used, layer[:, None] * view.ep_size + rank, 0)
     replicas, living = count[layer, expert], len(view.ranks)
+    # One entry a replica, not X an expert: few experts have many.
+    row = np.repeat(np.arange(layer.size), replicas)
+    first = np.cumsum(replicas) - replicas
+    nth = np.arange(row.size) - first[row]
+    cell = layer[row] * view.ep_size + slots[layer[row], expert[row], nth] // placement.slots_per_rank
     local = load[layer, expert] / living
-    travelling = np.where(replicas < living, local * (living - replicas), 0.0)
-    fixed = np.where(used, local[:, None], 0.0)
+    travelling = (local * np.maximum(living - replicas, 0))[row]
     one_layer, one = np.nonzero(count == 1)
     base = one_layer * view.ep_size + slots[one_layer, one, 0] // placement.slots_per_rank
     cells = layers * view.ep_size
-    still = np.bincount(base, load[one_layer, one], cells) + np.bincount(key.ravel(), fixed.ravel(), cells)
+    still = np.bincount(base, load[one_layer, one], cells) + np.bincount(cell, local[row], cells)
     mean = np.repeat(load.sum(axis=1) / living, view.ep_size)
-    share = out[layer, expert]
+    share = 1.0 / replicas[row]
     for _ in range(ITERATIONS):
-        now = still + np.bincount(key.ravel(), (share * travelling[:, None]).ravel(), cells)
+        now = still + np.bincount(cell, share * travelling, cells)
         # A step of the multiplicative kind: shares on heavy ranks shrink, those on light ones grow, bounded both ways.
-        pull = np.clip(mean / np.maximum(now, 1e-12), 0.5, 2.0)
-        share = share * pull.take(key)
-        share /= np.maximum(share.sum(axis=1, keepdims=True), 1e-12)
-    out[layer, expert] = share
+        share = share * np.clip(mean / np.maximum(now, 1e-12), 0.5, 2.0).take(cell)
+        share /= np.add.reduceat(share, first)[row]
+    out[layer[row], expert[row], nth] = share
     return out
 
 
