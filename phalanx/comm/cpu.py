@@ -150,7 +150,7 @@ class CpuCommunicator(Communicator):
         unreachable = self._map(view)
         self._regroup()
         self._notices_seen = -1
-        self._look("adopt")
+        self._look("adopt", time.monotonic_ns())
         for rank in unreachable:
             self._lose(rank, "notice", 0.0, "adopt")
 
@@ -445,7 +445,7 @@ class CpuCommunicator(Communicator):
                 os.sched_yield()
                 if all(peer.words[at] == tag for peer in pending):
                     return
-            self._look(_KINDS[tag & 7])
+            self._look(_KINDS[tag & 7], start)
             for peer in pending:
                 self._check_word(peer, peer.words[at], tag)
             if silence is not None:
@@ -456,8 +456,11 @@ class CpuCommunicator(Communicator):
                 return
             pending = [peer for peer in pending if peer.rank not in self._lost]
 
-    def _look(self, operation: str) -> None:
+    def _look(self, operation: str, since_ns: int) -> None:
         """Read what the launcher and the peers' segments say: deaths and open roll calls."""
+        for peer in list(self._live):
+            if peer.died:
+                self._lose(peer.rank, "notice", (time.monotonic_ns() - since_ns) / 1e9, operation)
         if self._notices is not None and self._notices_seen != (version := self._notices.version):
             self._notices_seen = version
             now = time.monotonic_ns()
@@ -530,7 +533,7 @@ class CpuCommunicator(Communicator):
         while True:
             self._own.drain()
             self._fence()
-            self._look("sleep")
+            self._look("sleep", time.monotonic_ns())
             for peer in list(self._live):
                 if peer.pidfd in ready:
                     self._lose(peer.rank, "notice", 0.0, "sleep")

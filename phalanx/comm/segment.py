@@ -16,6 +16,8 @@ No torch here: the launcher, too, uses this module, to wake a rank that sleeps.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -40,6 +42,11 @@ ROLL_CALL = 2 * LINE
 """The highest epoch for which the owner opened a roll call, or which it adopted."""
 RINGING = 3 * LINE
 """The tag number that the owner was about to run when it last rang."""
+
+LIFE = 4 * LINE
+"""The lock that the owner holds for life (`_LifeLock`); with OWNER_DIED set in it once the owner's thread is gone."""
+OWNER_DIED = 0x4000_0000
+"""Linux's FUTEX_OWNER_DIED."""
 
 GATHER_WORDS = 64
 """The longest row of an all_gather, in int64."""
@@ -161,7 +168,7 @@ class Segment:
 class OwnSegment(Segment):
     """This rank's segment, and the pipe by which peers wake it. LOCAL throughout."""
 
-    __slots__ = ("_fd", "_wake_write", "address", "wake_read")
+    __slots__ = ("_fd", "_life", "_wake_write", "address", "wake_read")
 
     def __init__(self, layout: Layout, rank: int, incarnation: int) -> None:
         self._fd = os.memfd_create(_name(rank, incarnation), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -173,6 +180,7 @@ class OwnSegment(Segment):
         header += [self._wake_write, os.fstat(self._wake_write).st_ino]
         for i, value in enumerate(header[1:], 1):
             self.words[i] = value
+        self._life = _LifeLock(self._map, LIFE * 8)
         self.words[_MAGIC] = header[_MAGIC]
         self.address = f"/proc/{os.getpid()}/fd/{self._fd}"
 
@@ -183,9 +191,45 @@ class OwnSegment(Segment):
                 pass
 
     def close(self) -> None:
-        super().close()
+        if self._life.release():
+            super().close()
         for fd in (self._fd, self.wake_read, self._wake_write):
             os.close(fd)
+
+
+class _LifeLock:
+    """A lock in shared memory that a thread takes and holds until it ends: a robust mutex.
+
+    When the thread ends, by whatever cause, the kernel sets OWNER_DIED in the lock's word before it tears down the
+    process's memory and devices. A peer that polls the word so knows of the death long before the process can be
+    reaped, which takes the longer the more memory it held. (Robust futexes: Linux's robust-futex-ABI.)"""
+
+    _PROCESS_SHARED, _ROBUST, _ERRORCHECK = 1, 1, 2
+
+    def __init__(self, mapped: mmap.mmap, offset: int) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._mutex = (ctypes.c_char * (LINE * 8)).from_buffer(mapped, offset)
+        attributes = ctypes.create_string_buffer(16)
+        self._call("pthread_mutexattr_init", attributes)
+        self._call("pthread_mutexattr_setpshared", attributes, self._PROCESS_SHARED)
+        self._call("pthread_mutexattr_setrobust", attributes, self._ROBUST)
+        self._call("pthread_mutexattr_settype", attributes, self._ERRORCHECK)
+        self._call("pthread_mutex_init", self._mutex, attributes)
+        self._call("pthread_mutex_lock", self._mutex)
+
+    def release(self) -> bool:
+        """Let go, so that the memory may be unmapped. False when another thread holds it: then it must stay mapped,
+        for the kernel will write to it when that thread ends. LOCAL."""
+        code: int = self._libc.pthread_mutex_unlock(self._mutex)
+        if code not in (0, errno.EPERM):
+            raise OSError(code, "pthread_mutex_unlock failed")
+        del self._mutex
+        return code == 0
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._libc, name)(*arguments)
+        if code != 0:
+            raise OSError(code, f"{name} failed")
 
 
 class PeerSegment(Segment):
@@ -209,6 +253,11 @@ class PeerSegment(Segment):
                     raise
                 raise Unreachable(f"rank {rank}.{incarnation} at {address}: {error}") from error
             undo.pop_all()
+
+    @property
+    def died(self) -> bool:
+        """Whether the owner's thread has ended: known as soon as the kernel begins to take its process down."""
+        return bool(self.words[LIFE] & OWNER_DIED)
 
     def wake(self) -> None:
         """Make the peer's `sleep` look at its words."""

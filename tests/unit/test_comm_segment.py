@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import signal
 
 import numpy as np
 import pytest
@@ -133,3 +134,32 @@ def test_nothing_in_a_layout_overlaps(ep_size: int, max_tokens: int, hidden: int
     assert own.words[layout.areas[1]] == 103
     del mark, marks
     own.close()
+
+
+def test_the_life_lock_tells_of_a_death_before_the_process_can_be_reaped() -> None:
+    layout = Layout(ep_size=2, max_tokens=4, hidden=8, top_k=2, itemsize=2)
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        own = OwnSegment(layout, 1, 0)
+        os.write(ready[1], own.address.encode())
+        os.read(go[0], 1)
+        os._exit(1)
+    peer = PeerSegment(os.read(ready[0], 256).decode(), layout, 1, 0)
+    assert not peer.died
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert peer.died
+    os.waitpid(pid, 0)
+    peer.close()
+    for fd in (*ready, *go):
+        os.close(fd)
+
+
+def test_a_segment_that_is_closed_is_no_death_and_leaves_no_lock_behind() -> None:
+    layout = Layout(ep_size=2, max_tokens=4, hidden=8, top_k=2, itemsize=2)
+    own = OwnSegment(layout, 0, 0)
+    peer = PeerSegment(own.address, layout, 0, 0)
+    own.close()
+    assert not peer.died
+    peer.close()
