@@ -37,6 +37,7 @@ from phalanx.process import (
     launcher_endpoint,
     server_endpoint,
 )
+from phalanx.world import Member
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -246,6 +247,7 @@ class Launcher:
         log.warning("rank %d.%d is masked by an operator", rank, worker.incarnation)
         worker.masked = True
         self._notices.declare_dead(rank, worker.incarnation, "operator")
+        self._notices.poke([Member(w.rank, w.incarnation, pid=w.pid) for w in self._workers.values() if w.alive])
 
     def _tell(self, message: m.Spawned | m.Died) -> None:
         with contextlib.suppress(zmq.Again):
