@@ -19,7 +19,6 @@ def fill_missing(ground: Ground, w_LE: Floats, held_LNS: Ints, priority: Priorit
     Among equals the lightest rank takes the hottest missing expert.
     """
     layers, ranks, width = held_LNS.shape
-    experts = w_LE.shape[1]
     out = held_LNS.copy()
     flat = out.reshape(layers, -1)
     count, part, load = _held_loads(flat, w_LE, ranks)
