@@ -150,7 +150,7 @@ class CpuCommunicator(Communicator):
         unreachable = self._map(view)
         self._regroup()
         self._notices_seen = -1
-        self._look("adopt", time.monotonic_ns())
+        self._look("adopt")
         for rank in unreachable:
             self._lose(rank, "notice", 0.0, "adopt")
 
@@ -456,11 +456,13 @@ class CpuCommunicator(Communicator):
                 return
             pending = [peer for peer in pending if peer.rank not in self._lost]
 
-    def _look(self, operation: str, since_ns: int) -> None:
-        """Read what the launcher and the peers' segments say: deaths and open roll calls."""
-        for peer in list(self._live):
-            if peer.died:
-                self._lose(peer.rank, "notice", (time.monotonic_ns() - since_ns) / 1e9, operation)
+    def _look(self, operation: str, since_ns: int | None = None) -> None:
+        """Read what the launcher and the peers' segments say: deaths and open roll calls. since_ns: when a wait began,
+        for which a peer's life lock, too, is looked at."""
+        if since_ns is not None:
+            for peer in list(self._live):
+                if peer.died:
+                    self._lose(peer.rank, "notice", (time.monotonic_ns() - since_ns) / 1e9, operation)
         if self._notices is not None and self._notices_seen != (version := self._notices.version):
             self._notices_seen = version
             now = time.monotonic_ns()
