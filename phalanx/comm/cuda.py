@@ -44,6 +44,7 @@ _CAUSES = {1: "notice", 2: "timeout", 3: "operator", 4: "timeout"}  # 4: the pee
 _NOTICE, _OPERATOR = 1, 3
 _HANDLE_BYTES = 2048
 _PAIRS_IN_REGISTERS = 8192
+_REGISTERS = 65536  # of a multiprocessor, on every device since 2014
 
 Mode = Literal["exact", "fast"]
 
@@ -57,8 +58,9 @@ class DeviceDispatched(Dispatched):
     """What a rank received, on the device, with capacities in place of sizes.
 
     x_ND: [2 * R * T, D], the receive buffers themselves; only rows named by `row_M` mean anything. With fp8: e4m3.
-    row_M, slot_M: int64 [R * T * K]; entries from `first_S[S]` on mean nothing, but are valid. Pairs stand sorted by slot, and within
-    a slot by (source rank, token, k): what a grouped GEMM wants, and deterministic for a given view and batch.
+    row_M, slot_M: int64 [R * T * K]; entries from `first_S[S]` on mean nothing, but are valid. Pairs stand sorted by
+    slot, and within a slot by (source rank, token, k): what a grouped GEMM wants, and deterministic for a given view
+    and batch.
     first_S: int32 [S + 1], where each slot's pairs begin; the last entry is M.
     scale_ND: float32 [2 * R * T, D / 128], what to multiply each group of 128 channels by; None without fp8.
     Valid until the second dispatch after this one (of the same graph, or of those launched eagerly).
@@ -149,7 +151,7 @@ class CudaCommunicator(Communicator):
         self.layout = BufferLayout(
             ep_size, max_tokens, hidden, top_k, 1 if fp8 else dtype.itemsize, dtype.itemsize,
             self._shape.chunks(hidden) * self._shape.dispatch_groups,
-            self._shape.chunks(hidden) * self._shape.combine_groups, self._shape.combine_phases,
+            self._shape.chunks(hidden) * self._shape.combine_groups,
         )  # fmt: skip
         self._memory = memory or CudaIpcMemory(self.layout.nbytes, device)
         self._own = self._memory.buffer
@@ -181,7 +183,8 @@ class CudaCommunicator(Communicator):
     def adopt(self, view: View) -> None:
         """See the contract. Kernels launched before still use the old mappings; those are unmapped once they ended.
 
-        Raises Evicted when this process is not in the view. The caller has no collective of the old epoch in flight: it read their status before it joined the roll call.
+        Raises Evicted when this process is not in the view. The caller has no collective of the old epoch in flight: it
+        read their status before it joined the roll call.
         """
         assert view.ep_size == self.ep_size, f"ep_size {self.ep_size} cannot serve a view of {view.ep_size} ranks"
         assert self._view.epoch < view.epoch < 1 << 31, f"epochs grow: {self._view.epoch} -> {view.epoch}"
@@ -276,14 +279,17 @@ class CudaCommunicator(Communicator):
         Graph-safe. Mode exact: in the order of k, in float32, rounded once: the same bits wherever the experts live.
         """
         tokens = dispatched.handle.slots_TK.shape[0]
-        assert weights_TK.shape == (tokens, self._top_k) and weights_TK.dtype == torch.float32, weights_TK.shape
+        assert weights_TK.shape == (tokens, self._top_k), weights_TK.shape
+        assert weights_TK.dtype == torch.float32, weights_TK.dtype
         out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
         self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode)
         return out
 
     def all_gather(self, row: Tensor) -> Tensor:
         """See the contract; the result is on the device. Graph-safe when `row` is on the device, too."""
-        assert row.dtype == torch.int64 and row.dim() == 1 and row.numel() <= GATHER_WORDS, row
+        assert row.dtype == torch.int64, row.dtype
+        assert row.dim() == 1, row.shape
+        assert row.numel() <= GATHER_WORDS, f"{row.numel()} words, a row holds {GATHER_WORDS}"
         out = torch.empty(self.ep_size, row.numel(), dtype=torch.int64, device=self._device)
         self._rings += 1
         self._kernels.gather(row.to(self._device), out, row.numel())
@@ -387,9 +393,13 @@ class CudaCommunicator(Communicator):
 
     def _check(self, x_TD: Tensor, slots_TK: Tensor) -> int:
         tokens = x_TD.shape[0]
-        assert x_TD.shape == (tokens, self._hidden) and x_TD.dtype == self._dtype, (x_TD.shape, x_TD.dtype)
-        assert slots_TK.shape == (tokens, self._top_k) and slots_TK.dtype == torch.int32, slots_TK.shape
-        assert x_TD.is_contiguous() and slots_TK.is_contiguous(), "kernels read rows that follow one another"
+        assert (x_TD.shape, x_TD.dtype) == ((tokens, self._hidden), self._dtype), (x_TD.shape, x_TD.dtype)
+        assert (slots_TK.shape, slots_TK.dtype) == ((tokens, self._top_k), torch.int32), (
+            slots_TK.shape,
+            slots_TK.dtype,
+        )
+        for tensor in (x_TD, slots_TK):
+            assert tensor.is_contiguous(), "kernels read rows that follow one another"
         assert tokens <= self._max_tokens, f"{tokens} tokens, the buffers hold {self._max_tokens} a rank"
         return tokens
 
@@ -518,16 +528,15 @@ class LaunchShape:
     """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
-    program sends at once. phases: parts in which rows are sent (and added, while the next are under way).
+    program sends at once.
     """
 
     chunk: int = 1024
     dispatch_groups: int = 18
     dispatch_tile: int = 8
     dispatch_warps: int = 8
-    combine_groups: int = 48
-    combine_phases: int = 2
-    combine_rows: int = 8
+    combine_groups: int = 36
+    combine_rows: int = 16
     combine_warps: int = 4
 
     @classmethod
@@ -536,7 +545,7 @@ class LaunchShape:
         chunk = min(1024, _power_of_two(hidden))
         chunks = -(-hidden // chunk)
         return cls(
-            chunk=chunk, dispatch_groups=max(1, programs // chunks), combine_groups=max(1, 5 * programs // 2 // chunks)
+            chunk=chunk, dispatch_groups=max(1, programs // chunks), combine_groups=max(1, 2 * programs // chunks)
         )
 
     def chunks(self, hidden: int) -> int:
@@ -575,19 +584,19 @@ class _Kernels:
             "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
         }  # fmt: skip
         self._combine = {
-            **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"], "RESULT_FLAG": at["result_flag"],
+            **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"],
+            "RESULT_FLAG": at["result_flag"],
         }  # fmt: skip
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
-    def dispatch(
-        self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: _Lists, tokens: int,
-    ) -> None:  # fmt: skip
+    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: _Lists, tokens: int) -> None:
         c = self._comm
         programs = c.ep_size + c.layout.dispatch_programs
         compiled = self._code.dispatch_kernel[(programs,)](
             x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
-            lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch, num_warps=self._shape.dispatch_warps,
+            lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
+            num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
         self._seen["dispatch"] = (programs, self._shape.dispatch_warps, compiled)
 
@@ -599,7 +608,7 @@ class _Kernels:
         compiled = self._code.combine_kernel[(c.layout.combine_programs,)](
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
-            PHASES=1 if mode == "fast" else self._shape.combine_phases, MODE=("rows", "exact", "fast").index(mode),
+            MODE=("rows", "exact", "fast").index(mode),
             num_warps=self._shape.combine_warps,
         )  # fmt: skip
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
@@ -611,7 +620,7 @@ class _Kernels:
         device = torch.cuda.get_device_properties(self._comm._device)
         for name, (programs, warps, compiled) in self._seen.items():
             registers = -(-compiled.n_regs // 8) * 8 * 32 * warps
-            at_once = min(device.regs_per_multiprocessor // registers, 64 // warps, 32)
+            at_once = min(_REGISTERS // registers, 64 // warps, 32)
             if shared := compiled.metadata.shared:
                 at_once = min(at_once, device.shared_memory_per_multiprocessor // (shared + 1024))
             if programs > at_once * device.multi_processor_count:
@@ -627,9 +636,7 @@ class _Kernels:
 
     def tell(self, whom: int, epoch: int, word_at: int) -> None:
         c = self._comm
-        self._code.tell_kernel[(1,)](
-            c._own, c._state, whom, epoch, c.rank, word_at, **self._common, num_warps=1
-        )
+        self._code.tell_kernel[(1,)](c._own, c._state, whom, epoch, c.rank, word_at, **self._common, num_warps=1)
 
     def _words(self) -> tuple[Any, ...]:
         c = self._comm

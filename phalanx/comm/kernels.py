@@ -9,12 +9,13 @@ grows (it is raised by an atomic maximum, so that not even a stale writer can lo
 Receiving programs poll their own device's memory. Every kind of collective has a sequence of its own, counted on the
 device, so that a CUDA graph's replay needs no new argument; its parity picks one of two receive buffers.
 
-How a wait ends early. Every `POLL` rounds it reads whether another program has masked the peer, whether the peer has cut
-us off or opened a roll call (words that peers store in our buffer), and the time; when it is its turn, also what
-the launcher and the operator say (words of host memory, mapped). It then takes zero tokens from the silent peer, writes the mask and the cause in the state words, and goes on: no
-trap, no error, no poisoned context. A rank that gives up on a peer stores its epoch in that peer's `cut` word: the peer,
-should it still run, ends its waits for us and sends us nothing more, also from graphs that were launched already.
-A rank that opens a roll call stores its epoch in every peer's `opened` word, and all waits of earlier epochs end.
+How a wait ends early. Every `POLL` rounds it reads whether another program has masked the peer, whether the peer has
+cut us off or opened a roll call (words that peers store in our buffer), and the time; when it is its turn, also what
+the launcher and the operator say (words of host memory, mapped). It then takes zero tokens from the silent peer, writes
+the mask and the cause in the state words, and goes on: no trap, no error, no poisoned context. A rank that gives up on
+a peer stores its epoch in that peer's `cut` word: the peer, should it still run, ends its waits for us and sends us
+nothing more, also from graphs that were launched already. A rank that opens a roll call stores its epoch in every
+peer's `opened` word, and all waits of earlier epochs end.
 
 Words of `state` (int64, private to the rank): EPOCH, TIMEOUT_NS, INTERRUPTED, a ticket counter for each kind of
 collective, then P words each of mask, cause, nanoseconds waited, incarnation, and the distance in bytes from our own
@@ -261,7 +262,7 @@ def _send_tokens(
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Store this program's columns of its tokens at every rank that wants them, once a rank. The first tile is loaded."""
+    """Store this program's columns of its tokens once at every rank that wants them. The first tile is given."""
     cols = chunk * CHUNK + tl.arange(0, CHUNK)
     place = parity * R + rank
     for start in range(group, tokens, GROUPS * TILE):
@@ -366,9 +367,10 @@ def dispatch_kernel(
     notice_stride, tokens, rank,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
-    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, META: tl.constexpr, COUNT: tl.constexpr, WEIGHTS: tl.constexpr, X: tl.constexpr,
-    SCALES: tl.constexpr, META_FLAG: tl.constexpr, DATA_FLAG: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, META: tl.constexpr, COUNT: tl.constexpr, WEIGHTS: tl.constexpr,
+    X: tl.constexpr, SCALES: tl.constexpr, META_FLAG: tl.constexpr, DATA_FLAG: tl.constexpr,
 ):  # fmt: skip
     """Send every token once to each rank that holds one of its slots, and sort what arrives by slot. COLLECTIVE.
 
@@ -388,9 +390,7 @@ def dispatch_kernel(
         chunk = program % CHUNKS
         group = program // CHUNKS
         # Our own tokens are under way before we know the number of this collective.
-        slot_TK, x_TD = _tile(
-            x, slots, tokens, group, chunk * CHUNK + tl.arange(0, CHUNK), K, KP, D, GROUPS, TILE
-        )
+        slot_TK, x_TD = _tile(x, slots, tokens, group, chunk * CHUNK + tl.arange(0, CHUNK), K, KP, D, GROUPS, TILE)
         expected, parity, alive_P = _begin(own, state, CUT_AT, DISPATCH, R + CHUNKS * GROUPS, R, P, GUARD)
         _send_tokens(
             own, state, x, slots, slot_TK, x_TD, tokens, rank, group, chunk, parity, alive_P,
@@ -414,8 +414,8 @@ def dispatch_kernel(
             tl.store(counts + r, count_P, mask=r < R)
             tl.store(counts + P, parity)
         _wait(
-            own, state, host, notice, notice_stride, DATA_FLAG + program * 8, CHUNKS * GROUPS, CUT_AT, OPENED_AT, rank, expected,
-            told_P, R, P, GUARD, INTERPRETED,
+            own, state, host, notice, notice_stride, DATA_FLAG + program * 8, CHUNKS * GROUPS, CUT_AT, OPENED_AT,
+            rank, expected, told_P, R, P, GUARD, INTERPRETED,
         )  # fmt: skip
 
 
@@ -500,14 +500,14 @@ def _plan(
     position, slots, weights, tokens, rank, t, rows,
     S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T_MAX: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Of one of our own tokens, for each k: the owner of its slot (-1: none), its row of y if that is us, its weight."""
+    """Of one of our tokens, for each k: the owner of its slot (-1: none), its row of y if that is us, its weight."""
     k = tl.arange(0, KP)
     inside = (k < K) & (t < tokens)
     slot_K = tl.load(slots + t * K + k, mask=inside, other=-1)
     at_K = tl.load(position + (rank * T_MAX + t) * K + k, mask=inside, other=-1)
     at_K = tl.where(at_K < rows, at_K, -1)
     owner_K = tl.where(slot_K >= 0, slot_K // S, -1)
-    if MODE == ROWS:
+    if MODE == ROWS:  # noqa: SIM108  (compiled away)
         weight_K = tl.zeros([KP], tl.float32)
     else:
         weight_K = tl.load(weights + t * K + k, mask=inside, other=0.0)
@@ -516,10 +516,10 @@ def _plan(
 
 @triton.jit
 def _add_rows(
-    own, y, position, slots, weights, out, tokens, rank, first, cols, parity, here_P, owner_K, at_K, weight_K, rows,
+    own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P, owner_K, at_K, weight_K, rows,
     RESULTS,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr, MODE: tl.constexpr,
+    T_MAX: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """ROWS: out[t, k] = the row of (t, k). EXACT: out[t] = their weighted sum, added in the order of k in float32.
 
@@ -529,7 +529,7 @@ def _add_rows(
     k = tl.arange(0, KP)
     buffer = (own + RESULTS).to(tl.int64, bitcast=True) - y.to(tl.int64, bitcast=True)
     buffer = tl.multiple_of(buffer // 2, 8) + parity.to(tl.int64) * (T_MAX * K * D)
-    for t in range(first, tokens, STRIDE):
+    for t in range(group, tokens, GROUPS):
         here_K = tl.zeros([KP], tl.int32)
         for r in tl.static_range(R):
             here_K += tl.where(owner_K == r, _at(here_P, r, P), 0)
@@ -547,9 +547,7 @@ def _add_rows(
                 total += _at(weight_K, j, KP) * row.to(tl.float32)
         if MODE != ROWS:
             tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
-        owner_K, at_K, weight_K = _plan(
-            position, slots, weights, tokens, rank, t + STRIDE, rows, S, K, KP, T_MAX, MODE
-        )
+        owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, t + GROUPS, rows, S, K, KP, T_MAX, MODE)
 
 
 @triton.jit
@@ -584,7 +582,7 @@ def combine_kernel(
     y, position, counts, slots, weights, out, own, state, host, notice,
     notice_stride, tokens, rank, rows,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, PHASES: tl.constexpr,
+    T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr, MODE: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
     CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, WEIGHTS: tl.constexpr, RESULTS: tl.constexpr,
     RESULT_FLAG: tl.constexpr,
@@ -592,64 +590,46 @@ def combine_kernel(
     """Bring the experts' results back to their tokens' owners, and add them. COLLECTIVE. rows: how many y has.
 
     Grid: CHUNKS * GROUPS programs. Program (group, chunk) sends a chunk of columns of every GROUPS-th token of each
-    other rank, and needs only its twins' flags: what they send is what it adds. It does so in PHASES, each with a flag:
-    what came first is added while the rest is under way. A phase that has no tokens has no flag.
+    other rank, and needs only its twins' flags: what they send is what it adds.
     """
     pid = tl.program_id(0)
     group = pid // CHUNKS
     cols = (pid % CHUNKS) * CHUNK + tl.arange(0, CHUNK)
     r = tl.arange(0, P)
-    STRIDE: tl.constexpr = GROUPS * PHASES
     PROGRAMS: tl.constexpr = CHUNKS * GROUPS
     # What is to be sent and added where does not depend on the peers: know it before they answer.
     owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, group, rows, S, K, KP, T_MAX, MODE)
-    count_P = tl.load(counts + r, mask=r < R, other=0)
     if MODE != FAST:
-        pair, at = _first_rows(position, counts, rank, group, rows, R, K, T_MAX, STRIDE, ROWS_AT_ONCE)
+        pair, at = _first_rows(position, counts, rank, group, rows, R, K, T_MAX, GROUPS, ROWS_AT_ONCE)
     expected, parity, alive_P = _begin(own, state, CUT_AT, COMBINE, PROGRAMS, R, P, GUARD)
     others_P = tl.where(r == rank, 0, alive_P)
-    for phase in tl.static_range(PHASES):
-        start = group + phase * GROUPS
-        if MODE == FAST:
-            _send_sums(
-                state, own, y, position, counts, rank, start, cols, parity, alive_P, rows,
-                RESULTS, WEIGHTS, R, P, K, KP, D, T_MAX, STRIDE,
-            )  # fmt: skip
-        else:
-            if phase > 0:
-                pair, at = _first_rows(position, counts, rank, start, rows, R, K, T_MAX, STRIDE, ROWS_AT_ONCE)
-            _send_rows(
-                state, own, y, position, counts, rank, start, cols, parity, alive_P, pair, at, rows,
-                RESULTS, R, P, K, KP, D, T_MAX, STRIDE, ROWS_AT_ONCE,
-            )  # fmt: skip
-        told_P = others_P
-        if phase > 0:
-            told_P = tl.where(count_P > start, others_P, 0)
-        _raise(own, state, RESULT_FLAG + ((phase * R + rank) * PROGRAMS + pid) * 8, expected, told_P, R, P)
+    if MODE == FAST:
+        _send_sums(
+            state, own, y, position, counts, rank, group, cols, parity, alive_P, rows,
+            RESULTS, WEIGHTS, R, P, K, KP, D, T_MAX, GROUPS,
+        )  # fmt: skip
+    else:
+        _send_rows(
+            state, own, y, position, counts, rank, group, cols, parity, alive_P, pair, at, rows,
+            RESULTS, R, P, K, KP, D, T_MAX, GROUPS, ROWS_AT_ONCE,
+        )  # fmt: skip
+    _raise(own, state, RESULT_FLAG + (rank * PROGRAMS + pid) * 8, expected, others_P, R, P)
     _count(state, expected, COMBINE)
-    awaited_P = others_P
-    for phase in tl.static_range(PHASES):
-        start = group + phase * GROUPS
-        if phase == 0 or start < tokens:
-            awaited_P = _wait(
-                own, state, host, notice, notice_stride, RESULT_FLAG + (phase * R * PROGRAMS + pid) * 8, PROGRAMS,
-                CUT_AT, OPENED_AT, rank, expected, awaited_P, R, P, GUARD, INTERPRETED,
-            )  # fmt: skip
-            here_P = tl.where(r == rank, alive_P, awaited_P)
-            if MODE == FAST:
-                _add_sums(
-                    own, y, position, slots, weights, out, tokens, rank, start, cols, parity, here_P, rows,
-                    RESULTS, R, P, S, K, KP, D, T_MAX, STRIDE, CHUNK,
-                )  # fmt: skip
-            else:
-                if phase > 0:
-                    owner_K, at_K, weight_K = _plan(
-                        position, slots, weights, tokens, rank, start, rows, S, K, KP, T_MAX, MODE
-                    )
-                _add_rows(
-                    own, y, position, slots, weights, out, tokens, rank, start, cols, parity, here_P,
-                    owner_K, at_K, weight_K, rows, RESULTS, R, P, S, K, KP, D, T_MAX, STRIDE, CHUNK, MODE,
-                )  # fmt: skip
+    here_P = _wait(
+        own, state, host, notice, notice_stride, RESULT_FLAG + pid * 8, PROGRAMS, CUT_AT, OPENED_AT, rank,
+        expected, others_P, R, P, GUARD, INTERPRETED,
+    )  # fmt: skip
+    here_P = tl.where(r == rank, alive_P, here_P)
+    if MODE == FAST:
+        _add_sums(
+            own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P, rows,
+            RESULTS, R, P, S, K, KP, D, T_MAX, GROUPS, CHUNK,
+        )  # fmt: skip
+    else:
+        _add_rows(
+            own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P,
+            owner_K, at_K, weight_K, rows, RESULTS, R, P, S, K, KP, D, T_MAX, GROUPS, CHUNK, MODE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["words", "rank", "notice", "notice_stride"])
@@ -658,9 +638,9 @@ def gather_kernel(
     R: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
     CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, ROW: tl.constexpr, ROW_FLAG: tl.constexpr,
 ):  # fmt: skip
-    """Everyone's row of `words` int64 to everyone: out [R, words], zeros for the masked. 0 words: a barrier. COLLECTIVE.
+    """Everyone's row of `words` int64 to everyone: out [R, words], zeros for the masked. COLLECTIVE.
 
-    Grid: one program.
+    0 words: a barrier. Grid: one program.
     """
     expected, parity, alive_P = _begin(own, state, CUT_AT, GATHER, 1, R, P, GUARD)
     r = tl.arange(0, P)[:, None]

@@ -44,7 +44,7 @@ class BufferLayout:
         slot lists  2 * R * T * K * 8          (int32 slot, float32 weight)
         flags       8 * R words a program, and a few lines of counters
 
-    2 ranks, T = 128, D = 7168, K = 8, fp8: 33.3 MB. It grows with T, so prefill in larger batches goes in several waves.
+    2 ranks, T = 128, D = 7168, K = 8, fp8: 33.2 MB. It grows with T: larger batches of prefill go in several waves.
     """
 
     ep_size: int
@@ -55,7 +55,6 @@ class BufferLayout:
     result_itemsize: int
     dispatch_programs: int
     combine_programs: int
-    combine_phases: int
 
     def __post_init__(self) -> None:
         assert min(self.ep_size, self.max_tokens, self.hidden, self.top_k) >= 1, self
@@ -72,7 +71,7 @@ class BufferLayout:
             "meta_flag": 8 * R,
             "row_flag": 8 * R,
             "data_flag": 8 * R * self.dispatch_programs,
-            "result_flag": 8 * R * self.combine_programs * self.combine_phases,
+            "result_flag": 8 * R * self.combine_programs,
             "count": 2 * 8 * R,
             "row": 2 * 8 * R * GATHER_WORDS,
             "meta": 2 * 4 * R * T * K,
@@ -155,7 +154,7 @@ class CudaIpcMemory(PeerMemory):
         torch.cuda.synchronize(device)
         self.buffer = _as_tensor(self._pointer, nbytes, device)
         self._registered: list[int] = []
-        self._side = torch.cuda.Stream(device)
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def handle(self) -> str:
         handle = self._checked("cudaIpcGetMemHandle", self._cuda.cudaIpcGetMemHandle(self._pointer))
@@ -192,7 +191,7 @@ class CudaIpcMemory(PeerMemory):
         return None
 
     def mark(self) -> Any:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-from phalanx.comm.cuda import CudaCommunicator, LaunchShape
-from phalanx.comm.notices import NoticeBoard
-from phalanx.comm.peer_memory import BufferLayout, PeerMemory
-from phalanx.world import Member, View
+from phalanx.comm.cuda import CudaCommunicator, LaunchShape  # noqa: E402
+from phalanx.comm.notices import NoticeBoard  # noqa: E402
+from phalanx.comm.peer_memory import BufferLayout, PeerMemory  # noqa: E402
+from phalanx.world import Member, View  # noqa: E402
 
 Reply = dict[str, Any]
 
@@ -134,6 +135,8 @@ class Party:
         self.board = NoticeBoard.create(ep_size)
         self.ranks: dict[int, Rank] = {}
         self.epoch = 0
+        self.relayed = False
+        self.nbytes = 0
 
     def spawn(self, rank: int, incarnation: int = 0) -> Rank:
         """Start a process for a place; it is no member yet."""
@@ -147,7 +150,9 @@ class Party:
                 board=self.board.address, **config,
             )  # fmt: skip
         for m in members:
-            m.address = m.reply()["address"]
+            answer = m.reply()
+            m.address = answer["address"]
+            self.relayed, self.nbytes = answer["relay"], answer["nbytes"]
 
     def adopt(self, members: list[Rank]) -> None:
         """A new epoch, in which these are in."""
@@ -197,13 +202,9 @@ class RankProcess:
             said = json.loads(line)
             do = said.pop("do")
             try:
-                if do in self._commands_of:
-                    answer = self._commands_of[do](self, **said)
-                else:
-                    answer = self.commands[do](**said)
+                own = self._commands_of.get(do)
+                answer = own(self, **said) if own else self.commands[do](**said)
             except Exception as error:
-                import traceback
-
                 traceback.print_exc()
                 answer = {"error": f"{do}: {type(error).__name__}: {error}"}
             print(json.dumps(answer), flush=True)
@@ -220,7 +221,7 @@ class RankProcess:
             itemsize = 1 if options.get("fp8") else 2
             layout = BufferLayout(
                 ep_size, max_tokens, hidden, top_k, itemsize, 2, launch.chunks(hidden) * launch.dispatch_groups,
-                launch.chunks(hidden) * launch.combine_groups, launch.combine_phases,
+                launch.chunks(hidden) * launch.combine_groups,
             )  # fmt: skip
             memory = HostSharedMemory(layout.nbytes)
             self.device = torch.device("cpu")
@@ -261,7 +262,7 @@ class RankProcess:
 
 @dataclass(frozen=True)
 class Death:
-    """A SIGKILL as the launcher sees it, in monotonic nanoseconds: its pipe hangs up, later the process can be reaped."""
+    """A SIGKILL as the launcher sees it, in monotonic nanoseconds: a pipe hangs up, later the process is reaped."""
 
     killed_ns: int
     hung_up_ns: int
