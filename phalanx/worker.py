@@ -137,6 +137,7 @@ class Worker:
             step=lambda: self._engine.steps,
             faults=self._faults,
         )
+        self._bank = bank
         self._change: Change | None = Change("start")
         self._timeline = Timeline()
 
@@ -212,6 +213,8 @@ class Worker:
 
     def _adopt(self, adoption: Adoption) -> None:
         self._engine.adopt(adoption.world, adoption.routes_LEW)
+        if adoption.trigger == "start":  # later ones are packed one a step, so that no recovery waits for it
+            self._bank.pack()
         self._change = None
         self._timeline.adopted(adoption)
         self._mail.send(
