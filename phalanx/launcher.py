@@ -160,6 +160,7 @@ class Launcher:
             file.write(msgspec.json.encode(self.config))
         fd = listener.fileno()
         flags = ["--config", path, "--run-dir", self._run_dir, "--fd", str(fd)]
+        flags += ["--launcher-pid", str(os.getpid())]  # by the time it could ask for its parent, we may be gone
         command = [sys.executable, "-m", "phalanx.server", *flags]
         process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, start_new_session=True)
         listener.close()
@@ -219,7 +220,7 @@ class Launcher:
             return "exit", "its exit status is unknown"
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
-            return "signal", f"killed by {signal.Signals(-code).name}"
+            return "signal", f"killed by {_signal_name(-code)}"
         if code == EXIT_STOPPED:
             return "exit", "stopped"
         if code == EXIT_EVICTED:
@@ -281,3 +282,11 @@ class Launcher:
             self._buried(worker)
         self._context.destroy(linger=0)
         shutil.rmtree(self._run_dir, ignore_errors=True)
+
+
+def _signal_name(number: int) -> str:
+    """Most real-time signals have no name of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

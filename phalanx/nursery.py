@@ -36,7 +36,10 @@ class Nursery:
     def _start(self) -> None:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "phalanx.nursery", str(theirs.fileno()), str(os.getpid())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # A session of its own: a Ctrl-C in the terminal is the launcher's to hear, not that of an import under way.
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
         theirs.close()
         self._socket = mine
 
@@ -55,14 +58,10 @@ class Nursery:
                 self._start()
         raise RuntimeError(f"the process that forks workers ended twice with {self._process.returncode}")
 
-    def owns(self, pid: int) -> bool:
-        """Whether `pid` is the nursery itself: its end is no worker's. LOCAL."""
-        return self._process.pid == pid
-
     def close(self) -> None:
-        """End the nursery; workers live on. LOCAL."""
+        """End the nursery, also one that is stopped; workers live on. LOCAL."""
         self._socket.close()
-        self._process.terminate()
+        self._process.kill()
         self._process.wait()
 
 

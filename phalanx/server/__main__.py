@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -166,6 +167,8 @@ def main(config_path: str, run_dir: str, fd: int, launcher_pid: int) -> None:
         code = 2
     with contextlib.suppress(OSError):
         listener.close()
+    if code == EXIT_LAUNCHER_GONE:
+        shutil.rmtree(run_dir, ignore_errors=True)  # its owner can no longer do it
     sys.exit(code)
 
 
