@@ -85,7 +85,8 @@ class Dispatched:
     row_M: int64 [M], for each (token, local slot) pair the row of x_ND. M >= N.
     slot_M: int64 [M], for each pair the local slot in [0, S).
     handle: the implementation's own; `combine` needs it.
-    The order of pairs is (source rank, token, k): deterministic for a given view and batch.
+    The order of pairs is (source rank, token, k): deterministic for a given view and batch. `comm.cuda` sorts by slot
+    first, for its experts; callers use the order that they are given.
     """
 
     x_ND: Tensor

@@ -34,7 +34,7 @@ from torch import Tensor
 from phalanx.comm import segment
 from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status, empty_view
 from phalanx.comm.notices import NoticeBoard
-from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory
+from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory, PeerMemoryError
 from phalanx.errors import Evicted, PhalanxError
 from phalanx.world import Member, View
 
@@ -140,6 +140,8 @@ class CudaCommunicator(Communicator):
         memory: where the buffer comes from; CUDA IPC on `device` unless a test brings its own.
         Compiles and runs every kernel once, alone, so that no failure path compiles anything.
         """
+        assert dtype.itemsize == 2, f"rows of {dtype} are not supported: bfloat16 or float16"
+        assert ep_size <= 62, f"ep_size {ep_size}: ranks are told by the bits of a word"
         self.rank, self.ep_size = rank, ep_size
         self._me = Member(rank, incarnation)
         self._slots, self._top_k, self._hidden = slots_per_rank, top_k, hidden
@@ -446,8 +448,11 @@ class CudaCommunicator(Communicator):
         try:
             text = peer.x[0].view(np.uint8).tobytes().rstrip(b"\0").decode()
             return _Peer(member, peer, self._memory.open(text))
-        except BaseException:
+        except BaseException as error:
+            died = isinstance(error, PeerMemoryError) and segment.gone(peer.pidfd)
             peer.close()
+            if died:  # between mapping its segment and its buffer
+                raise segment.Unreachable(f"rank {member}: {error}") from error
             raise
 
     def _publish_handle(self) -> None:

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 
 from phalanx.comm.cuda import CudaCommunicator, LaunchShape  # noqa: E402
 from phalanx.comm.notices import NoticeBoard  # noqa: E402
-from phalanx.comm.peer_memory import BufferLayout, PeerMemory  # noqa: E402
+from phalanx.comm.peer_memory import BufferLayout, PeerMemory, PeerMemoryError  # noqa: E402
 from phalanx.world import Member, View  # noqa: E402
 
 Reply = dict[str, Any]
@@ -55,7 +55,10 @@ class HostSharedMemory(PeerMemory):
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def open(self, handle: str) -> int:
-        fd = os.open(handle, os.O_RDWR)
+        try:
+            fd = os.open(handle, os.O_RDWR)
+        except OSError as error:
+            raise PeerMemoryError(f"{handle}: {error}") from error
         try:
             return int(self._map(fd).ctypes.data)
         finally:

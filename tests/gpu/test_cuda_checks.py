@@ -1,0 +1,64 @@
+"""The checks of scripts/gpu_check as tests: on devices, or in Triton's interpreter where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GPU_CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check"
+ON_DEVICES = (
+    "exchange-bf16", "exchange-fp8", "exchange-fast", "exchange-large", "exchange-large-fast", "kill", "kill-unseen",
+    "stop", "waits", "edges", "four-exchange", "four-kill", "four-stop", "eight-exchange", "eight-kill",
+)  # fmt: skip
+INTERPRETED = ("exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges")
+
+
+def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(GPU_CHECK), *arguments], capture_output=True, text=True, env=environment, timeout=280
+    )
+
+
+def why_not_interpreted() -> str:
+    """Empty when Triton's interpreter can run our kernels here."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: the kernels cannot be interpreted"
+    if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return f"Triton 3.6's interpreter needs numpy below 2.4 for loops, this is {np.__version__}"
+    return ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_ranks_on_devices_agree_with_the_dense_reference_and_outlive_each_other(name: str) -> None:
+    done = gpu_check("--only", name, "--timeout", "120")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_kernels_agree_with_the_dense_reference(name: str) -> None:
+    done = gpu_check("--interpret", "--only", name, "--timeout", "270")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_machine_without_devices_is_told_that_nothing_was_checked() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    done = gpu_check()
+    assert done.returncode == 0
+    assert "skipped, this machine has no CUDA device" in done.stdout
+
+
+def test_every_check_of_the_script_is_a_test_here() -> None:
+    assert tuple(gpu_check("--list").stdout.split()) == ON_DEVICES
+    assert tuple(gpu_check("--list", "--interpret").stdout.split()) == INTERPRETED

@@ -1,0 +1,76 @@
+"""What of the CUDA communicator can be checked without a device or Triton: where things lie, and what it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from phalanx.comm.cuda import LaunchShape
+from phalanx.comm.peer_memory import BufferLayout
+
+
+def layout(ep_size: int, tokens: int, hidden: int, top_k: int, x_itemsize: int) -> BufferLayout:
+    shape = LaunchShape.of(hidden)
+    chunks = shape.chunks(hidden)
+    return BufferLayout(
+        ep_size, tokens, hidden, top_k, x_itemsize, 2, chunks * shape.dispatch_groups, chunks * shape.combine_groups
+    )
+
+
+GEOMETRIES = [(2, 128, 7168, 8, 1), (8, 128, 7168, 8, 2), (4, 1, 128, 1, 2), (3, 37, 1000, 5, 2), (16, 512, 2048, 4, 1)]
+
+
+def test_the_module_imports_where_neither_triton_nor_cuda_bindings_are_installed() -> None:
+    hide = "import sys; sys.modules.update({'triton': None, 'cuda': None})"
+    code = f"{hide}; import phalanx.comm.cuda as c; print(c.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "phalanx.comm.cuda", done.stderr
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_parts_of_a_buffer_start_on_cache_lines_in_order(geometry: tuple[int, int, int, int, int]) -> None:
+    starts = list(layout(*geometry).offsets.values())
+    assert starts == sorted(starts)
+    assert all(start % 128 == 0 for start in starts)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_every_part_of_a_buffer_has_the_room_that_its_kernel_addresses(
+    geometry: tuple[int, int, int, int, int],
+) -> None:
+    ep_size, tokens, hidden, top_k, x_itemsize = geometry
+    at = layout(*geometry).offsets
+    ends = dict(zip(at, list(at.values())[1:], strict=False))
+    pairs = 2 * ep_size * tokens * top_k
+    assert ends["meta"] - at["meta"] >= 4 * pairs
+    assert ends["weights"] - at["weights"] >= 4 * pairs
+    assert ends["x"] - at["x"] >= 2 * ep_size * tokens * hidden * x_itemsize
+    assert ends["results"] - at["results"] >= 2 * max(ep_size, top_k) * tokens * hidden * 2
+    if x_itemsize == 1:
+        assert ends["scales"] - at["scales"] >= 2 * ep_size * tokens * (hidden // 128) * 4
+
+
+def test_the_documented_size_for_the_benchmark_shape_holds() -> None:
+    assert round(layout(2, 128, 7168, 8, 1).nbytes / 1e6, 1) == 33.2
+
+
+def test_a_buffer_grows_with_tokens_a_rank_not_with_experts() -> None:
+    small, large = layout(2, 64, 2048, 8, 2), layout(2, 128, 2048, 8, 2)
+    assert 1.9 < large.nbytes / small.nbytes < 2.0
+
+
+@pytest.mark.parametrize(("hidden", "x_itemsize"), [(1001, 2), (1000, 1)])
+def test_widths_that_the_kernels_cannot_move_are_refused(hidden: int, x_itemsize: int) -> None:
+    with pytest.raises(AssertionError, match=str(hidden)):
+        layout(2, 4, hidden, 2, x_itemsize)
+
+
+@pytest.mark.parametrize("hidden", [128, 512, 1000, 2048, 2880, 7168])
+def test_a_launch_shape_covers_every_column_with_grids_that_an_h200_holds_at_once(hidden: int) -> None:
+    shape = LaunchShape.of(hidden)
+    assert shape.chunk & (shape.chunk - 1) == 0
+    assert shape.chunks(hidden) * shape.chunk >= hidden > (shape.chunks(hidden) - 1) * shape.chunk
+    assert shape.chunks(hidden) * shape.dispatch_groups <= 132
+    assert shape.chunks(hidden) * shape.combine_groups <= 2 * 132
