@@ -38,7 +38,9 @@ Reply = dict[str, Any]
 class HostSharedMemory(PeerMemory):
     """Peers' buffers in memory files of the host, for kernels that Triton's interpreter runs."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, maps_host: bool) -> None:
+        """maps_host: whether kernels can read other processes' host memory; without, a thread copies the notices."""
+        self._maps_host = maps_host
         self._fd = os.memfd_create("phalanx-gpu-test")
         os.ftruncate(self._fd, nbytes)
         self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
@@ -71,7 +73,7 @@ class HostSharedMemory(PeerMemory):
         return torch.zeros(count, dtype=torch.int64)
 
     def map_readonly(self, words: np.ndarray) -> int | None:
-        return int(words.ctypes.data)
+        return int(words.ctypes.data) if self._maps_host else None
 
     def mark(self) -> None:
         return None
@@ -214,7 +216,8 @@ class RankProcess:
 
     def open(
         self, rank: int, incarnation: int, ep_size: int, device: int, board: str, max_tokens: int, hidden: int,
-        top_k: int, slots_per_rank: int, interpret: bool = False, shape: dict[str, int] | None = None, **options: Any,
+        top_k: int, slots_per_rank: int, interpret: bool = False, maps_host: bool = True,
+        shape: dict[str, int] | None = None, **options: Any,
     ) -> Reply:  # fmt: skip
         """The communicator. `shape`: fields of LaunchShape."""
         self.top_k, self.hidden, self.slots_per_rank = top_k, hidden, slots_per_rank
@@ -226,7 +229,7 @@ class RankProcess:
                 ep_size, max_tokens, hidden, top_k, itemsize, 2, launch.chunks(hidden) * launch.dispatch_groups,
                 launch.chunks(hidden) * launch.combine_groups,
             )  # fmt: skip
-            memory = HostSharedMemory(layout.nbytes)
+            memory = HostSharedMemory(layout.nbytes, maps_host)
             self.device = torch.device("cpu")
         else:
             self.device = torch.device("cuda", device)

@@ -17,7 +17,7 @@ ON_DEVICES = (
     "exchange-bf16", "exchange-fp8", "exchange-fast", "exchange-large", "exchange-large-fast", "kill", "kill-unseen",
     "stop", "waits", "edges", "four-exchange", "four-kill", "four-stop", "eight-exchange", "eight-kill",
 )  # fmt: skip
-INTERPRETED = ("exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges")
+INTERPRETED = ("exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges", "edges-relayed")
 
 
 def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
