@@ -133,7 +133,7 @@ def _tokens(router: APIRouter) -> None:
     async def tokenize(request: TokenizeRequest, service: ServiceHere) -> Response:
         check_model(service, request.model)
         if request.prompt is not None:
-            ids = await encode(service, request.prompt, special=request.add_special_tokens is not False)
+            [ids] = await encode(service, [request.prompt], special=request.add_special_tokens is not False)
         else:
             fields = request.model_dump(
                 include={"messages", "tools", "continue_final_message", "chat_template_kwargs"}, exclude_unset=True
@@ -179,6 +179,9 @@ def _operation(router: APIRouter) -> None:
             raise ApiError(
                 400, f"instruction: {request.instruction!r} is none of {', '.join(instructions)}", param="instruction"
             )
+        if unknown := sorted(request.params.keys() - {"rank"}):
+            # Without a rank an instruction may mean all of them: a slip of the pen must not.
+            raise ApiError(400, f"params: {unknown[0]!r} is not known, only rank is", param=f"params.{unknown[0]}")
         ranks = carry_out(service, request.params)
         return _json({"accepted": True, "instruction": request.instruction, "ranks": ranks}, 202)
 

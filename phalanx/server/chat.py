@@ -19,6 +19,7 @@ from phalanx.server.generate import (
     Plan,
     Service,
     budget,
+    check_choices,
     check_model,
     encode,
     framed,
@@ -37,11 +38,10 @@ async def chat(service: Service, request: ChatRequest, http: HttpRequest, call_i
     check_model(service, request.model)
     generation = Generation(service, call_id, await _plans(service, request), request)
     head = {"id": call_id, "created": int(time.time()), "model": service.config.name}
+    generation.start()
     if request.stream:
-        generation.start()
-        return EventStream(framed(generation, _frames(generation, head, request)))
+        return EventStream(generation, framed(_frames(generation, head, request)))
     with generation:
-        generation.start()
         whole = await unless_gone(http, generation.complete())
         if whole is None:
             return Response(status_code=499)
@@ -68,10 +68,11 @@ async def prompt_of(service: Service, request: ChatRequest) -> list[int]:
         extra=request.chat_template_kwargs,
     )
     # The template writes the special tokens that the model wants; the tokenizer must not add them again.
-    return await encode(service, text, special=request.add_special_tokens, param="messages")
+    return (await encode(service, [text], special=request.add_special_tokens, param="messages"))[0]
 
 
 async def _plans(service: Service, request: ChatRequest) -> list[Plan]:
+    check_choices(service, 1, request.n or 1)
     ids = await prompt_of(service, request)
     if request.truncate_prompt_tokens is not None:
         ids = ids[-request.truncate_prompt_tokens :]

@@ -18,6 +18,7 @@ from phalanx.server.generate import (
     Plan,
     Service,
     budget,
+    check_choices,
     check_ids,
     check_model,
     encode,
@@ -43,11 +44,10 @@ async def complete(service: Service, request: CompletionRequest, http: HttpReque
     head = {
         "id": call_id, "object": "text_completion", "created": int(time.time()), "model": service.config.name,
     }  # fmt: skip
+    generation.start()
     if request.stream:
-        generation.start()
-        return EventStream(framed(generation, _frames(generation, head, request)))
+        return EventStream(generation, framed(_frames(generation, head, request)))
     with generation:
-        generation.start()
         whole = await unless_gone(http, generation.complete())
         if whole is None:
             return Response(status_code=499)
@@ -61,7 +61,10 @@ async def _plans(service: Service, request: CompletionRequest) -> list[Plan]:
     scores_prompt = request.echo and request.logprobs is not None
     prompt_logprobs = request.logprobs if scores_prompt else request.prompt_logprobs
     for text, ids in await _prompts(service, request):
-        max_tokens = budget(service, ids, request.max_tokens, "prompt")
+        wanted = request.max_tokens
+        if wanted is not None and "max_tokens" not in request.model_fields_set:
+            wanted = min(wanted, max(1, service.max_model_len - len(ids)))  # a default must not be what goes too far
+        max_tokens = budget(service, ids, wanted, "prompt")
         echo = (service.text.decode(ids) if text is None else text) if request.echo else None
         plans += [
             Plan(ids, params, echo, hide_output=max_tokens == 0)
@@ -79,10 +82,13 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[tuple[s
     texts = cast("Sequence[str | list[int]]", [given] if single else given)
     if not texts:
         raise ApiError(400, "prompt: the list is empty", param="prompt")
+    check_choices(service, len(texts), request.n or 1)
+    strings = [prompt for prompt in texts if isinstance(prompt, str)]
+    encoded = iter(await encode(service, strings, special=request.add_special_tokens))
     prompts: list[tuple[str | None, list[int]]] = []
     for prompt in texts:
         if isinstance(prompt, str):
-            text, ids = prompt, await encode(service, prompt, special=request.add_special_tokens)
+            text, ids = prompt, next(encoded)
             if not ids and service.text.bos_id is not None:
                 ids = [service.text.bos_id]
         else:

@@ -276,15 +276,14 @@ class Generation:
             metrics.request_output.observe(choice.tokens)
 
 
-async def framed(generation: Generation, frames: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """The frames of a stream, its error if it breaks, and the end mark. Aborts the call when the client goes."""
-    with generation:
-        try:
-            async for frame in frames:
-                yield frame
-        except ApiError as error:
-            yield raw_event(error.body())
-        yield DONE
+async def framed(frames: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The frames of a stream, its error if it breaks, and the end mark."""
+    try:
+        async for frame in frames:
+            yield frame
+    except ApiError as error:
+        yield raw_event(error.body())
+    yield DONE
 
 
 def keep_alive(deltas: list[Delta]) -> bytes | None:
@@ -333,15 +332,28 @@ def check_model(service: Service, name: str | None) -> None:
                        param="model", code="model_not_found")  # fmt: skip
 
 
-async def encode(service: Service, text: str, *, special: bool, param: str = "prompt") -> list[int]:
-    """Token ids of a text. 400 for text that is not valid Unicode."""
+async def encode(service: Service, texts: Sequence[str], *, special: bool, param: str = "prompt") -> list[list[int]]:
+    """Token ids of each text. 400 for text that is not valid Unicode."""
     try:
-        text.encode()
+        for text in texts:
+            text.encode()
     except UnicodeEncodeError:
         raise ApiError(400, f"{param}: the text holds half of a surrogate pair", param=param) from None
-    if len(text) >= _THREAD_FROM_CHARS:
-        return await asyncio.to_thread(service.text.encode, text, special=special)
-    return service.text.encode(text, special=special)
+    if sum(map(len, texts)) >= _THREAD_FROM_CHARS:
+        return await asyncio.to_thread(lambda: [service.text.encode_long(text, special=special) for text in texts])
+    return [service.text.encode(text, special=special) for text in texts]
+
+
+def check_choices(service: Service, prompts: int, n: int) -> None:
+    """400 for a call that asks for more choices than the service ever takes at once: waiting would not help."""
+    config = service.config
+    most = config.max_queued_requests + config.max_num_seqs * config.ep_size
+    if prompts * n > most:
+        asked = f"{prompts} prompts with n = {n} ask" if prompts > 1 else f"n = {n} asks"
+        raise ApiError(
+            400, f"{asked} for {prompts * n} answers, and this service takes at most {most} at once: split the call",
+            param="prompt" if prompts > 1 else "n", code="too_many_choices",
+        )  # fmt: skip
 
 
 def budget(service: Service, prompt_ids: list[int], max_tokens: int | None, param: str) -> int:
@@ -355,20 +367,18 @@ def budget(service: Service, prompt_ids: list[int], max_tokens: int | None, para
             400, f"the prompt has {length} tokens, and this model's maximum context length is {limit} tokens, answer "
             "included: shorten it", param=param, code="context_length_exceeded",
         )  # fmt: skip
-    if room and length + (max_tokens or 1) > room:
-        raise ApiError(
-            400, f"the prompt has {length} tokens, and a rank's KV cache holds {room}, answer included: shorten the "
-            "prompt, lower max_tokens, or serve with more --kv-cache-memory-mb", param=param, code="request_too_large",
-        )  # fmt: skip
-    if max_tokens is None:
-        return min(limit, room or limit) - length
-    if length + max_tokens > limit:
+    if max_tokens is not None and length + max_tokens > limit:
         raise ApiError(
             400, f"the prompt has {length} tokens and max_tokens asks for {max_tokens}: {length + max_tokens} in all, "
             f"but this model's maximum context length is {limit} tokens", param="max_tokens",
             code="context_length_exceeded",
         )  # fmt: skip
-    return max_tokens
+    if room and length + (max_tokens or 1) > room:
+        raise ApiError(
+            400, f"the prompt has {length} tokens, and a rank's KV cache holds {room}, answer included: shorten the "
+            "prompt, lower max_tokens, or serve with more --kv-cache-memory-mb", param=param, code="request_too_large",
+        )  # fmt: skip
+    return min(limit, room or limit) - length if max_tokens is None else max_tokens
 
 
 def check_ids(service: Service, ids: Sequence[int], param: str) -> None:

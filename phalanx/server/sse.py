@@ -1,16 +1,21 @@
-"""Server-sent events: the frames of a stream, and the response that sends them."""
+"""Server-sent events: the frames of a stream, and the response that sends them.
+
+The framing is FastAPI's. (The package sse-starlette replaces uvicorn's handler of signals to end streams at once when
+the server is asked to stop; ours are to finish first.)
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
-from starlette.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
+DONE = format_sse_event(data_str="[DONE]")
+KEEP_ALIVE = format_sse_event(comment="keep-alive")
 """A comment: clients skip it, proxies see a living connection."""
 
 KEEP_ALIVE_S = 15.0
@@ -21,24 +26,25 @@ _encoder = msgspec.json.Encoder()
 
 def event(payload: Any) -> bytes:
     """One event with `payload` as JSON."""
-    return b"data: " + _encoder.encode(payload) + b"\n\n"
+    return raw_event(_encoder.encode(payload))
 
 
 def raw_event(body: bytes) -> bytes:
     """One event with JSON that is encoded already."""
-    return b"data: " + body + b"\n\n"
+    return format_sse_event(data_str=body.decode())
 
 
-class EventStream(StreamingResponse):
-    """Sends the frames of a generator. When the client goes away the generator is closed, so its `finally` runs."""
+class EventStream(EventSourceResponse):
+    """Sends the frames of a generator. `call` is left when the stream ends or the client goes away, also when it went
+    before the first frame: a generator that never began runs no `finally`."""
 
-    def __init__(self, frames: AsyncGenerator[bytes], headers: dict[str, str] | None = None) -> None:
-        self._frames = frames
-        plain = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
-        super().__init__(frames, media_type="text/event-stream", headers=plain)
+    def __init__(self, call: AbstractContextManager[object], frames: AsyncGenerator[bytes]) -> None:
+        self._call, self._frames = call, frames
+        super().__init__(frames, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._frames.aclose()
+        with self._call:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._frames.aclose()

@@ -57,6 +57,11 @@ class ModelText:
         ids: list[int] = self.raw.encode(text, add_special_tokens=special).ids
         return ids
 
+    def encode_long(self, text: str, *, special: bool = True) -> list[int]:
+        """The same, for a thread: of the library's calls only the one for batches lets go of the interpreter."""
+        ids: list[int] = self.raw.encode_batch([text], add_special_tokens=special)[0].ids
+        return ids
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         text: str = self.raw.decode(list(ids), skip_special_tokens=skip_special)
         return text

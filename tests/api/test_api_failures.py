@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -228,6 +229,21 @@ def test_a_client_that_goes_away_ends_all_its_choices(make_cluster: Callable[...
     )
     assert cluster.http.get("/server_info").json()["requests_in_flight"] == 0
     assert cluster.metric("phalanx_request_success_total", finished_reason="abort") == 3
+
+
+def test_a_client_that_goes_before_its_stream_began_ends_it_too(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster(ranks=1)
+    with cluster.lock:
+        cluster.alive[0].deaf = True
+    # A text so long that the client is gone before it is tokenized, and the request handed over.
+    body = json.dumps({"prompt": "x" * 500_000, "truncate_prompt_tokens": 9, "max_tokens": 9, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    port = int(cluster.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+    cluster.until_http("/metrics", lambda _: cluster.metric("phalanx_request_params_n_count") == 1)
+    cluster.until_http("/server_info", lambda info: info.json()["requests_in_flight"] == 0)
+    assert cluster.metric("phalanx_request_success_total", finished_reason="abort") == 1
 
 
 def test_an_operator_ends_a_request_by_the_id_its_client_saw(make_cluster: Callable[..., Cluster]) -> None:

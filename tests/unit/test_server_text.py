@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,16 @@ def test_a_text_in_random_pieces_of_random_tokenizers_round_trips(bytewise: Mode
     for _ in range(50):
         text = "".join(rng.choice("héllo wörld €😀\n") for _ in range(30))
         assert "".join(pieces(bytewise, bytewise.encode(text), prompt=tuple(bytewise.encode("we ")))) == text
+
+
+def test_a_long_text_is_tokenized_while_other_threads_go_on(tmp_path: Path) -> None:
+    text = ModelText(str(save(tmp_path / "m", byte_level())))
+    long, found = "hello world " * 100_000, []
+    thread = threading.Thread(target=lambda: found.append(text.encode_long(long)))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        turns += 1
+        thread.join(0.001)
+    assert turns > 10, "the interpreter was held all the while"
+    assert found == [text.encode(long)]
