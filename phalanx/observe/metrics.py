@@ -115,7 +115,7 @@ class Metrics:
         self._success.labels(self._model, reason).inc()
 
     def refused(self, reason: str) -> None:
-        """A request was not taken: queue_full, unavailable or invalid."""
+        """A call was not taken: queue_full or unavailable."""
         self._refused.labels(self._model, reason).inc()
 
     def load(self, rank: int, incarnation: int, load: Load) -> None:

@@ -34,6 +34,9 @@ from phalanx.server.text import ModelText
 
 EXIT_LAUNCHER_GONE = 3
 
+_LOOK_S = 0.1
+"""How often a server that is to end looks whether anybody is left to finish its streams."""
+
 log = logging.getLogger("phalanx.server")
 
 
@@ -118,11 +121,16 @@ def _ended(task: asyncio.Task[None], http: uvicorn.Server) -> None:
 async def _drain(service: Service, stopping: asyncio.Event) -> None:
     """Once asked to stop: no new requests, and an end with an error for those that do not finish in time."""
     await stopping.wait()
-    service.router.close("the server is shutting down")
-    await asyncio.sleep(service.config.drain_timeout_s)
-    if service.router.in_flight:
-        log.warning("%d requests did not finish in %.0f s", service.router.in_flight, service.config.drain_timeout_s)
-    service.link.fail_all("the server is shutting down")
+    router, reason = service.router, "the server is shutting down"
+    router.close(reason)
+    end = time.monotonic() + service.config.drain_timeout_s
+    while time.monotonic() < end and router.roster.living():
+        await asyncio.sleep(_LOOK_S)
+    if not router.roster.living():
+        reason = f"{reason}, and no rank is alive"
+    elif router.in_flight:
+        log.warning("%d requests did not finish in %.0f s", router.in_flight, service.config.drain_timeout_s)
+    service.link.fail_all(reason)
 
 
 async def _watch(launcher_pid: int, orphaned: asyncio.Event, http: uvicorn.Server, service: Service) -> None:

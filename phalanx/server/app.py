@@ -126,6 +126,8 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: HttpRequest, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, ApiError):  # raised within the reading of the body: too large
+            return _answer(error.__cause__)
         if error.status_code == 404:
             message, code = f"there is no {request.url.path}", "not_found"
         elif error.status_code == 405:

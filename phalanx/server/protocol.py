@@ -21,6 +21,8 @@ MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOPS = 64
 _MAX_SEED = 2**63 - 1
+_MAX_COUNT = 2**31 - 1
+"""Far above whatever is counted, and within what every message can carry."""
 
 
 class ApiError(Exception):
@@ -56,6 +58,8 @@ def _listed(value: Any) -> Any:
 _OPEN = ConfigDict(extra="allow", allow_inf_nan=False)
 _Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), BeforeValidator(_listed)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
+_TokenId = Annotated[int, Field(strict=True)]
+"""Strict: true and 1.0 are no token ids. Whether it is one of the model's is checked where the model is known."""
 
 
 class _Request(BaseModel):
@@ -80,15 +84,15 @@ class GenerationRequest(_Request):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_COUNT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: _Penalty | None = 0.0
     frequency_penalty: _Penalty | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = None
     stop: _Stops | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    stop_token_ids: list[_TokenId] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0)] = 0
@@ -122,7 +126,7 @@ class GenerationRequest(_Request):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = False
@@ -215,7 +219,7 @@ class TokenizeRequest(_Request):
 
 class DetokenizeRequest(_Request):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[_TokenId]
     skip_special_tokens: bool = False
 
 
@@ -237,7 +241,7 @@ class ChaosRequest(_Request):
 
     kind: Literal["kill", "stop", "cont", "raise"]
     rank: int
-    at_step: Annotated[int, Field(ge=0)] | None = None
+    at_step: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
     where: str | None = None
 
 
@@ -253,18 +257,17 @@ def _field_error(param: str, message: str) -> FieldError:
     return FieldError(param, message)
 
 
-def _text_of(content: str | list[dict[str, Any]] | None) -> str | None:
+def _text_of(content: str | list[dict[str, Any]] | None) -> str:
+    """No content, as in a message of tool calls alone, is no text: templates join it to strings."""
     if content is None or isinstance(content, str):
-        return content
+        return content or ""
     texts = []
     for part in content:
-        text = part.get("text", part.get("refusal"))
-        if part.get("type", "text") not in ("text", "input_text", "output_text", "refusal") or not isinstance(
-            text, str
-        ):
-            raise BadRequest(
-                f"a content part of type {part.get('type')!r} is not text: this model takes text", "messages"
-            )
+        kind, text = part.get("type", "text"), part.get("text", part.get("refusal"))
+        if kind not in ("text", "input_text", "output_text", "refusal"):
+            raise BadRequest(f"a content part of type {kind!r} is not text: this model takes text", "messages")
+        if not isinstance(text, str):
+            raise BadRequest(f"a content part of type {kind!r} has no string in its field text", "messages")
         texts.append(text)
     return "\n".join(texts)
 

@@ -91,7 +91,15 @@ class ChatTemplate:
             text = template.render(
                 **variables | {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
             )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
         return _cut(text, messages[-1]) if continue_final_message else text
 

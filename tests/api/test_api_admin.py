@@ -111,6 +111,7 @@ BAD_INSTRUCTIONS = [
     ({"instruction": "mask_rank", "params": {"rank": True}}, "params.rank"),
     ({"instruction": "pause", "params": {"rank": 9}}, "params.rank"),
     ({"instruction": "pause", "params": []}, "params"),
+    ({"instruction": "pause", "params": {"ranks": [0]}}, "params.ranks"),
 ]
 
 
@@ -150,3 +151,9 @@ def test_chaos_signals_through_the_launcher_or_arms_the_rank(make_cluster: Calla
     cluster.until_http("/fault_tolerance/status", lambda a: a.json()["ranks"][1]["state"] == "dead")
     gone = cluster.http.post("/chaos", json={"kind": "kill", "rank": 1})
     assert (gone.status_code, "not alive" in gone.text) == (400, True)
+
+
+def test_a_step_that_no_message_can_carry_is_refused(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster(ranks=1, enable_chaos=True)
+    answer = cluster.http.post("/chaos", json={"kind": "raise", "rank": 0, "at_step": 10**30})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "at_step")

@@ -85,6 +85,7 @@ REFUSED = [
     ({"messages": [{"role": "weather", "content": "x"}]}, "messages", "no weather here"),
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "no string in its field text"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "no place for tools"),
     ({"tool_choice": "required"}, "tool_choice", "not"),
     ({"response_format": {"type": "json_object"}}, "response_format", "only {'type': 'text'}"),
@@ -104,3 +105,12 @@ def test_what_cannot_be_honoured_is_refused_by_name(cluster: Cluster, change: di
     assert error["param"] == param
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_message_of_tool_calls_alone_has_an_empty_text(cluster: Cluster) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [*user("x"), {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "a", "content": "5"}]  # fmt: skip
+    ids = cluster.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    text = cluster.http.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n5<|im_end|>" in text

@@ -26,6 +26,11 @@ def test_max_tokens_is_16_by_default(client: openai.OpenAI) -> None:
     assert client.completions.create(model="letters", prompt="x").usage.completion_tokens == 16
 
 
+def test_the_default_of_max_tokens_never_exceeds_the_context(cluster: Cluster) -> None:
+    answer = cluster.http.post("/v1/completions", json={"prompt": "x" * 509}).json()
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (3, "length")
+
+
 def test_the_end_of_sequence_ends_it_and_is_not_shown(client: openai.OpenAI) -> None:
     choice = client.completions.create(model="letters", prompt="say:[yes]", max_tokens=50).choices[0]
     assert (choice.text, choice.finish_reason, choice.stop_reason) == ("yes", "stop", None)

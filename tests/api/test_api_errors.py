@@ -27,6 +27,8 @@ BAD_FIELDS = [
     ("suffix", "end"), ("best_of", 2), ("prompt", ""), ("prompt", []), ("prompt", [[]]), ("prompt", [9999]),
     ("prompt", [-1]), ("prompt", 5), ("prompt", ["a", [1]]), ("prompt", None), ("stream", "maybe"),
     ("response_format", {"type": "json_schema"}), ("structured_outputs", {"regex": "a"}), ("truncate_prompt_tokens", 0),
+    ("top_k", 10**30), ("repetition_penalty", 1e-300), ("prompt", [True]), ("prompt", [[65.0]]),
+    ("prompt", ["a"] * 2000), ("max_tokens", 10**30),
 ]  # fmt: skip
 
 
@@ -107,10 +109,26 @@ def test_unknown_paths_and_methods_have_the_same_form(cluster: Cluster) -> None:
     assert wrong.headers["allow"] == "POST"
 
 
-def test_a_body_without_end_is_refused(cluster: Cluster) -> None:
-    answer = cluster.http.post("/v1/completions", content=b"x" * ((64 << 20) + 1))
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "in chunks"])
+def test_a_body_without_end_is_refused(cluster: Cluster, chunked: bool) -> None:
+    body = b"x" * ((64 << 20) + 1)
+    headers = {"content-type": "application/json"}
+    answer = cluster.http.post("/v1/completions", content=iter([body]) if chunked else body, headers=headers)
     assert answer.status_code == 413
     assert error_of(answer)["code"] == "body_too_large"
+
+
+def test_more_choices_than_are_ever_taken_at_once_are_a_400_that_says_how_many_are(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = make_cluster(ranks=1, max_num_seqs=2, max_queued_requests=2)
+    many = cluster.http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "n": 2})
+    assert (many.status_code, error_of(many)["param"], error_of(many)["code"]) == (400, "prompt", "too_many_choices")
+    assert "6 answers" in error_of(many)["message"]
+    assert "at most 4" in error_of(many)["message"]
+    chat = {"messages": [{"role": "user", "content": "x"}], "n": 5}
+    assert error_of(cluster.http.post("/v1/chat/completions", json=chat))["param"] == "n"
+    assert cluster.http.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2}).status_code == 200
 
 
 def test_without_the_key_generation_and_operation_are_closed_and_observation_is_open(
@@ -147,6 +165,8 @@ def test_beyond_the_queue_the_answer_is_429_and_says_when_to_come_back(make_clus
     answer = cluster.http.post("/v1/completions", json={"prompt": "x"})
     assert (answer.status_code, error_of(answer)["type"]) == (429, "rate_limit_error")
     assert int(answer.headers["retry-after"]) > 0
+    assert cluster.metric("phalanx_requests_refused_total", reason="queue_full") == 1
+    assert cluster.metric("phalanx_request_success_total") == 0, "what was not taken did not end"
     for stream in streams:
         stream.__exit__(None, None, None)
     with cluster.lock:
