@@ -76,11 +76,11 @@ def logprobs(logits_V: FloatRow, token_id: int, count: int) -> list[Logprob]:
 def _adjust(logits_V: FloatRow, sampling: SamplingParams, tokens: Sequence[int], prompt_length: int,
             stop_ids: frozenset[int]) -> FloatRow:  # fmt: skip
     """Minimum tokens, bias and penalties; the row itself when the request asks for none of them."""
-    output = tokens[prompt_length:]
-    too_short = len(output) < sampling.min_tokens and bool(stop_ids)
+    output_length = len(tokens) - prompt_length
+    too_short = output_length < sampling.min_tokens and bool(stop_ids)
     penalized = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
     repeated = sampling.repetition_penalty != 1.0
-    if not (too_short or sampling.logit_bias or repeated or (penalized and output)):
+    if not (too_short or sampling.logit_bias or repeated or (penalized and output_length)):
         return logits_V
     row_V = logits_V.copy()
     if too_short:
@@ -91,8 +91,8 @@ def _adjust(logits_V: FloatRow, sampling: SamplingParams, tokens: Sequence[int],
         seen = np.unique(np.asarray(tokens, np.int64))
         factor = np.float32(sampling.repetition_penalty)
         row_V[seen] = np.where(row_V[seen] > 0, row_V[seen] / factor, row_V[seen] * factor)
-    if penalized and output:
-        seen, times = np.unique(np.asarray(output, np.int64), return_counts=True)
+    if penalized and output_length:
+        seen, times = np.unique(np.asarray(tokens[prompt_length:], np.int64), return_counts=True)
         row_V[seen] -= np.float32(sampling.frequency_penalty) * times.astype(np.float32)
         row_V[seen] -= np.float32(sampling.presence_penalty)
     return row_V
