@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,11 +112,10 @@ class Launcher:
     def run(self) -> int:
         """Serve until asked to stop; the exit code. LOCAL, blocks."""
         try:
+            for source in (self._wake, self._server_pidfd, self._inbox):
+                self._poller.register(source, zmq.POLLIN)
             for rank in range(self.config.ep_size):
                 self._spawn(rank, incarnation=0)
-            for fd in (self._wake, self._server_pidfd):
-                self._poller.register(fd, zmq.POLLIN)
-            self._poller.register(self._inbox, zmq.POLLIN)
             while not self._stopping:
                 self._serve_events(dict(self._poller.poll()))
             return self._exit_code
@@ -123,8 +123,7 @@ class Launcher:
             self._shut_down()
 
     def _serve_events(self, events: dict[object, int]) -> None:
-        for fd in [fd for fd in events if fd in self._by_pidfd]:  # deaths before anything else
-            self._buried(self._by_pidfd[fd])
+        self._bury(events)  # deaths before anything else
         if self._wake in events:
             os.read(self._wake, 64)
             log.info("asked to stop: finishing streams for at most %.0f s", self.config.drain_timeout_s)
@@ -190,6 +189,10 @@ class Launcher:
         self._workers[rank] = self._by_pidfd[worker.pidfd] = worker
         self._poller.register(worker.pidfd, zmq.POLLIN)
         self._tell(m.Spawned(rank=rank, incarnation=incarnation, pid=pid))
+
+    def _bury(self, events: dict[object, int]) -> None:
+        for fd in [fd for fd in events if fd in self._by_pidfd]:
+            self._buried(self._by_pidfd[fd])
 
     def _buried(self, worker: Worker) -> None:
         """A worker's process is gone: tell the survivors first, then find out why, then tell the server."""
@@ -260,28 +263,41 @@ class Launcher:
         self._stopping = True
         if self._server.poll() is None:
             self._server.terminate()
-            try:
-                self._server.wait(self.config.drain_timeout_s + STOP_PATIENCE_S)
-            except subprocess.TimeoutExpired:
+            if not self._await(lambda: self._server.poll() is not None, self.config.drain_timeout_s + STOP_PATIENCE_S):
                 log.error("the HTTP server did not end in time: killing it")
                 self._server.kill()
                 self._server.wait()
+        self._poller.unregister(self._server_pidfd)
         self._nursery.close()
         for worker in self._workers.values():
             if worker.alive:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(worker.pidfd, signal.SIGTERM)
                     signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)  # a stopped one must be able to hear it
-        deadline = time.monotonic() + STOP_PATIENCE_S
-        while self._by_pidfd and (left := deadline - time.monotonic()) > 0:
-            for fd in dict(self._poller.poll(int(left * 1000) + 1)):
-                if fd in self._by_pidfd:
-                    self._buried(self._by_pidfd[fd])
+        self._await(lambda: not self._by_pidfd, STOP_PATIENCE_S)
         for worker in list(self._by_pidfd.values()):
             signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
             self._buried(worker)
         self._context.destroy(linger=0)
         shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _await(self, done: Callable[[], bool], patience_s: float) -> bool:
+        """Wait for an end, and go on telling who dies meanwhile: streams that are to finish are still moved. False
+        when it does not come in time, or when asked to stop once more."""
+        deadline = time.monotonic() + patience_s
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            events = dict(self._poller.poll(int(left * 1000) + 1))
+            self._bury(events)
+            if self._inbox in events:
+                self._drain_inbox()
+            if self._wake in events:
+                os.read(self._wake, 64)
+                log.warning("asked to stop once more: waiting no longer")
+                return False
+        return True
 
 
 def _signal_name(number: int) -> str:

@@ -24,7 +24,7 @@ from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.restore import DiskSource, PeerSource
 from phalanx.engine.runner import Runner, limits_for
 from phalanx.engine.step import Engine, StepResult
-from phalanx.errors import Evicted, ExpertsLost, PeerLost, TooFewRanks, TooFewSlots
+from phalanx.errors import Evicted, ExpertsLost, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
 from phalanx.model.attention import KVStore
 from phalanx.model.loader import Checkpoint
 from phalanx.model.transformer import Transformer
@@ -74,7 +74,8 @@ def run(spec: WorkerSpec) -> int:
         log.warning("%s: exiting", error)
         return EXIT_EVICTED
     except Exception as error:
-        log.exception("rank %d.%d fails", spec.rank, spec.incarnation)
+        expected = isinstance(error, PhalanxError)  # its message says it all; a bug needs its traceback
+        log.error("rank %d.%d fails: %s", spec.rank, spec.incarnation, error, exc_info=not expected)
         with contextlib.suppress(OSError), open(last_words(spec.run_dir, spec.rank, spec.incarnation), "w") as file:
             file.write(" ".join(f"{type(error).__name__}: {error}".split()))
         return EXIT_FAILED

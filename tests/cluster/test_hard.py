@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from streams import PROMPTS, SAMPLING, Streams
+
+from phalanx.testing.service import Service
 
 pytestmark = pytest.mark.cluster
+
+Serve = Callable[..., Service]
 
 
 def children(pid: int) -> dict[int, str]:
@@ -81,3 +88,41 @@ def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(starting: subprocess
     assert starting.returncode == 0, output
     assert "Traceback" not in output
     assert list(tmp_path.glob("phalanx-*")) == []
+
+
+def test_without_elasticity_a_death_ends_the_service_at_once_and_in_plain_words(serve: Serve) -> None:
+    service = serve(ep_size=3, no_elastic=True, drain_timeout=300)
+    streams = Streams(service.url, PROMPTS, max_tokens=512, temperature=0).start()
+    streams.wait_for_chunks(3)
+    service.signal(1, signal.SIGKILL)
+    assert all("no rank is alive" in error for _, _, error, _ in streams.join())
+    assert service.process.wait(60) == 1
+    service.wait_for_line("--no-elastic is set")
+    service.stop()
+    assert "Traceback" not in service.log
+
+
+def test_a_rank_that_dies_while_streams_are_finished_for_a_stop_changes_none(
+    serve: Serve, unfailed: dict[str, list[Any]]
+) -> None:
+    service = serve(ep_size=3, drain_timeout=120)
+    fault = {"kind": "kill", "rank": 1, "at_step": 30}
+    httpx.post(f"{service.url}/chaos", json=fault).raise_for_status()
+    streams = Streams(service.url, PROMPTS, **SAMPLING["greedy"]).start()
+    streams.wait_for_chunks(3)
+    service.process.send_signal(signal.SIGTERM)
+    assert streams.join() == unfailed["greedy"]
+    assert service.process.wait(60) == 0
+    service.wait_for_line(r"rank 1\.0 .* ended: killed by SIGKILL")
+
+
+def test_who_asks_twice_to_stop_is_not_kept_waiting_for_streams(serve: Serve) -> None:
+    service = serve(ep_size=2, peer_timeout=200, roll_call_timeout=300, drain_timeout=300)
+    streams = Streams(service.url, PROMPTS, temperature=0).start()
+    streams.wait_for_chunks(3)
+    service.signal(1, signal.SIGSTOP)  # now no stream can end
+    service.process.send_signal(signal.SIGINT)
+    service.wait_for_line("asked to stop: finishing streams")
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(60) == 0
+    streams.join()
