@@ -7,6 +7,8 @@ Seconds end in `_s`. How the time-outs relate is in docs/assumptions.md and chec
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -15,6 +17,8 @@ from phalanx.errors import BadConfig
 
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["cpu"]
+
+ELEMENT_BYTES: Mapping[Dtype, int] = MappingProxyType({"bfloat16": 2, "float32": 4})
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +101,27 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         return slots
 
+    def context_length(self, max_position: int) -> int:
+        """The most tokens a request may have, prompt and answer together, with a model of `max_position` positions.
+        BadConfig when they are more than it has, or too few for both. LOCAL."""
+        length = self.max_model_len or max_position
+        if length > max_position:
+            raise BadConfig(
+                f"--max-model-len {length} is more than the {max_position} positions of the model: lower it"
+            )
+        if length < 2:
+            raise BadConfig(f"--max-model-len {length} has no room for a prompt and an answer: raise it")
+        return length
+
+    def kv_blocks(self, bytes_per_block: int) -> int:
+        """KV blocks a rank. BadConfig when the memory for them holds none. LOCAL."""
+        blocks = self.num_kv_blocks or self.kv_cache_memory_mb * (1 << 20) // bytes_per_block
+        if blocks < 1:
+            raise BadConfig(
+                f"--kv-cache-memory-mb {self.kv_cache_memory_mb} is less than one KV block of {bytes_per_block} bytes"
+            )
+        return blocks
+
     def check(self) -> None:
         """Raise BadConfig for values that contradict themselves. LOCAL."""
         at_least_one = (
@@ -106,7 +131,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         for field in at_least_one:
             if getattr(self, field) < 1:
                 raise BadConfig(f"{_flag(field)} must be at least 1, not {getattr(self, field)}")
-        for field in ("num_redundant_experts", "slots_per_rank", "max_model_len", "num_kv_blocks"):
+        for field in (
+            "num_redundant_experts",
+            "slots_per_rank",
+            "max_model_len",
+            "num_kv_blocks",
+            "kv_cache_memory_mb",
+        ):
             if getattr(self, field) < 0:
                 raise BadConfig(f"{_flag(field)} must not be negative, it is {getattr(self, field)}")
         for field in self.__struct_fields__:

@@ -52,7 +52,14 @@ def make_model(out: Path, arch: str | None, upcycle: bool, seed: int, force: boo
     if extra := sorted(set(given) - allowed):
         flags = ", ".join("--" + name.replace("_", "-") for name in extra)
         raise BadConfig(f"{flags} does not go with {'--upcycle' if upcycle else '--arch'}")
-    if not upcycle:
+    try:
+        _write(out, arch, seed, force, given)
+    except OSError as error:
+        raise BadConfig(f"{out} cannot be written: {error}") from None
+
+
+def _write(out: Path, arch: str | None, seed: int, force: bool, given: dict[str, Any]) -> None:
+    if arch:
         from phalanx.testing.tiny import make_tiny
 
         make_tiny(out, arch, seed=seed, force=force, **given)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from phalanx.config import Device, Dtype, ServeConfig
+from phalanx.config import ELEMENT_BYTES, Device, Dtype, ServeConfig
 from phalanx.errors import PhalanxError
 
 DEFAULT = {name: value for name, value in zip(ServeConfig.__struct_fields__[-len(ServeConfig.__struct_defaults__) :],
@@ -75,13 +75,26 @@ def serve(model: str | None, model_path: str, **options: Any) -> None:
 
 def _serve(config: ServeConfig) -> int:
     """Check all that can be checked before anything listens, then run the launcher. LOCAL, blocks."""
-    from phalanx.model.loader import Checkpoint
     from phalanx.observe.log import set_up_logging
 
     config.check()
-    config.expert_slots(Checkpoint.open(config.model).config.num_experts)
+    _check_model(config)
     from phalanx.launcher import Launcher, bind
     from phalanx.testing import faults
 
     set_up_logging(config.log_level, config.log_format, "launcher")
     return Launcher(config, bind(config), faults.from_environment() if config.enable_chaos else "").run()
+
+
+def _check_model(config: ServeConfig) -> None:
+    """Raise for all that ranks and server would find wrong with the model, or with these flags for it. LOCAL."""
+    from phalanx.model.loader import Checkpoint
+    from phalanx.observe.events import EventLog
+    from phalanx.server.text import ModelText
+
+    model = Checkpoint.open(config.model).config
+    config.expert_slots(model.num_experts)
+    config.context_length(model.max_position)
+    config.kv_blocks(model.kv_bytes(config.block_size, ELEMENT_BYTES[config.dtype]))
+    ModelText(config.model, config.chat_template)
+    EventLog(config.events_file).close()

@@ -30,7 +30,13 @@ _COLOURS = {
 @click.option("--api-key", envvar="PHALANX_API_KEY", default="", help="Key to send.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the service answers, for programs.")
 @click.option("--watch", is_flag=True, help="Go on showing it, until interrupted.")
-@click.option("--interval", default=1.0, show_default=True, help="Seconds between two looks of --watch.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks of --watch.",
+)
 def status(url: str, api_key: str, as_json: bool, watch: bool, interval: float) -> None:
     """Show the ranks of the service at --url and its last recovery."""
     from rich.console import Console
@@ -50,6 +56,8 @@ def look(client: httpx.Client, url: str) -> dict[str, Any]:
         state = client.get("/fault_tolerance/status").raise_for_status().json()
         info = client.get("/server_info").raise_for_status().json()
         ready = client.get("/ready").status_code == httpx.codes.OK
+    if not (isinstance(state, dict) and {"epoch", "ep_size", "ranks"} <= state.keys()):
+        raise ServiceError(f"{url} is no Phalanx service: it does not say which ranks it has")
     return {"ready": ready, "fault_tolerance": state, "server_info": info}
 
 

@@ -14,7 +14,6 @@ from phalanx.config import ServeConfig
 from phalanx.engine import sampler
 from phalanx.engine.sampler import FloatRow
 from phalanx.engine.scheduler import Limits
-from phalanx.errors import BadConfig
 from phalanx.messages import SamplingParams
 from phalanx.model.attention import ForwardBatch, SequenceSlice
 from phalanx.model.config import ModelConfig
@@ -89,22 +88,12 @@ def limits_for(config: ServeConfig, model: ModelConfig, kv_bytes_per_block: int)
     """A rank's limits from the operator's choices and the model's own. LOCAL.
 
     kv_bytes_per_block: what `block_size` tokens take in all layers. Raises BadConfig."""
-    max_model_len = config.max_model_len or model.max_position
-    if max_model_len > model.max_position:
-        raise BadConfig(
-            f"--max-model-len {max_model_len} is more than the {model.max_position} positions of the model: lower it"
-        )
-    num_blocks = config.num_kv_blocks or config.kv_cache_memory_mb * (1 << 20) // kv_bytes_per_block
-    if num_blocks < 1:
-        raise BadConfig(
-            f"--kv-cache-memory-mb {config.kv_cache_memory_mb} is less than one KV block of {kv_bytes_per_block} bytes"
-        )
     return Limits(
-        max_model_len=max_model_len,
+        max_model_len=config.context_length(model.max_position),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
-        num_blocks=num_blocks,
+        num_blocks=config.kv_blocks(kv_bytes_per_block),
         prefix_caching=config.enable_prefix_caching,
     )
 

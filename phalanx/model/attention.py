@@ -68,7 +68,7 @@ class KVStore:
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         """What one block takes in all layers together. LOCAL."""
-        return config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+        return config.kv_bytes(block_size, dtype.itemsize)
 
     def write(self, layer: int, rows_T: Tensor, kv_TX: Tensor) -> None:
         """Put [T, 2 Hkv C] at these rows (block * block_size + offset). LOCAL."""

@@ -61,6 +61,10 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         return len(self.moe_layers)
 
+    def kv_bytes(self, tokens: int, element_bytes: int) -> int:
+        """What the keys and values of some tokens take in all layers together. LOCAL."""
+        return self.num_layers * tokens * 2 * self.num_kv_heads * self.head_dim * element_bytes
+
     @classmethod
     def read(cls, path: str | Path) -> ModelConfig:
         """Parse `path`/config.json (and generation_config.json for eos ids). Raises BadCheckpoint. LOCAL."""

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import msgspec
 
+from phalanx.errors import BadConfig
+
 log = logging.getLogger("phalanx.events")
 
 PHASES = ("detect", "agree", "mask", "replan", "restore", "replay", "total")
@@ -55,7 +57,11 @@ class EventLog:
     """Appends events to a JSON-lines file; an empty path keeps none. A disk that fails never fails the service."""
 
     def __init__(self, path: str) -> None:
-        self._file: IO[bytes] | None = open(path, "ab", buffering=0) if path else None  # noqa: SIM115 - lives as long
+        """BadConfig when the file cannot be written."""
+        try:
+            self._file: IO[bytes] | None = open(path, "ab", buffering=0) if path else None  # noqa: SIM115 - lives as long
+        except OSError as error:
+            raise BadConfig(f"--events-file {path} cannot be written: {error.strerror}") from None
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one event with the time of day (seconds since 1970). LOCAL."""

@@ -64,11 +64,12 @@ def build(config: ServeConfig, run_dir: str) -> Service:
         config.ep_size, max_running=config.max_num_seqs, max_queued=config.max_queued_requests,
         patience_s=config.request_patience_s, clock=time.monotonic, metrics=metrics,
     )  # fmt: skip
-    try:
-        events = EventLog(config.events_file)
-    except OSError as error:
-        raise BadConfig(f"--events-file {config.events_file} cannot be written: {error.strerror}") from None
-    link = Link(run_dir, router, events, lambda: log.info("ready: %s on %d ranks", config.name, router.roster.alive))
+    link = Link(
+        run_dir,
+        router,
+        EventLog(config.events_file),
+        lambda: log.info("ready: %s on %d ranks", config.name, router.roster.alive),
+    )
     seeds = random.Random(config.seed) if config.seed else random.SystemRandom()
     return Service(config, text, link, metrics, max_model_len, seeds, int(time.time()))
 

@@ -62,7 +62,10 @@ class ChatTemplate:
                     raise error(f"the chat template {file} cannot be read: {cause}") from None
         stored = settings.get("chat_template") or ""
         if isinstance(stored, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in stored}
+            try:
+                named = {str(entry["name"]): str(entry["template"]) for entry in stored}
+            except (TypeError, KeyError):
+                raise BadCheckpoint("tokenizer_config.json: chat_template must list names and templates") from None
             return cls(named.get("default", ""), tokens, named)
         return cls(str(stored), tokens)
 

@@ -1,0 +1,91 @@
+"""`phalanx serve` on what cannot be served: one line that names it, exit 2, and nothing was started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from phalanx.cli import main
+from phalanx.testing.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny", "qwen3-moe", layers=1, experts=4)
+
+
+def refusal(*arguments: str) -> str:
+    """What `phalanx serve` says when it refuses."""
+    done = CliRunner().invoke(main, ["serve", *arguments])
+    assert done.exit_code == 2, done.output
+    assert done.output.startswith("phalanx serve: ")
+    assert len(done.output.splitlines()) == 1, done.output
+    return done.output
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).unlink()
+
+
+def holding(name: str, text: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_text(text)
+
+
+def cut(model: Path) -> None:
+    shard = model / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+BROKEN = [
+    (without("tokenizer.json"), "tokenizer.json is missing"),
+    (holding("tokenizer.json", "{"), "tokenizer.json cannot be read"),
+    (holding("tokenizer_config.json", "["), "tokenizer_config.json cannot be read"),
+    (holding("chat_template.jinja", "{% if %}"), "chat template cannot be compiled"),
+    (holding("config.json", "{"), "config.json is not valid JSON"),
+    (holding("config.json", json.dumps({"architectures": ["LlamaForCausalLM"]})), "LlamaForCausalLM is not supported"),
+    (cut, "truncated or corrupt"),
+    (without("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors is missing"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), BROKEN, ids=[said for _, said in BROKEN])
+def test_a_broken_checkpoint_is_refused_before_anything_starts(
+    served: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    model = Path(shutil.copytree(served, tmp_path / "broken"))
+    damage(model)
+    assert said in refusal(str(model))
+
+
+def test_several_chat_templates_must_have_names(served: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(served, tmp_path / "broken"))
+    (model / "chat_template.jinja").unlink()
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "default"}]}))
+    assert "must list names and templates" in refusal(str(model))
+
+
+FLAGS = [
+    (("--chat-template", "/nowhere.jinja"), "/nowhere.jinja cannot be read"),
+    (("--events-file", "/nowhere/events.jsonl"), "--events-file /nowhere/events.jsonl cannot be written"),
+    (("--max-model-len", "99999"), "--max-model-len 99999 is more than the 4096 positions"),
+    (("--max-model-len", "1"), "--max-model-len 1 has no room"),
+    (("--kv-cache-memory-mb", "0"), "--kv-cache-memory-mb 0 is less than one KV block"),
+    (("--kv-cache-memory-mb", "-1"), "--kv-cache-memory-mb must not be negative"),
+    (("--num-redundant-experts", "9"), "--num-redundant-experts 9"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), FLAGS, ids=[" ".join(flags) for flags, _ in FLAGS])
+def test_a_flag_that_does_not_fit_the_model_is_named(served: Path, flags: tuple[str, ...], said: str) -> None:
+    assert said in refusal(str(served), *flags)
+
+
+def test_a_place_that_cannot_be_written_is_named() -> None:
+    done = CliRunner().invoke(main, ["make-model", "/proc/nothing", "--arch", "mixtral"])
+    assert (done.exit_code, len(done.output.splitlines())) == (2, 1)
+    assert "/proc/nothing cannot be written" in done.output
