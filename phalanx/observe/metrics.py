@@ -48,7 +48,7 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
-        self._preemptions: dict[tuple[int, int], int] = {}
+        self._loads: dict[tuple[int, int], Load] = {}
         self._described: list[tuple[str, str, tuple[str, ...]]] = []
         self._requests()
         self._ranks()
@@ -75,6 +75,8 @@ class Metrics:
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Used share of KV blocks, 1 = all", "model_name", "rank")
         self._held = self._gauge("num_requests_held", "Requests that no rank has", "model_name").labels(self._model)
         self._preempted = self._counter("num_preemptions", "Requests preempted for want of KV blocks")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache")
 
     def _elasticity(self) -> None:
         self.ranks_alive = self._gauge("ranks_alive", "Members of the view that live")
@@ -123,14 +125,15 @@ class Metrics:
         self._running.labels(self._model, rank).set(load.running)
         self._waiting.labels(self._model, rank).set(load.waiting)
         self._kv_usage.labels(self._model, rank).set(load.kv_blocks_used / max(1, load.kv_blocks_total))
-        seen = self._preemptions.get((rank, incarnation), 0)
-        if load.preemptions > seen:
-            self._preempted.inc(load.preemptions - seen)
-            self._preemptions[rank, incarnation] = load.preemptions
+        seen = self._loads.get((rank, incarnation), Load())
+        self._loads[rank, incarnation] = load
+        self._preempted.inc(max(0, load.preemptions - seen.preemptions))
+        self._prefix_queries.inc(max(0, load.prefix_queries - seen.prefix_queries))
+        self._prefix_hits.inc(max(0, load.prefix_hits - seen.prefix_hits))
 
     def gone(self, rank: int, incarnation: int) -> None:
         """A rank is lost: it runs nothing any more."""
-        self._preemptions.pop((rank, incarnation), None)
+        self._loads.pop((rank, incarnation), None)
         for gauge in (self._running, self._waiting, self._kv_usage):
             gauge.labels(self._model, rank).set(0)
 

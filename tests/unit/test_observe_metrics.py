@@ -32,6 +32,15 @@ def test_a_load_becomes_gauges_and_preemptions_are_counted_across_restarts() -> 
     assert sample(metrics, "phalanx_num_requests_running", model_name="m", rank="1") == 0
 
 
+def test_the_prefix_cache_is_counted_in_tokens_over_all_ranks() -> None:
+    metrics = Metrics("m")
+    metrics.load(0, 0, Load(prefix_queries=100, prefix_hits=32))
+    metrics.load(0, 0, Load(prefix_queries=150, prefix_hits=80))
+    metrics.load(1, 0, Load(prefix_queries=50, prefix_hits=16))
+    assert sample(metrics, "phalanx_prefix_cache_queries_total", model_name="m") == 200
+    assert sample(metrics, "phalanx_prefix_cache_hits_total", model_name="m") == 96
+
+
 def test_kv_usage_is_a_share_of_one() -> None:
     metrics = Metrics("m")
     metrics.load(0, 0, Load(kv_blocks_used=5, kv_blocks_total=20))
