@@ -202,7 +202,10 @@ class _LifeLock:
 
     When the thread ends, by whatever cause, the kernel sets OWNER_DIED in the lock's word before it tears down the
     process's memory and devices. A peer that polls the word so knows of the death long before the process can be
-    reaped, which takes the longer the more memory it held. (Robust futexes: Linux's robust-futex-ABI.)"""
+    reaped, which takes the longer the more memory it held. (Robust futexes: Linux's robust-futex-ABI.)
+
+    The thread's list of such locks leads through this memory: libc writes there when the thread takes the next one.
+    So the memory stays mapped until `release`, whatever becomes of the objects that refer to it."""
 
     _PROCESS_SHARED, _ROBUST, _ERRORCHECK = 1, 1, 2
 
@@ -216,6 +219,7 @@ class _LifeLock:
         self._call("pthread_mutexattr_settype", attributes, self._ERRORCHECK)
         self._call("pthread_mutex_init", self._mutex, attributes)
         self._call("pthread_mutex_lock", self._mutex)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._mutex))  # given back by `release`
 
     def release(self) -> bool:
         """Let go, so that the memory may be unmapped. False when another thread holds it: then it must stay mapped,
@@ -223,6 +227,8 @@ class _LifeLock:
         code: int = self._libc.pthread_mutex_unlock(self._mutex)
         if code not in (0, errno.EPERM):
             raise OSError(code, "pthread_mutex_unlock failed")
+        if code == 0:
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(self._mutex))
         del self._mutex
         return code == 0
 

@@ -46,7 +46,7 @@ def merged(first: Change | None, then: Change) -> Change:
         then.trigger if first.trigger != "start" else "start",
         tuple(sorted({*first.lost, *then.lost})),
         {**then.causes, **first.causes},
-        first.detect_s or then.detect_s,
+        first.detect_s,
         max(first.epoch, then.epoch),
     )
 

@@ -6,6 +6,8 @@ import mmap
 import os
 import select
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -163,3 +165,37 @@ def test_a_segment_that_is_closed_is_no_death_and_leaves_no_lock_behind() -> Non
     own.close()
     assert not peer.died
     peer.close()
+
+
+FORGETFUL = """
+import gc, threading
+from phalanx.comm.segment import Layout, OwnSegment
+
+layout = Layout(ep_size=4, max_tokens=8, hidden=16, top_k=2, itemsize=2)
+OwnSegment(layout, 0, 0)  # nobody closes it
+gc.collect()
+larger = Layout(ep_size=4, max_tokens=4096, hidden=64, top_k=2, itemsize=2)  # it does not fit where the first was
+OwnSegment(larger, 0, 1).close()
+
+made, closed = threading.Event(), threading.Event()
+box = []
+
+def work():
+    box.append(OwnSegment(layout, 1, 0))
+    made.set()
+    closed.wait()
+    OwnSegment(larger, 1, 1).close()
+
+thread = threading.Thread(target=work)
+thread.start()
+made.wait()
+box.pop().close()  # by a thread that does not hold the lock
+gc.collect()
+closed.set()
+thread.join()
+"""
+
+
+def test_a_lock_for_life_outlives_a_segment_that_was_dropped_or_closed_by_another_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", FORGETFUL], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr}"

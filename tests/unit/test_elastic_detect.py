@@ -60,3 +60,8 @@ def test_trouble_upon_trouble_keeps_the_first_detection_and_all_the_lost() -> No
 
 def test_a_loss_during_the_start_is_still_the_start() -> None:
     assert merged(Change("start"), Change("failure", (1,))).trigger == "start"
+
+
+def test_what_was_noticed_at_once_was_detected_in_no_time_whatever_came_after() -> None:
+    told = Change("failure", (), {}, 0.0, 3)  # a peer's roll call: the time-out of the next loss is in other phases
+    assert merged(told, Change("failure", (1,), {1: "timeout"}, 2.0)).detect_s == 0.0
