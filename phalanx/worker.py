@@ -190,7 +190,7 @@ class Worker:
                     prompt_tokens=result.prompt_tokens,
                 )
             )
-        if (recovered := self._timeline.first_step(self._name)) is not None:
+        if (recovered := self._timeline.first_step(self._name, idle=result.idle)) is not None:
             self._mail.send(recovered)
         if result.idle:
             self._sleep()
@@ -233,17 +233,17 @@ class Worker:
     def _wait_for_help(self, reason: str) -> Change:
         """This view cannot serve. Stay, and try again when an operator says so or the membership changes."""
         view = self._recovery.view
-        log.error("cannot serve under epoch %d: %s", view.epoch, reason)
+        log.debug("cannot serve under epoch %d: %s", view.epoch, reason)  # the server says it aloud
         self._mail.send(m.CannotServe(**self._name, epoch=view.epoch, reason=reason))
         while True:
-            if self._comm.sleep(self._config.heartbeat_interval_s, (self._mail.wake_fd,)):
-                status = self._comm.status()
-                if not status.clean:
-                    return self._suspect(PeerLost(status.lost, status.interrupted))
+            self._comm.sleep(self._config.heartbeat_interval_s, (self._mail.wake_fd,))
             messages = list(self._mail.drain())
             self._engine.accept(messages)
             if any(isinstance(message, m.Stop) for message in messages):
                 raise Stopped
+            status = self._comm.status()
+            if not status.clean:  # a peer that heard of the same retry sooner is answered by the same roll call
+                return self._suspect(PeerLost(status.lost, status.interrupted))
             if any(isinstance(message, m.Resume) for message in messages):
                 return Change("operator")
 
@@ -258,24 +258,27 @@ class Timeline:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._running = True
+        self._cut_off = False
         self._adoption: Adoption | None = None
         self._adopted_at = 0.0
 
     def trouble(self, detect_s: float) -> None:
         """A PeerLost was raised, `detect_s` after the first sign. The first of several counts. LOCAL."""
         if not self._running:
-            self._began, self._running = time.monotonic() - detect_s, True
+            self._began, self._running, self._cut_off = time.monotonic() - detect_s, True, True
 
     def adopted(self, adoption: Adoption) -> None:
         """A new World stands; the replay begins. LOCAL."""
         self._adoption, self._adopted_at = adoption, time.monotonic()
 
-    def first_step(self, name: dict[str, int]) -> m.Recovered | None:
-        """The report, when the step that just ended was the first since `adopted`. LOCAL."""
+    def first_step(self, name: dict[str, int], *, idle: bool) -> m.Recovered | None:
+        """The report, when the step that just ended was the first since `adopted`. idle: nobody had anything to run,
+        so no step was replayed either. LOCAL."""
         adoption, now = self._adoption, time.monotonic()
         if adoption is None:
             return None
-        self._adoption, self._running = None, False
+        replayed = int(self._cut_off and not idle)
+        self._adoption, self._running, self._cut_off = None, False, False
         phases = adoption.seconds
         return m.Recovered(
             **name,
@@ -292,7 +295,7 @@ class Timeline:
                 total=now - self._began,
             ),
             bytes_restored=dict(adoption.bytes_restored),
-            steps_replayed=int(adoption.trigger == "failure"),
+            steps_replayed=replayed,
         )
 
 

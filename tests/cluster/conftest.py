@@ -25,10 +25,10 @@ def serve(tiny: Path) -> Iterator[Callable[..., Service]]:
     """Starts services, four ranks and chaos enabled unless told otherwise, and ends them after the test."""
     with ExitStack() as stack:
 
-        def start(faults: str = "", **options: Any) -> Service:
+        def start(faults: str = "", model: Path = tiny, **options: Any) -> Service:
             options = {"ep_size": 4, "enable_chaos": True, "max_num_batched_tokens": 64, **options}
             flags = flags_of(**{name: value for name, value in options.items() if value is not False})
-            return stack.enter_context(Service(str(tiny), *flags, env={"PHALANX_FAULTS": faults}))
+            return stack.enter_context(Service(str(model), *flags, env={"PHALANX_FAULTS": faults}))
 
         yield start
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,3 +128,45 @@ def test_who_asks_twice_to_stop_is_not_kept_waiting_for_streams(serve: Serve) ->
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0
     streams.join()
+
+
+def spoil_experts(model: Path) -> dict[Path, bytes]:
+    """Overwrite every expert in a checkpoint's files with zeros, in place; returns what the files held."""
+    before = {file: file.read_bytes() for file in model.glob("*.safetensors")}
+    for file, content in before.items():
+        size = int.from_bytes(content[:8], "little")
+        with file.open("r+b") as out:
+            for name, entry in json.loads(content[8 : 8 + size]).items():
+                if ".experts." in name:
+                    start, end = entry["data_offsets"]
+                    out.seek(8 + size + start)
+                    out.write(bytes(end - start))
+    return before
+
+
+def test_streams_outlive_a_spoilt_disk_once_it_is_mended(
+    serve: Serve, tiny: Path, tmp_path: Path, unfailed: dict[str, list[Any]]
+) -> None:
+    model = Path(shutil.copytree(tiny, tmp_path / "tiny"))
+    service = serve(model=model, ep_size=2)
+    streams = Streams(service.url, PROMPTS, **SAMPLING["greedy"]).start()
+    streams.wait_for_chunks(3)
+    before = spoil_experts(model)
+    service.signal(1, signal.SIGKILL)
+    service.wait_for_line("rank 0.0 cannot serve: cannot restore layer 0 expert")
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    assert httpx.post(f"{service.url}/v1/completions", json=body).status_code == 503
+    seen = service.lines
+    retry = {"instruction": "retry", "params": {}}
+    httpx.post(f"{service.url}/fault_tolerance/apply", json=retry).raise_for_status()
+    service.wait_for_line("rank 0.0 cannot serve: cannot restore layer 0 expert", after=seen)
+    for file, content in before.items():
+        with file.open("r+b") as out:
+            out.write(content)
+    httpx.post(f"{service.url}/fault_tolerance/apply", json=retry).raise_for_status()
+    assert streams.join() == unfailed["greedy"]
+    recovery = service.status()["last_recovery"]
+    assert (recovery["trigger"], recovery["lost"]) == ("operator", [1])
+    seconds = recovery["seconds"]
+    assert seconds["total"] >= sum(seconds.values()) - seconds["total"]
+    assert "phalanx_steps_replayed_total 1.0" in httpx.get(f"{service.url}/metrics").text
