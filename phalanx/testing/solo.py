@@ -58,6 +58,8 @@ class SoloEngine:
                 checkpoint.read_expert(layer, expert, out, dtype)
                 self._bank.mark(layer, expert, expert, digest(out.data))
         checkpoint.close()
+        if warm_up:
+            self._bank.pack()
         slots_LP = np.tile(np.arange(model.num_experts, dtype=np.int32), (model.num_moe_layers, 1))
         member = Member(0, 0, pid=os.getpid(), comm_address=self.comm.address, weights_address=self._bank.address)
         self.world = World(View(1, 1, (member,)), Placement(slots_LP, model.num_experts, model.num_experts))
