@@ -39,6 +39,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Slots a rank and layer; 0: as many as the last `min_ranks` ranks need to hold every expert. Slots that hold no
     expert cost address space, not memory."""
     elastic: bool = True
+    max_restarts: int = 3
+    """How often a rank that died is started again within `restart_window_s`; 0: never."""
+    restart_window_s: float = 60.0
     threads_per_rank: int = 1
 
     # engine limits
@@ -134,6 +137,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         for field in (
             "num_redundant_experts",
             "slots_per_rank",
+            "max_restarts",
             "max_model_len",
             "num_kv_blocks",
             "kv_cache_memory_mb",

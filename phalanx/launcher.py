@@ -1,8 +1,11 @@
-"""The launcher: one a host. It spawns server and workers, watches them, and tells everybody who died.
+"""The launcher: one a host. It spawns server and workers, watches them, tells everybody who died, and starts the dead
+again.
 
 A worker's end is seen through its pidfd within a millisecond. The first thing that happens then is one word on the
-notice board, which every survivor reads in its waits; only after that comes anything slow. The launcher also owns the
-store in which the ranks agree, so it must live: docs/failures.md says what that means.
+notice board, which every survivor reads in its waits; only after that comes anything slow. A dead rank gets another
+process, the next incarnation, which prepares alone and asks the others to be let in. Nothing here waits for anything
+but the next event. The launcher also owns the store in which the ranks agree, so it must live: docs/failures.md says
+what that means.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from phalanx import messages as m
 from phalanx.comm.notices import NoticeBoard
 from phalanx.config import ServeConfig
 from phalanx.errors import BadConfig
-from phalanx.nursery import Nursery
+from phalanx.nursery import Born, Nursery
 from phalanx.process import (
     EXIT_EVICTED,
     EXIT_STOPPED,
@@ -38,6 +41,7 @@ from phalanx.process import (
     launcher_endpoint,
     server_endpoint,
 )
+from phalanx.restarts import Restarts
 from phalanx.world import Member
 
 if TYPE_CHECKING:
@@ -51,6 +55,15 @@ STOP_PATIENCE_S = 5.0
 FIRST_WORLD = "world/1"
 """The store's key for the outcome of the first meeting (`elastic.agree`)."""
 
+COMING = "coming/{}"
+"""The store's key for the incarnation of a rank that was started and will ask to be let in."""
+
+EVICTION_GRACE_S = 1.0
+"""An evicted process that can still run finds out and ends by itself; one that has not by then is killed."""
+
+BIRTH_TICK_S = 1.0
+"""How often it is looked whether a nursery that owes a worker still answers."""
+
 
 @dataclass
 class Worker:
@@ -60,8 +73,13 @@ class Worker:
     incarnation: int
     pid: int
     pidfd: int
+    born_s: float
     alive: bool = True
     masked: bool = False
+    member: bool = False
+    """It was in a view."""
+    doomed_s: float | None = None
+    """When it is to be killed, if it still lives: it was evicted, or has had all the time there is to come in."""
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -92,6 +110,12 @@ class Launcher:
         self._poller = zmq.Poller()
         self._workers: dict[int, Worker] = {}
         self._by_pidfd: dict[int, Worker] = {}
+        self._restarts = Restarts(config.max_restarts if config.elastic else 0, config.restart_window_s)
+        self._due: dict[int, float] = {}
+        """When a dead rank is to be started again. Until the ranks have met for the first time nobody is."""
+        self._coming: set[int] = set()
+        """Ranks whose next process is asked for and not there yet."""
+        self._epoch = 0
         adopt_orphans()
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
@@ -112,18 +136,21 @@ class Launcher:
     def run(self) -> int:
         """Serve until asked to stop; the exit code. LOCAL, blocks."""
         try:
-            for source in (self._wake, self._server_pidfd, self._inbox):
+            for source in (self._wake, self._server_pidfd, self._nursery.fd, self._inbox):
                 self._poller.register(source, zmq.POLLIN)
             for rank in range(self.config.ep_size):
-                self._spawn(rank, incarnation=0)
+                self._ask_for(rank, incarnation=0)
             while not self._stopping:
-                self._serve_events(dict(self._poller.poll()))
+                self._serve_events(dict(self._poller.poll(self._patience_ms())))
+                self._do_what_is_due(time.monotonic())
             return self._exit_code
         finally:
             self._shut_down()
 
     def _serve_events(self, events: dict[object, int]) -> None:
         self._bury(events)  # deaths before anything else
+        if self._nursery.fd in events:
+            self._collect()
         if self._wake in events:
             os.read(self._wake, 64)
             log.info("asked to stop: finishing streams for at most %.0f s", self.config.drain_timeout_s)
@@ -146,6 +173,10 @@ class Launcher:
                         self._signal(rank, signal.Signals[name])
                     case m.MaskRank(rank=rank):
                         self._mask(rank)
+                    case m.StartRank(rank=rank):
+                        self._start_by_hand(rank)
+                    case m.ViewChanged(epoch=epoch, members=members):
+                        self._hear_view(epoch, set(members))
                     case m.ShutDown(reason=reason):
                         log.error("the service cannot go on: %s", reason)
                         self._exit_code = 1
@@ -172,7 +203,8 @@ class Launcher:
 
         return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
 
-    def _spawn(self, rank: int, incarnation: int) -> None:
+    def _ask_for(self, rank: int, incarnation: int) -> None:
+        """Have a worker forked; `_collect` takes it in when it is there."""
         spec = WorkerSpec(
             config=self.config,
             rank=rank,
@@ -183,12 +215,32 @@ class Launcher:
             notices=self._notices.address,
             launcher_pid=os.getpid(),
             faults=self._faults,
+            asked_s=time.monotonic(),
         )
-        pid = self._nursery.spawn(spec)
-        worker = Worker(rank, incarnation, pid, os.pidfd_open(pid))  # nobody else reaps it, so the pid is still its own
+        self._coming.add(rank)
+        if incarnation:
+            self._store.set(COMING.format(rank), str(incarnation))
+        self._nursery.ask(spec)
+
+    def _collect(self) -> None:
+        """Take in who was born. A nursery that died meanwhile was replaced."""
+        before = self._nursery.fd
+        for born in self._nursery.collect():
+            self._take_in(born)
+        if self._nursery.fd != before or self._nursery.failed:
+            self._poller.unregister(before)
+            if not self._nursery.failed:
+                self._poller.register(self._nursery.fd, zmq.POLLIN)
+
+    def _take_in(self, born: Born) -> None:
+        rank, incarnation = born.spec.rank, born.spec.incarnation
+        worker = Worker(rank, incarnation, born.pid, born.pidfd, time.monotonic())
+        if incarnation:
+            worker.doomed_s = worker.born_s + self.config.warmup_timeout_s + self.config.roll_call_timeout_s
+        self._coming.discard(rank)
         self._workers[rank] = self._by_pidfd[worker.pidfd] = worker
         self._poller.register(worker.pidfd, zmq.POLLIN)
-        self._tell(m.Spawned(rank=rank, incarnation=incarnation, pid=pid))
+        self._tell(m.Spawned(rank=rank, incarnation=incarnation, pid=born.pid))
 
     def _bury(self, events: dict[object, int]) -> None:
         for fd in [fd for fd in events if fd in self._by_pidfd]:
@@ -209,12 +261,81 @@ class Launcher:
         self._tell(m.Died(rank=worker.rank, incarnation=worker.incarnation, cause=cause, detail=detail))
         if self._stopping:
             return
-        if not self._by_pidfd and not self._store.check([FIRST_WORLD]):
+        if not self._by_pidfd and not self._nursery.waiting and not self._store.check([FIRST_WORLD]):
             log.error("no rank lived to the first meeting: stopping the service")
             self._exit_code, self._stopping = 1, True
         elif not self.config.elastic:
             log.error("a rank is gone and --no-elastic is set: stopping the service")
             self._exit_code, self._stopping = 1, True
+        elif worker.masked:
+            self._give_up(worker, 'taken out by an operator: {"instruction": "rejoin"} brings it back')
+        else:
+            self._plan_restart(worker, detail)
+
+    # --- the dead come back
+
+    def _plan_restart(self, worker: Worker, last_words: str) -> None:
+        now = time.monotonic()
+        delay_s = self._restarts.delay_s(worker.rank, now - worker.born_s, now)
+        if delay_s is None:
+            self._give_up(worker, self._restarts.why_not(last_words))
+        else:
+            self._due[worker.rank] = now + delay_s
+
+    def _give_up(self, worker: Worker, reason: str) -> None:
+        if self.config.max_restarts:
+            log.error("rank %d is not started again: %s", worker.rank, reason)
+        self._tell(m.GivenUp(rank=worker.rank, incarnation=worker.incarnation, reason=reason))
+
+    def _start_by_hand(self, rank: int) -> None:
+        worker = self._workers.get(rank)
+        if worker is None or worker.alive or rank in self._coming:
+            log.warning("rank %d is not dead: nothing to do", rank)
+            return
+        log.warning("rank %d is started again by an operator", rank)
+        self._restarts.forget(rank)
+        self._due[rank] = time.monotonic()
+
+    def _hear_view(self, epoch: int, members: set[tuple[int, int]]) -> None:
+        """Who is in, as the ranks agreed. A process that is evicted has no right to anything, and its place is needed.
+
+        With --max-restarts 0 it is left alone: it ends by itself as soon as it runs."""
+        if epoch <= self._epoch:
+            return
+        self._epoch = epoch
+        for worker in self._by_pidfd.values():
+            if (worker.rank, worker.incarnation) in members:
+                worker.member, worker.doomed_s = True, None
+            elif worker.member and worker.doomed_s is None and self.config.max_restarts:
+                worker.doomed_s = time.monotonic() + EVICTION_GRACE_S
+
+    def _patience_ms(self) -> int | None:
+        """Until when an event is waited for; None: for ever."""
+        now = time.monotonic()
+        due = [*self._due.values()] if self._epoch else []
+        due += [worker.doomed_s for worker in self._by_pidfd.values() if worker.doomed_s is not None]
+        due += [now + BIRTH_TICK_S] if self._nursery.waiting else []
+        return int(1000 * max(0.0, min(due) - now)) + 1 if due else None
+
+    def _do_what_is_due(self, now: float) -> None:
+        if self._nursery.failed:
+            if not self._by_pidfd and not self._stopping:
+                log.error("no worker is left, and none can be started: stopping the service")
+                self._exit_code, self._stopping = 1, True
+            return
+        if self._nursery.waiting:
+            self._collect()  # also finds a nursery that hangs
+        for worker in self._by_pidfd.values():
+            if worker.doomed_s is not None and now >= worker.doomed_s:
+                worker.doomed_s = None
+                why = "was evicted and does not end" if worker.member else "did not come in in time"
+                log.warning("killing rank %d.%d (pid %d): it %s", worker.rank, worker.incarnation, worker.pid, why)
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+        for rank in [rank for rank, at in self._due.items() if now >= at and self._epoch and not self._stopping]:
+            del self._due[rank]
+            incarnation = self._workers[rank].incarnation + 1
+            log.info("rank %d is started again, as %d.%d", rank, rank, incarnation)
+            self._ask_for(rank, incarnation)
 
     def _autopsy(self, worker: Worker) -> tuple[str, str]:
         try:
@@ -253,7 +374,7 @@ class Launcher:
         self._notices.declare_dead(rank, worker.incarnation, "operator")
         self._notices.poke([Member(w.rank, w.incarnation, pid=w.pid) for w in self._workers.values() if w.alive])
 
-    def _tell(self, message: m.Spawned | m.Died) -> None:
+    def _tell(self, message: m.Spawned | m.Died | m.GivenUp) -> None:
         with contextlib.suppress(zmq.Again):
             self._outbox.send(m.encode(message), zmq.NOBLOCK)
 
@@ -261,6 +382,8 @@ class Launcher:
 
     def _shut_down(self) -> None:
         self._stopping = True
+        if self._nursery.fd in self._poller:
+            self._poller.unregister(self._nursery.fd)  # nobody is welcomed any more
         if self._server.poll() is None:
             self._server.terminate()
             if not self._await(lambda: self._server.poll() is not None, self.config.drain_timeout_s + STOP_PATIENCE_S):

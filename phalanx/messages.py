@@ -84,7 +84,15 @@ class Stop(Message, frozen=True):
     """Finish the step in hand and exit 0."""
 
 
-ToWorker = Submit | Abort | Pause | Resume | InjectFault | Stop
+class Knock(Message, frozen=True):
+    """A newcomer asks to be let in (`elastic.agree`): look at who asks, and meet. Sent by the newcomer itself; a hint,
+    which may be lost or come twice."""
+
+    rank: int
+    incarnation: int
+
+
+ToWorker = Submit | Abort | Pause | Resume | InjectFault | Stop | Knock
 
 
 # --- worker -> server
@@ -206,6 +214,8 @@ class Recovered(Message, frozen=True):
     bytes_restored: dict[str, int]
     """By source: peer, vault, disk."""
     steps_replayed: int = 0
+    prepared: dict[str, float] = {}
+    """Of a newcomer: seconds from its birth until it asked to be let in, by what it did."""
 
 
 class CannotServe(Message, frozen=True):
@@ -215,6 +225,7 @@ class CannotServe(Message, frozen=True):
     incarnation: int
     epoch: int
     reason: str
+    members: list[MemberInfo] = []
 
 
 class Paused(Message, frozen=True):
@@ -242,6 +253,14 @@ class Died(Message, frozen=True):
     detail: str = ""
 
 
+class GivenUp(Message, frozen=True):
+    """The launcher does not start this rank again by itself; `reason` says why, and what an operator can do."""
+
+    rank: int
+    incarnation: int
+    reason: str
+
+
 class Suspected(Message, frozen=True):
     """A rank finds others silent; a roll call decides."""
 
@@ -251,7 +270,7 @@ class Suspected(Message, frozen=True):
     epoch: int
 
 
-ToServer = Stepped | Rejected | Adopted | Recovered | CannotServe | Paused | Spawned | Died | Suspected
+ToServer = Stepped | Rejected | Adopted | Recovered | CannotServe | Paused | Spawned | Died | GivenUp | Suspected
 
 
 # --- server -> launcher
@@ -270,13 +289,26 @@ class MaskRank(Message, frozen=True):
     rank: int
 
 
+class StartRank(Message, frozen=True):
+    """An operator wants a dead rank back, whatever kept it out."""
+
+    rank: int
+
+
+class ViewChanged(Message, frozen=True):
+    """The ranks agreed on who is in: (rank, incarnation) of each member. Who was in before and is not, is evicted."""
+
+    epoch: int
+    members: list[tuple[int, int]]
+
+
 class ShutDown(Message, frozen=True):
     """The server is going: stop everything."""
 
     reason: str = ""
 
 
-ToLauncher = Signal | MaskRank | ShutDown
+ToLauncher = Signal | MaskRank | StartRank | ViewChanged | ShutDown
 
 
 def encode(message: Message) -> bytes:

@@ -7,30 +7,60 @@ Each worker is a grandchild: the process between ends at once, and the worker be
 launcher is a subreaper). So the launcher can wait for it, a worker dies with the launcher, and nothing is lost when
 the nursery dies.
 
-Protocol, over a SOCK_SEQPACKET pair: a packet holds one MessagePack `WorkerSpec`; the answer is one MessagePack
-integer, the worker's pid.
+Protocol, over a SOCK_SEQPACKET pair: a packet holds one MessagePack `WorkerSpec` and brings the read end of a pipe; the
+answer is one MessagePack integer, the worker's pid. The worker waits at the pipe until the launcher, who then knows it,
+lets it go; when the launcher hangs up instead (the nursery died before it could answer), it ends without a trace. So no
+identity is ever used by two processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import deque
+from dataclasses import dataclass
 
 import msgspec
 
-from phalanx.process import WorkerSpec, die_with_parent
+from phalanx.process import EXIT_FAILED, WorkerSpec, die_with_parent
+
+log = logging.getLogger("phalanx.launcher")
 
 MAX_PACKET = 1 << 17
 
+PATIENCE_S = 30.0
+"""How long a birth may take, imports included, before the nursery counts as hung and is replaced."""
+
+MAX_BARREN = 3
+"""Nurseries that may end in a row, without a single birth, before there will be no more."""
+
+
+@dataclass(frozen=True)
+class Born:
+    """A worker that runs from now on. pidfd: to be closed by who takes it."""
+
+    spec: WorkerSpec
+    pid: int
+    pidfd: int
+
 
 class Nursery:
-    """The launcher's handle on its nursery process."""
+    """The launcher's handle on its nursery process. No call waits for the nursery: births are asked for, and collected
+    when `fd` is readable."""
 
     def __init__(self) -> None:
+        self._wanted: deque[WorkerSpec] = deque()
+        self._go: int | None = None
+        """The write end of the pipe at which the worker that is being born waits; its spec is the first wanted."""
+        self._asked_at = 0.0
+        self._barren = 0
         self._start()
 
     def _start(self) -> None:
@@ -41,28 +71,83 @@ class Nursery:
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
+        mine.setblocking(False)
         self._socket = mine
 
-    def spawn(self, spec: WorkerSpec) -> int:
-        """Fork a worker and return its pid; a nursery that has died is started again. LOCAL, waits for the imports."""
-        for attempt in (1, 2):
-            try:
-                self._socket.send(msgspec.msgpack.encode(spec))
-                answer = self._socket.recv(64)
-                if answer:
-                    return msgspec.msgpack.decode(answer, type=int)
-            except OSError:
-                pass
-            self.close()
-            if attempt == 1:
-                self._start()
-        raise RuntimeError(f"the process that forks workers ended twice with {self._process.returncode}")
+    @property
+    def fd(self) -> int:
+        """Readable when `collect` has something to do; another one after each of its calls. LOCAL."""
+        return self._socket.fileno()
+
+    @property
+    def failed(self) -> bool:
+        """Whether no worker will be born any more: the nursery itself ends each time."""
+        return self._barren >= MAX_BARREN
+
+    @property
+    def waiting(self) -> int:
+        """Births asked for and not collected yet."""
+        return len(self._wanted)
+
+    def ask(self, spec: WorkerSpec) -> None:
+        """Ask for a worker. LOCAL."""
+        self._wanted.append(spec)
+        self._ask_next()
+
+    def collect(self) -> list[Born]:
+        """Who was born. Replaces a nursery that has died. LOCAL: takes milliseconds."""
+        born = []
+        try:
+            while answer := self._socket.recv(64):
+                born.append(self._welcome(msgspec.msgpack.decode(answer, type=int)))
+                self._ask_next()
+            self._replace("ended")
+        except BlockingIOError:
+            if self._go is not None and time.monotonic() - self._asked_at > PATIENCE_S:
+                self._replace("does not answer")
+        except OSError:
+            self._replace("ended")
+        return born
 
     def close(self) -> None:
-        """End the nursery, also one that is stopped; workers live on. LOCAL."""
+        """End the nursery, also one that is stopped; workers live on, those still being born do not. LOCAL."""
+        self._hang_up()
         self._socket.close()
         self._process.kill()
         self._process.wait()
+
+    # --- parts
+
+    def _ask_next(self) -> None:
+        if self._go is not None or not self._wanted or self.failed:
+            return
+        reader, self._go = os.pipe2(os.O_CLOEXEC)
+        self._asked_at = time.monotonic()
+        with contextlib.suppress(OSError):  # a nursery that died is replaced by `collect`
+            socket.send_fds(self._socket, [msgspec.msgpack.encode(self._wanted[0])], [reader])
+        os.close(reader)
+
+    def _welcome(self, pid: int) -> Born:
+        assert self._go is not None, "nobody asked for a worker"
+        pidfd = os.pidfd_open(pid)  # nobody but us reaps it, so the pid is still its own
+        with contextlib.suppress(BrokenPipeError):  # dead already: the pidfd tells
+            os.write(self._go, b"!")
+        self._hang_up()
+        self._barren = 0
+        return Born(self._wanted.popleft(), pid, pidfd)
+
+    def _hang_up(self) -> None:
+        if self._go is not None:
+            os.close(self._go)
+            self._go = None
+
+    def _replace(self, what: str) -> None:
+        self.close()
+        self._barren += 1
+        log.warning("the process that forks workers %s: %s", what, "no more" if self.failed else "starting another")
+        if not self.failed:
+            self._start()
+            self._ask_next()
 
 
 def main() -> None:
@@ -76,7 +161,11 @@ def main() -> None:
 
     gc.collect()
     gc.freeze()  # what is imported stays out of collections, so its pages stay shared
-    while packet := channel.recv(MAX_PACKET):
+    while True:
+        packet, fds, _, _ = socket.recv_fds(channel, MAX_PACKET, 1)
+        if not packet:
+            return
+        (gate,) = fds
         reader, writer = os.pipe()
         between = os.fork()
         if between == 0:
@@ -87,21 +176,24 @@ def main() -> None:
             channel.close()
             os.close(reader)
             os.close(writer)
-            _become_worker(worker.run, msgspec.msgpack.decode(packet, type=WorkerSpec))
+            _become_worker(worker.run, msgspec.msgpack.decode(packet, type=WorkerSpec), gate)
         os.close(writer)
+        os.close(gate)
         answer = os.read(reader, 64)
         os.close(reader)
         os.waitpid(between, 0)
         channel.send(answer)
 
 
-def _become_worker(run: object, spec: WorkerSpec) -> None:
+def _become_worker(run: object, spec: WorkerSpec, gate: int) -> None:
     assert callable(run)
-    code = 1
+    code = EXIT_FAILED
     try:
         die_with_parent(spec.launcher_pid)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        code = run(spec)
+        if os.read(gate, 1):
+            os.close(gate)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            code = run(spec)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

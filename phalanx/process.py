@@ -31,6 +31,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     launcher_pid: int
     host: str = "localhost"
     faults: str = ""
+    asked_s: float = 0.0
+    """When the launcher asked for it, on the machine's monotonic clock."""
 
 
 def server_endpoint(run_dir: str) -> str:

@@ -52,6 +52,17 @@ MAIL_BOUND = 100_000
 """Messages that may wait in either direction; far beyond what the router lets a rank have."""
 
 
+PROPOSES_JOIN = 1
+"""What a rank proposes in a step that newcomers be let in; 0: nothing."""
+
+JOIN_S = 0.25
+"""How long members wait for a newcomer that knocked and does not answer: it looks every few milliseconds."""
+
+
+KNOCK_LINGER_MS = 1000
+"""How long a knock may take to be delivered."""
+
+
 class Stopped(BaseException):
     """The launcher asked this process to end. Not an Exception: nothing on the way may take it for a failure."""
 
@@ -86,6 +97,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         config = spec.config
+        self._prepared = Stopwatch(spec.asked_s)
         dtype = getattr(torch, config.dtype)
         chaos = config.enable_chaos
         self._faults = faults.armed(spec.faults, spec.rank, spec.incarnation) if chaos else faults.NO_FAULTS
@@ -96,7 +108,7 @@ class Worker:
         model = checkpoint.config
         slots = config.expert_slots(model.num_experts)
         notices = NoticeBoard.open(spec.notices)
-        bank = SlotBank(model.num_moe_layers, slots, model.hidden, model.expert_width, dtype)
+        bank = self._bank = SlotBank(model.num_moe_layers, slots, model.hidden, model.expert_width, dtype)
         self._comm = CpuCommunicator(
             spec.rank,
             config.ep_size,
@@ -124,6 +136,7 @@ class Worker:
             Limits(
                 roll_call_s=config.roll_call_timeout_s,
                 start_s=config.warmup_timeout_s,
+                join_s=min(JOIN_S, config.roll_call_timeout_s),
                 restore_s=config.restore_timeout_s,
                 min_ranks=config.min_ranks,
             ),
@@ -136,27 +149,48 @@ class Worker:
             route_width=ROUTE_WIDTH,
             load=transformer.load_LE.numpy,
             step=lambda: self._engine.steps,
+            knock=lambda view: self._mail.knock(view, self._me),
             faults=self._faults,
         )
-        self._bank = bank
-        self._change: Change | None = Change("start")
+        self._change: Change | None = Change("join" if spec.incarnation else "start")
+        self._knocked = False
         self._timeline = Timeline()
 
     def run(self) -> NoReturn:
         """Serve until told to stop, evicted, or broken. Every membership change and every step goes through here."""
-        self._runner.warm_up(self._limits)
+        self._get_ready()
         while True:
             try:
                 if self._change is not None:
                     self._adopt(self._recovery.run(self._change))
                 self._accept()
-                self._settle(self._engine.step())
+                self._settle(self._engine.step(self._proposal()))
             except PeerLost as lost:  # the only handler of this error; the next step is the replay
                 self._change = self._suspect(lost)
             except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
                 self._change = self._wait_for_help(str(error))
 
     # --- the parts of the loop
+
+    def _get_ready(self) -> None:
+        """Run all that serving runs once, alone. A newcomer first takes in the experts that it will be given, and has
+        its peers' experts computed by nobody: what it sends to them is dropped."""
+        self._prepared.lap("load")
+        if self._change == Change("join"):
+            self._recovery.prepare()
+            self._runner.adopt(self._recovery.own_routes())
+            self._prepared.lap("fetch")
+            self._bank.pack()
+            self._prepared.lap("pack")
+        self._runner.warm_up(self._limits)
+        self._prepared.lap("warm_up")
+
+    def _proposal(self) -> int:
+        """What this rank wants all to do instead of the next step. A knock is only a hint: the store says who asks."""
+        if not self._knocked:
+            return 0
+        self._knocked = False
+        return PROPOSES_JOIN if self._recovery.joiners() else 0
 
     def _accept(self) -> None:
         """Take the mail in: requests for the engine, the rest for this rank itself."""
@@ -166,6 +200,8 @@ class Worker:
                     self._faults.arm(kind, at_step, where)
                 case m.Stop():
                     raise Stopped
+                case m.Knock():
+                    self._knocked = True
                 case m.Pause() | m.Resume():
                     self._engine.accept([message])
                     self._mail.send(m.Paused(**self._name, paused=self._engine.paused))
@@ -190,9 +226,13 @@ class Worker:
                     prompt_tokens=result.prompt_tokens,
                 )
             )
-        if (recovered := self._timeline.first_step(self._name, idle=result.idle)) is not None:
+        if (recovered := self._timeline.first_step(self._me, self._prepared, idle=result.idle)) is not None:
             self._mail.send(recovered)
-        if result.idle:
+        self._recovery.tidy()
+        if result.proposal:
+            self._timeline.boundary()
+            self._change = Change("join")
+        elif result.idle:
             self._sleep()
 
     def _sleep(self) -> None:
@@ -201,7 +241,7 @@ class Worker:
         deadline = time.monotonic() + self._config.heartbeat_interval_s
         while not self._comm.sleep(max(0.0, deadline - time.monotonic()), (self._mail.wake_fd,)):
             self._accept()
-            if self._engine.has_work or time.monotonic() >= deadline:
+            if self._engine.has_work or self._knocked or time.monotonic() >= deadline:
                 self._comm.ring()
                 return
 
@@ -217,6 +257,7 @@ class Worker:
         if adoption.trigger == "start":  # later ones are packed one a step, so that no recovery waits for it
             self._bank.pack()
         self._change = None
+        self._prepared.lap("ask")
         self._timeline.adopted(adoption)
         self._mail.send(
             m.Adopted(
@@ -234,7 +275,8 @@ class Worker:
         """This view cannot serve. Stay, and try again when an operator says so or the membership changes."""
         view = self._recovery.view
         log.debug("cannot serve under epoch %d: %s", view.epoch, reason)  # the server says it aloud
-        self._mail.send(m.CannotServe(**self._name, epoch=view.epoch, reason=reason))
+        members = _members(view, self._config.device)
+        self._mail.send(m.CannotServe(**self._name, epoch=view.epoch, reason=reason, members=members))
         while True:
             self._comm.sleep(self._config.heartbeat_interval_s, (self._mail.wake_fd,))
             messages = list(self._mail.drain())
@@ -246,10 +288,33 @@ class Worker:
                 return self._suspect(PeerLost(status.lost, status.interrupted))
             if any(isinstance(message, m.Resume) for message in messages):
                 return Change("operator")
+            if any(isinstance(message, m.Knock) for message in messages) and self._recovery.joiners():
+                return Change("join")
 
     @property
     def _name(self) -> dict[str, int]:
         return {"rank": self._me.rank, "incarnation": self._me.incarnation}
+
+
+class Stopwatch:
+    """How long a newcomer took for what, from the moment the launcher asked for it. Counts its first laps only."""
+
+    def __init__(self, began_s: float) -> None:
+        now = time.monotonic()
+        self._laps = {"birth": now - began_s if began_s else 0.0}
+        self._last, self._taken = now, False
+
+    def lap(self, name: str) -> None:
+        """What was done since the last lap was `name`. LOCAL."""
+        now = time.monotonic()
+        self._laps.setdefault(name, now - self._last)
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name, once; nothing from then on. LOCAL."""
+        laps = {} if self._taken else self._laps
+        self._taken = True
+        return laps
 
 
 class Timeline:
@@ -267,11 +332,16 @@ class Timeline:
         if not self._running:
             self._began, self._running, self._cut_off = time.monotonic() - detect_s, True, True
 
+    def boundary(self) -> None:
+        """All left a step boundary for a change that somebody proposed: no step was cut off. LOCAL."""
+        if not self._running:
+            self._began, self._running = time.monotonic(), True
+
     def adopted(self, adoption: Adoption) -> None:
         """A new World stands; the replay begins. LOCAL."""
         self._adoption, self._adopted_at = adoption, time.monotonic()
 
-    def first_step(self, name: dict[str, int], *, idle: bool) -> m.Recovered | None:
+    def first_step(self, me: Member, prepared: Stopwatch, *, idle: bool) -> m.Recovered | None:
         """The report, when the step that just ended was the first since `adopted`. idle: nobody had anything to run,
         so no step was replayed either. LOCAL."""
         adoption, now = self._adoption, time.monotonic()
@@ -281,7 +351,8 @@ class Timeline:
         self._adoption, self._running, self._cut_off = None, False, False
         phases = adoption.seconds
         return m.Recovered(
-            **name,
+            rank=me.rank,
+            incarnation=me.incarnation,
             epoch=adoption.world.epoch,
             trigger=adoption.trigger,
             lost=list(adoption.lost),
@@ -296,6 +367,7 @@ class Timeline:
             ),
             bytes_restored=dict(adoption.bytes_restored),
             steps_replayed=replayed,
+            prepared=prepared.take(),
         )
 
 
@@ -303,6 +375,7 @@ class Mail:
     """The sockets between this worker and the server."""
 
     def __init__(self, spec: WorkerSpec) -> None:
+        self._run_dir = spec.run_dir
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, MAIL_BOUND)
@@ -321,6 +394,16 @@ class Mail:
         with contextlib.suppress(zmq.Again):
             while True:
                 yield m.to_worker_decoder.decode(self._inbox.recv(zmq.NOBLOCK))
+
+    def knock(self, view: View, me: Member) -> None:
+        """Tell the members of a view that `me` asks to be let in. LOCAL: who is not there does not hear it."""
+        for member in view.members:
+            socket = self._context.socket(zmq.PUSH)
+            socket.setsockopt(zmq.LINGER, KNOCK_LINGER_MS)
+            socket.connect(worker_endpoint(self._run_dir, member.rank, member.incarnation))
+            with contextlib.suppress(zmq.Again):
+                socket.send(m.encode(m.Knock(rank=me.rank, incarnation=me.incarnation)), zmq.NOBLOCK)
+            socket.close()
 
     @property
     def wake_fd(self) -> int:

@@ -89,7 +89,7 @@ def build(console: Console, model: Path) -> None:
 @contextmanager
 def served(console: Console, model: Path, ep_size: int) -> Iterator[Service]:
     """The service, ready; it ends with the block."""
-    service = Service(str(model), "--ep-size", str(ep_size))
+    service = Service(str(model), "--ep-size", str(ep_size), "--max-restarts", "0")  # who falls stays down
     begin = time.monotonic()
     console.print(f"$ phalanx serve {model} --ep-size {ep_size}")
     try:

@@ -2,8 +2,9 @@
 
 First one unfailed run, which is what every stream is compared with afterwards. Then round by round: start the same
 streams, hurt one rank in mid-stream, let the streams end, compare them token by token, and read from the service what
-its recovery cost by phase. A round's victim does not come back by itself, so each round has a fresh service, unless
-`--rounds-per-service` says otherwise or `--url` names a service that brings its ranks back.
+its recovery cost by phase. Where the service brings its ranks back, the round also waits for the victim's return, and
+measures how long that took and what the streams felt of it; all rounds then run in one service. With
+`--serve-flags "--max-restarts 0"` nobody returns, and each round has a fresh service.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ CONTROL_PHASES = ("detect", "agree", "mask", "replan")
 """The phases that decide, as against those that move bytes and compute again."""
 _PATIENCE_S = 60.0
 _LOOK_EVERY_S = 0.05
+_WATCH_EVERY_S = 0.02
+_JOIN_SEEN_LATE_S = 0.1
+"""How long after a rank was let in the status may show it, at the latest, as this program sees it."""
+
+_REPORTS_S = 0.3
+"""How long the ranks' reports of a return are waited for."""
+
+_CAME_IN = r"rank {}\.{} came in (?P<total>[\d.]+) s after it was started \((?P<phases>[^)]*)\)"
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,30 @@ class Load:
         ]
 
 
+@dataclass
+class Watch:
+    """What the status showed from a failure on. Times are this process's."""
+
+    failure: dict[str, Any] | None = None
+    """The recovery from it."""
+    join: dict[str, Any] | None = None
+    """The recovery that let the victim in again."""
+    back_s: float | None = None
+    """When the victim was seen to be healthy again."""
+
+
+@dataclass(frozen=True)
+class Return:
+    """How a victim came back. after_s: from the failure until the service was seen at full strength. pause_s: how long
+    the healthy ranks stood still for it, by their own word. stalls_s: the longest gap around that moment, of each
+    stream that was not over. prepared_s: what the newcomer did by itself, in a service of ours."""
+
+    after_s: float
+    pause_s: float
+    stalls_s: list[float]
+    prepared_s: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Round:
     """One failure. Seconds; `stalls_s` has an entry for each stream that was not over when the victim fell."""
@@ -79,6 +112,7 @@ class Round:
     failed: int
     different: int
     recovery: dict[str, Any]
+    back: Return | None
 
     def as_json(self) -> dict[str, Any]:
         """Without the streams' own tokens and times."""
@@ -98,6 +132,13 @@ class Target:
         with talking_to(self.url):
             state: dict[str, Any] = self._http.get("/fault_tolerance/status").raise_for_status().json()
             return state
+
+    def brings_back(self) -> bool:
+        """Whether the service starts dead ranks again; a service that does not say so is taken at its operator's
+        word: ranks come back."""
+        with talking_to(self.url):
+            config = self._http.get("/server_info").raise_for_status().json().get("config", {})
+        return bool(config.get("max_restarts", 1)) and bool(config.get("elastic", True))
 
     def prepare(self, kind: str, rank: int) -> Callable[[], Awaitable[None]]:
         """What hurts `rank`, with nothing left to look up: a signal where the process is ours, else POST /chaos."""
@@ -135,7 +176,12 @@ class Target:
 @click.option("--ep-size", type=click.IntRange(min=1), default=4, help="Ranks of the services that are started.")
 @click.option("--serve-flags", default="", help="More flags for `phalanx serve`, in one string.")
 @click.option("--rounds", type=click.IntRange(min=1), default=4, help="Failures in all.")
-@click.option("--rounds-per-service", type=click.IntRange(min=1), default=1, help="Failures before a fresh service.")
+@click.option(
+    "--rounds-per-service",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Failures before a fresh service (0: one service for all, if its ranks come back).",
+)
 @click.option("--ranks", default="", help="Victims in turn, such as 0,1,2,3; by default every rank.")
 @click.option("--kind", type=click.Choice(["kill", "stop", "raise"]), default="kill", help="What happens to them.")
 @click.option("--streams", type=click.IntRange(min=1), default=16, help="Streams at once.")
@@ -171,7 +217,8 @@ def recovery(
         require_matplotlib()
     victims = _victims(ranks)
     if model:
-        flags = ["--ep-size", str(ep_size), "--enable-chaos", *shlex.split(serve_flags)]
+        usual = ["--ep-size", str(ep_size), "--enable-chaos", "--max-restarts", str(10 * rounds)]
+        flags = [*usual, *shlex.split(serve_flags)]
 
         def fresh() -> AbstractContextManager[Target]:
             return _own_service(model, flags, api_key)
@@ -247,7 +294,8 @@ def _run(
                 if not unfailed:
                     unfailed = _unfailed_run(target, load, model)
                     bar.advance(task)
-                for _ in range(min(rounds_per_service, rounds - len(done))):
+                in_this_service = rounds_per_service or (rounds if target.brings_back() else 1)
+                for _ in range(min(in_this_service, rounds - len(done))):
                     victim = _next_victim(target, victims, len(done))
                     bar.update(task, description=f"round {len(done) + 1}: {kind} rank {victim}")
                     done.append(asyncio.run(_round(target, load, model, kind, victim, unfailed)))
@@ -274,7 +322,7 @@ def _next_victim(target: Target, victims: list[int], number: int) -> int:
     if not set(in_turn) <= set(range(state["ep_size"])):
         raise BadConfig(f"--ranks {in_turn}: the service has the ranks 0 to {state['ep_size'] - 1}")
     turned = [in_turn[(number + offset) % len(in_turn)] for offset in range(len(in_turn))]
-    if target.service is None:
+    if target.service is None or target.brings_back():
         target.wait_for(f"the return of rank {turned[0]}", lambda state: _is_healthy(state, turned[0]))
         return turned[0]
     living = [rank for rank in turned if _is_healthy(state, rank)]
@@ -295,17 +343,28 @@ async def _round(target: Target, load: Load, model: str, kind: str, victim: int,
     bodies = load.bodies(model)
     streams = [Stream(str(number)) for number in range(len(bodies))]
     threshold = max(1, int(load.share * load.output_len * len(bodies)))
-    epoch = target.status()["epoch"]
-    hurt = target.prepare(kind, victim)
+    state = target.status()
+    returns = target.brings_back() and target.service is not None
+    seen, log_line = Watch(), target.service.lines if target.service else 0
+    incarnation = _incarnation(state, victim)
+    prepared = target.prepare(kind, victim)
     async with client(target.url, target.api_key) as http:
+        watching: list[asyncio.Task[None]] = []
+
+        async def hurt() -> None:
+            await prepared()
+            watching.append(asyncio.create_task(_watch(http, seen, state["epoch"], victim, incarnation, returns)))
+
         done = await run_and_hurt(http, "/v1/completions", bodies, streams=streams, after_tokens=threshold, hurt=hurt)
+        await asyncio.gather(*watching)
     unfinished = [stream for stream in streams if stream.name not in done.over]
     if not unfinished:
         raise ServiceError(
             "the streams were over before the failure: ask for a longer --output-len or a smaller --share"
         )
-    state = target.wait_for("a recovery", lambda state: _recovered(state, epoch, victim))
-    if kind == "stop":
+    if seen.failure is None or (returns and seen.back_s is None):
+        raise ServiceError(f"{target.url}: rank {victim} did not {'return' if seen.failure else 'fall'} in time")
+    if kind == "stop" and not returns:
         await target.prepare("cont", victim)()
     return Round(
         victim=victim,
@@ -314,8 +373,54 @@ async def _round(target: Target, load: Load, model: str, kind: str, victim: int,
         stalls_s=[silence[1] for stream in unfinished if (silence := stream.silence(done.at_s))],
         failed=sum(bool(stream.error) for stream in streams),
         different=sum(mine.different_tokens(theirs) for mine, theirs in zip(streams, unfailed, strict=True)),
-        recovery=state["last_recovery"],
+        recovery=seen.failure,
+        back=_return(target, seen, done.at_s, streams, victim, incarnation + 1, log_line) if returns else None,
     )
+
+
+async def _watch(
+    http: httpx.AsyncClient, seen: Watch, epoch: int, victim: int, incarnation: int, returns: bool
+) -> None:
+    """Follow the status until the failure is dealt with and, if it `returns`, the victim is back."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline:
+        state = (await http.get("/fault_tolerance/status")).raise_for_status().json()
+        last = state["last_recovery"]
+        if seen.failure is None and _recovered(state, epoch, victim):
+            seen.failure = last
+        if seen.failure is not None and not returns:
+            return
+        if _is_healthy(state, victim) and _incarnation(state, victim) > incarnation:
+            if seen.back_s is None:
+                seen.back_s = time.monotonic()
+            if last is not None and victim not in last["lost"]:
+                seen.failure, seen.join = seen.failure or last, last
+                if time.monotonic() > seen.back_s + _REPORTS_S:
+                    return
+        await asyncio.sleep(_WATCH_EVERY_S)
+
+
+def _return(
+    target: Target, seen: Watch, hurt_s: float, streams: list[Stream], victim: int, incarnation: int, log_line: int
+) -> Return:
+    assert seen.back_s is not None
+    assert target.service is not None
+    pause_s = float(seen.join["seconds"]["total"]) if seen.join else 0.0
+    line = target.service.wait_for_line(_CAME_IN.format(victim, incarnation), after=log_line)
+    words = (phase.split() for phase in line["phases"].split(", "))
+    since, until = seen.back_s - pause_s - _JOIN_SEEN_LATE_S, seen.back_s
+    gaps = [
+        [end - start for start, end in itertools.pairwise(stream.arrivals_s) if end > since and start < until]
+        for stream in streams
+        if stream.arrivals_s and stream.arrivals_s[-1] >= until
+    ]
+    return Return(
+        seen.back_s - hurt_s, pause_s, [max(each) for each in gaps if each], {name: float(s) for name, s in words}
+    )
+
+
+def _incarnation(state: dict[str, Any], rank: int) -> int:
+    return int(next(entry["incarnation"] for entry in state["ranks"] if entry["rank"] == rank))
 
 
 def _recovered(state: dict[str, Any], epoch: int, victim: int) -> bool:
@@ -328,10 +433,13 @@ def summary(unfailed: Sequence[Stream], rounds: Sequence[Round]) -> dict[str, An
 
     kill_to_next_token_s: over all streams of all rounds that were not over when the victim fell. control: detect +
     agree + mask + replan. longest_gap_s: the longest silence of each stream in the unfailed run, after its first
-    token: what a client feels without any failure."""
+    token: what a client feels without any failure. return: only where ranks came back. gap_unfailed_s: all gaps
+    between two pieces of a stream in the unfailed run."""
     seconds = [one.recovery["seconds"] for one in rounds]
     phases = {phase: percentiles([float(each.get(phase, 0.0)) for each in seconds]) for phase in PHASES}
     phases["control"] = percentiles([sum(float(each.get(phase, 0.0)) for phase in CONTROL_PHASES) for each in seconds])
+    returned = [one.back for one in rounds if one.back is not None]
+    names = list(dict.fromkeys(name for back in returned for name in back.prepared_s))
     compared_by = "token ids" if any(stream.ids for stream in unfailed) else "text"
     return {
         "rounds": len(rounds),
@@ -342,6 +450,15 @@ def summary(unfailed: Sequence[Stream], rounds: Sequence[Round]) -> dict[str, An
         "kill_to_next_token_s": percentiles(list(itertools.chain.from_iterable(one.stalls_s for one in rounds))),
         "longest_gap_unfailed_s": percentiles([max(stream.gaps_s) for stream in unfailed if stream.gaps_s]),
         "phases_s": phases,
+        "return": {
+            "kill_to_full_strength_s": percentiles([back.after_s for back in returned]),
+            "pause_of_healthy_ranks_s": percentiles([back.pause_s for back in returned]),
+            "longest_gap_at_the_join_s": percentiles(list(itertools.chain.from_iterable(b.stalls_s for b in returned))),
+            "prepared_s": {name: percentiles([back.prepared_s.get(name, 0.0) for back in returned]) for name in names},
+        }
+        if returned
+        else None,
+        "gap_unfailed_s": percentiles(list(itertools.chain.from_iterable(stream.gaps_s for stream in unfailed))),
         "requests_moved": sum(int(one.recovery["requests_moved"]) for one in rounds),
         "each": [one.as_json() for one in rounds],
     }
@@ -361,6 +478,15 @@ def _show(figures: dict[str, Any], kind: str) -> None:
     for phase in (*PHASES[:-1], "control", "total"):
         title = "detect + agree + mask + replan" if phase == "control" else phase
         table.add_row(title, *cells(figures["phases_s"][phase], *names))
+    if figures["return"]:
+        table.add_section()
+        back = figures["return"]
+        table.add_row(f"{kind} to full strength", *cells(back["kill_to_full_strength_s"], *names))
+        for phase, seconds in back["prepared_s"].items():
+            table.add_row(f"  newcomer alone: {phase}", *cells(seconds, *names))
+        table.add_row("healthy ranks' pause for the return", *cells(back["pause_of_healthy_ranks_s"], *names))
+        table.add_row("longest gap around the return", *cells(back["longest_gap_at_the_join_s"], *names))
+        table.add_row("any gap without a failure", *cells(figures["gap_unfailed_s"], *names))
     console = Console()
     console.print(table)
     colour = "red" if figures["failed"] or figures["different"] else "green"

@@ -35,6 +35,8 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--num-redundant-experts", "Replicas a layer beyond one for each expert.", type=int)
 @_option("--slots-per-rank", "Expert slots a rank and layer (0: enough for --min-ranks to hold all).", type=int)
 @click.option("--elastic/--no-elastic", default=True, help="Go on without a rank that dies, or end with an error.")
+@_option("--max-restarts", "Times a dead rank is started again within --restart-window (0: never).", type=int)
+@_option("--restart-window", "Seconds over which the restarts of a rank are counted.", type=float)
 @_option("--threads-per-rank", "Compute threads a rank; more than one pays only with idle cores.", type=int)
 @_option("--max-model-len", "Tokens of prompt and answer together (0: the model's limit).", type=int)
 @_option("--max-num-seqs", "Sequences a rank runs at once.", type=int)

@@ -14,6 +14,8 @@ Keys, n = epoch, m = rank.incarnation:
     latest          a published epoch to start following from     a hint for newcomers
     joiners         newcomers that ask to be let in               compare_set
     digests/{m}     digests of what m holds, for when m is dead   written by m
+    coming/{rank}   the incarnation that was started for a rank   written by the launcher, a hint for newcomers
+    wish/{m}        the placement that newcomer m prepared for    written by m, `elastic.rejoin`
 
 No I/O but through store and clock, so the whole of it runs in a simulation.
 """
@@ -44,6 +46,10 @@ Loads = npt.NDArray[np.int64]
 
 _LOOK_S = 0.004
 """How long a wait may last before notices are looked at again."""
+
+
+_KNOCK_EVERY_S = 0.5
+"""How often a newcomer that is not let in knocks again: whom it knocked at may have died."""
 
 
 class Notices(Protocol):
@@ -168,12 +174,14 @@ class RollCall:
         clock: Clock,
         notices: Notices,
         plan: Planner,
+        knock: Callable[[View], None] = lambda view: None,
         faults: Faults = NO_FAULTS,
     ) -> None:
+        """knock: tells the members of a view, as well as it can, that a newcomer asks to be let in."""
         self.me = me
         self._shape, self._limits = shape, limits
         self._store, self._clock, self._notices = store, clock, notices
-        self._plan, self._faults = plan, faults
+        self._plan, self._knock, self._faults = plan, knock, faults
 
     def follow(self, base: Agreed | None) -> Agreed | None:
         """The last World of the chain, from `base` on; None before the first. Raises Evicted at one without this rank,
@@ -218,14 +226,22 @@ class RollCall:
         deadline = self._clock.now() + patience_s
         last = self.follow(None)
         asked = answered = 0
+        knock_at = 0.0
         while self._clock.now() < deadline and not self._is_dead(self.me):
             epoch = (last.epoch if last else 0) + 1
             if asked < epoch:
                 self._faults.point("join")
                 self._ask_in()
-                asked = epoch
+                asked, knock_at = epoch, self._clock.now()
+            if last is not None and answered < epoch and self._clock.now() >= knock_at:
+                self._knock(last.view)
+                knock_at = self._clock.now() + _KNOCK_EVERY_S
             if last is not None and all(self._is_dead(m) for m in last.view.members):
-                return self.hold(last, "join", mine)  # nobody is left to let it in
+                try:  # nobody is left to let it in
+                    return self.hold(last, "join", mine)
+                except Evicted:  # another newcomer was faster: it is a member now, and can be asked
+                    last = self.follow(last)
+                    continue
             # An answer must be fresh, or a newcomer that died while it waited would be let in.
             if answered < epoch and self._store.wait(f"open/{epoch}", _LOOK_S) is not None:
                 self._store.set(f"entry/{epoch}/{self.me}", msgspec.msgpack.encode(mine))
@@ -246,6 +262,31 @@ class RollCall:
     def remember(self, mine: Answer) -> None:
         """Leave behind the digests of what this rank holds, for when it can no longer answer. LOCAL."""
         self._store.set(f"digests/{self.me}", msgspec.msgpack.encode(mine))
+
+    def coming(self) -> tuple[Member, ...]:
+        """Newcomers that the launcher has started, as far as their identity goes. LOCAL."""
+        found = ((rank, self._store.get(f"coming/{rank}")) for rank in range(self._shape.ep_size))
+        return tuple(Member(rank, int(value)) for rank, value in found if value)
+
+    def all_digests(self, agreed: Agreed) -> Digests:
+        """uint64 [L, E]: the digests of the last World, and those that its members have found since. LOCAL."""
+        digest_LE = agreed.digest_LE.copy()
+        for member in agreed.view.members if (digest_LE == 0).any() else ():
+            if (found := self.digests_of(member)) is not None:
+                _learn(digest_LE, found, self._shape.slots_per_rank)
+        return digest_LE
+
+    def wish(self, placement: Placement) -> None:
+        """Leave behind what this newcomer has prepared for. LOCAL."""
+        self._store.set(f"wish/{self.me}", placement.slots_LP.tobytes())
+
+    def wish_of(self, member: Member) -> Placement | None:
+        """What a newcomer has prepared for; None when it has nothing prepared. LOCAL."""
+        value = self._store.get(f"wish/{member}")
+        if value is None:
+            return None
+        slots_LP = np.frombuffer(value, np.int32).reshape(self._shape.num_layers, -1)
+        return Placement(slots_LP, self._shape.num_experts, self._shape.slots_per_rank)
 
     # --- for _Meeting
 
@@ -298,6 +339,8 @@ class RollCall:
         for member in (*meeting.members, *meeting.newcomers):
             self._store.delete(f"entry/{epoch - 1}/{member}")
             self._store.delete(f"plan/{epoch - 3}/{member}")
+        for member in meeting.newcomers:
+            self._store.delete(f"wish/{member}")
 
     def _ask_in(self) -> None:
         me = (self.me.rank, self.me.incarnation)

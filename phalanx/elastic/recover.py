@@ -18,13 +18,17 @@ import torch
 from phalanx.comm.base import Communicator
 from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
 from phalanx.elastic.detect import certainly_dead, change_after, merged
+from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
 from phalanx.elastic.replan import diff, replan, routes
 from phalanx.elastic.restore import Bank, Restore, Source
 from phalanx.elastic.store import Clock, Store
 from phalanx.errors import Evicted, ExpertsLost, PeerLost, TooFewRanks, TooFewSlots
 from phalanx.messages import PhaseSeconds, Trigger
 from phalanx.testing.faults import NO_FAULTS, Faults
-from phalanx.world import IntArray, Member, Placement, View, World
+from phalanx.world import EMPTY, IntArray, Member, Placement, View, World
+
+_PREPARATIONS = 3
+"""How often a newcomer looks again whether the World that it prepared for has changed meanwhile."""
 
 _REPORTED = 30
 """How many lost experts a rank can name to the others: a row of an all_gather has room for 64 numbers."""
@@ -68,11 +72,13 @@ class Recovery:
         route_width: int,
         load: Callable[[], Loads] | None = None,
         step: Callable[[], int] | None = None,
+        knock: Callable[[View], None] = lambda view: None,
         faults: Faults = NO_FAULTS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """sources: the fastest first. load: this rank's tokens by expert, int64 [L, E], for the planner; None: all
-        alike. step: the last step it committed. progress: told (done, total) experts in each restore."""
+        alike. step: the last step it committed. knock: see `RollCall`. progress: told (done, total) experts in each
+        restore."""
         self.me = me
         self._shape, self._limits = shape, limits
         self._clock, self._comm, self._bank, self._sources = clock, comm, bank, tuple(sources)
@@ -80,8 +86,9 @@ class Recovery:
         self._load = load or (lambda: np.zeros((shape.num_layers, shape.num_experts), np.int64))
         self._step = step or (lambda: 0)
         self._calls = RollCall(
-            me, shape, limits, store=store, clock=clock, notices=notices, plan=self._plan, faults=faults
+            me, shape, limits, store=store, clock=clock, notices=notices, plan=self._plan, knock=knock, faults=faults
         )
+        self._given_up: list[tuple[int, int, int]] = []
         self._agreed: Agreed | None = None
         self._served: View | None = None
         self._unfinished: Change | None = None
@@ -101,6 +108,45 @@ class Recovery:
         """The change that a PeerLost of a step, or of `run` itself, calls for. LOCAL."""
         return change_after(lost, self._comm.status(), self.view, self._notices)
 
+    def prepare(self) -> None:
+        """A newcomer's work before `run(Change("join"))`: fill the slots that it will be given (`elastic.rejoin`).
+
+        Does nothing before the first World. LOCAL: reads peers' memory, and nobody waits for it."""
+        prepared = 0
+        for _ in range(_PREPARATIONS):
+            last = self._calls.follow(None)
+            if last is None or last.epoch == prepared:
+                return
+            prepared = last.epoch
+            members = [m for m in (*self._calls.coming(), *last.view.members) if not self._notices.is_dead(m)]
+            wish = hoped_for(last, members, self.me, self._bank.held_LS, self._shape)
+            if wish is None:
+                return
+            source = to_read_from(last, self._calls.all_digests(last))
+            moves = diff(held_by_all(last, self.me, self._bank.held_LS), wish, self.me.rank)
+            job = Restore(moves, source, self._bank, self._sources, progress=self._progress, faults=self._faults)
+            job.advance(lambda: not self._notices.is_dead(self.me))
+            self._count(job)
+            self._calls.remember(self._answer())
+            self._calls.wish(wish)
+
+    def own_routes(self) -> IntArray:
+        """int32 [L, E, W]: to what this rank holds itself, -1 for the rest: for a newcomer to warm up alone. LOCAL."""
+        shape = self._shape
+        routes_LEW = np.full((shape.num_layers, shape.num_experts, self._width), EMPTY, np.int32)
+        held_LS = self._bank.held_LS
+        layer, slot = np.nonzero(held_LS >= 0)
+        routes_LEW[layer, held_LS[layer, slot]] = (self.me.rank * shape.slots_per_rank + slot)[:, None]
+        return routes_LEW
+
+    def tidy(self, limit: int = 1) -> None:
+        """Give back the memory of up to `limit` slots that a join left without a use. LOCAL, between steps."""
+        while self._given_up and limit:
+            layer, slot, expert = self._given_up.pop()
+            if self._bank.held_LS[layer, slot] == expert:  # nobody has filled it with something else since
+                self._bank.clear(layer, slot)
+                limit -= 1
+
     def run(self, change: Change) -> Adoption:
         """Agree on the next World and get ready to serve it. COLLECTIVE; safe to call again after anything it raises.
 
@@ -116,6 +162,7 @@ class Recovery:
         routes_LEW = self._restore(agreed)
         adoption = self._adoption(change, agreed, routes_LEW)
         self._unfinished, self._served = None, agreed.view
+        self._given_up = self._without_use(agreed)
         self._seconds, self._bytes = PhaseSeconds(), {}
         return adoption
 
@@ -171,8 +218,7 @@ class Recovery:
                     remaining, lost = self._meet(job)
         finally:
             self._add(restore=self._clock.now() - planned)
-            for name, count in job.bytes_by_source.items():
-                self._bytes[name] = self._bytes.get(name, 0) + count
+            self._count(job)
         if lost:
             raise ExpertsLost(lost, "no source has an intact copy")
         self._faults.point("adopt")
@@ -195,6 +241,17 @@ class Recovery:
 
     # --- parts
 
+    def _count(self, job: Restore) -> None:
+        for name, count in job.bytes_by_source.items():
+            self._bytes[name] = self._bytes.get(name, 0) + count
+
+    def _without_use(self, agreed: Agreed) -> list[tuple[int, int, int]]:
+        """(layer, slot, expert) of slots of this rank that were filled and are to hold nothing."""
+        width = self._shape.slots_per_rank
+        held_LS = agreed.held_LP[:, self.me.rank * width : (self.me.rank + 1) * width]
+        free = np.argwhere((held_LS >= 0) & (agreed.placement.of_rank(self.me.rank) == EMPTY))
+        return [(layer, slot, int(held_LS[layer, slot])) for layer, slot in free.tolist()]
+
     def _answer(self) -> Answer:
         return Answer(
             self.me,
@@ -207,6 +264,8 @@ class Recovery:
     def _plan(self, trigger: Trigger, view: View, held_LP: IntArray, load_LE: Loads) -> Placement:
         """Where each expert goes; when the living cannot hold all, what they hold already. LOCAL."""
         shape = self._shape
+        if trigger == "join":
+            held_LP = self._without_surplus(view, held_LP)
         if len(view.members) >= self._limits.min_ranks:
             try:
                 return replan(
@@ -216,11 +275,17 @@ class Recovery:
                     slots_per_rank=shape.slots_per_rank,
                     num_replicas=shape.num_experts + shape.num_redundant,
                     held_LP=held_LP,
-                    min_moves=trigger in ("failure", "operator"),
+                    min_moves=trigger in ("failure", "operator", "join"),
                 )
             except TooFewSlots:
                 pass
         return Placement(held_LP, shape.num_experts, shape.slots_per_rank)
+
+    def _without_surplus(self, view: View, held_LP: IntArray) -> IntArray:
+        """What is to stay of what all hold, by the wish of a newcomer that has prepared; all of it, when none has."""
+        newcomers = [m for m in view.members if m not in self.view]
+        wish = next((wish for m in newcomers if (wish := self._calls.wish_of(m)) is not None), None)
+        return held_LP if wish is None else settled(held_LP, wish, view, [m.rank for m in newcomers])
 
     def _adoption(self, change: Change, agreed: Agreed, routes_LEW: IntArray) -> Adoption:
         before = self._served.members if self._served else ()

@@ -33,6 +33,8 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     requests_moved: int
     steps_replayed: int
     causes: dict[int, str]
+    prepared: dict[str, float] = {}
+    """Of ranks that joined: seconds by what they did alone before they asked to be let in, the slowest of them."""
     outcome: str
     """complete: every rank of the view reported. partial: some did not in time. superseded: a further change came
     first. cannot_serve: the living cannot serve."""

@@ -172,7 +172,7 @@ def _operation(router: APIRouter) -> None:
     async def apply(request: ApplyRequest, service: ServiceHere) -> Response:
         """An operator's instruction. 202: it is on its way; `GET /fault_tolerance/status` shows what comes of it."""
         instructions: dict[str, Callable[[Service, dict[str, Any]], list[int]]] = {
-            "mask_rank": _mask, "pause": _pause, "retry": _retry,
+            "mask_rank": _mask, "rejoin": _rejoin, "pause": _pause, "retry": _retry,
         }  # fmt: skip
         carry_out = instructions.get(request.instruction)
         if carry_out is None:
@@ -223,6 +223,17 @@ def _mask(service: Service, params: dict[str, Any]) -> list[int]:
     return [record.identity.rank]
 
 
+def _rejoin(service: Service, params: dict[str, Any]) -> list[int]:
+    """Start a dead rank again, also one that was masked or given up."""
+    if "rank" not in params:
+        raise ApiError(400, "params.rank: rejoin needs the rank to bring back", param="params.rank")
+    rank = _rank(service, params["rank"], "params.rank")
+    if service.router.roster.state(rank) != "dead":
+        raise ApiError(400, f"params.rank: rank {rank} is not dead", param="params.rank")
+    service.link.tell_launcher(m.StartRank(rank=rank))
+    return [rank]
+
+
 def _pause(service: Service, params: dict[str, Any]) -> list[int]:
     return _tell(service, params, m.Pause())
 
@@ -242,11 +253,15 @@ def _tell(service: Service, params: dict[str, Any], message: m.Pause | m.Resume)
     return [record.identity.rank for record in records]
 
 
+def _rank(service: Service, rank: object, param: str) -> int:
+    last = service.router.roster.ep_size - 1
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= last:
+        raise ApiError(400, f"{param}: {rank!r} is no rank: they go from 0 to {last}", param=param)
+    return rank
+
+
 def _living(service: Service, rank: object, param: str) -> RankRecord:
-    roster = service.router.roster
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < roster.ep_size:
-        raise ApiError(400, f"{param}: {rank!r} is no rank: they go from 0 to {roster.ep_size - 1}", param=param)
-    record = roster.records.get(rank)
+    record = service.router.roster.records.get(_rank(service, rank, param))
     if record is None or record.dead:
         raise ApiError(400, f"{param}: rank {rank} is not alive", param=param)
     return record

@@ -118,4 +118,12 @@ class Lost:
     detail: str
 
 
-Effect = Connect | Disconnect | ToRank | Report | Lost
+@dataclass(frozen=True)
+class NewView:
+    """The ranks agreed on who is in: the launcher is to know."""
+
+    epoch: int
+    members: tuple[Identity, ...]
+
+
+Effect = Connect | Disconnect | ToRank | Report | Lost | NewView

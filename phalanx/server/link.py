@@ -17,7 +17,7 @@ import zmq.asyncio
 from phalanx import messages as m
 from phalanx.observe.events import EventLog
 from phalanx.process import launcher_endpoint, server_endpoint, worker_endpoint
-from phalanx.server.flight import Connect, Disconnect, Lost, Report, Request, ToRank
+from phalanx.server.flight import Connect, Disconnect, Lost, NewView, Report, Request, ToRank
 from phalanx.server.roster import Identity
 from phalanx.server.router import Router
 
@@ -125,6 +125,8 @@ class Link:
                     self._events.append(
                         "lost", rank=identity.rank, incarnation=identity.incarnation, cause=cause, detail=detail
                     )
+                case NewView(epoch=epoch, members=members):
+                    self.tell_launcher(m.ViewChanged(epoch=epoch, members=[(i.rank, i.incarnation) for i in members]))
                 case Report(recovery=recovery):
                     log.info("%s", recovery.summary())
                     self._events.append("recovery", **msgspec.structs.asdict(recovery))
@@ -162,6 +164,10 @@ class Link:
                 log.warning("rank %d.%d finds ranks %s silent", rank, incarnation, suspects)
             case m.Paused(rank=rank, incarnation=incarnation, paused=paused):
                 log.info("rank %d.%d %s", rank, incarnation, "is paused" if paused else "goes on")
+            case m.Recovered(rank=rank, incarnation=incarnation, prepared=prepared) if prepared and incarnation:
+                phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in prepared.items())
+                log.info("rank %d.%d came in %.3f s after it was started (%s)", rank, incarnation,
+                         sum(prepared.values()), phases)  # fmt: skip
             case m.Adopted(rank=rank, incarnation=incarnation, epoch=epoch, trigger=trigger):
                 log.debug("rank %d.%d adopted epoch %d (%s)", rank, incarnation, epoch, trigger)
             case _:

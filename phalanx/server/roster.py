@@ -7,6 +7,7 @@ ranks' messages is possible, and only messages of one rank are in order.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ class Tally:
     lost: set[int]
     joined: list[int]
     causes: dict[int, str]
+    stayed: bool = True
+    """Somebody was there before."""
     requests_moved: int = 0
     reports: dict[Identity, m.Recovered] = field(default_factory=dict)
 
@@ -62,21 +65,30 @@ class Tally:
         self.lost |= set(report.lost)
 
     def recovery(self, outcome: str) -> Recovery:
-        """The sum so far: slowest rank by phase, bytes added up. LOCAL."""
+        """The sum so far: slowest rank by phase, bytes added up. LOCAL.
+
+        Where ranks joined, the phases are those of the others, for they had to wait; what the newcomers did, they did
+        alone, before they asked to be let in."""
         reports = self.reports.values()
+        waited = [report for who, report in self.reports.items() if not self.stayed or who.rank not in self.joined]
         return Recovery(
             trigger=self.trigger,
             lost=sorted(self.lost),
             joined=self.joined,
             epoch=self.epoch,
             previous_epoch=self.previous_epoch,
-            seconds={p: max((getattr(r.seconds, p) for r in reports), default=0.0) for p in PHASES},
+            seconds={p: max((getattr(r.seconds, p) for r in waited), default=0.0) for p in PHASES},
             bytes_restored={s: sum(r.bytes_restored.get(s, 0) for r in reports) for s in SOURCES},
             requests_moved=self.requests_moved,
             steps_replayed=max((r.steps_replayed for r in reports), default=0),
             causes=self.causes,
             outcome=outcome,
+            prepared={p: max(r.prepared.get(p, 0.0) for r in reports) for p in _newcomers_phases(reports)},
         )
+
+
+def _newcomers_phases(reports: Iterable[m.Recovered]) -> list[str]:
+    return list(dict.fromkeys(phase for report in reports for phase in report.prepared))
 
 
 class Roster:
@@ -203,6 +215,11 @@ class Roster:
             self._needed_epoch = max(self._needed_epoch, self.epoch + 1)
         return [*lost, identity]
 
+    def given_up(self, message: m.GivenUp) -> None:
+        record = self.records.get(message.rank)
+        if record is not None and record.identity.incarnation == message.incarnation:
+            record.detail = message.reason
+
     def suspected(self, message: m.Suspected) -> None:
         by = self.current(message.rank, message.incarnation)
         if by is None or message.epoch < self.epoch:
@@ -243,7 +260,10 @@ class Roster:
         if message.trigger != "start" and before:
             gone = {i.rank for i in before - self.members} | set(message.lost)
             joined = sorted(i.rank for i in self.members - before)
-            self.tally = Tally(message.trigger, message.epoch, previous_epoch, gone, joined, dict(message.causes))
+            stayed = bool(self.members & before)
+            self.tally = Tally(
+                message.trigger, message.epoch, previous_epoch, gone, joined, dict(message.causes), stayed
+            )
         return lost
 
     def recovered(self, message: m.Recovered) -> bool:

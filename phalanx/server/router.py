@@ -24,6 +24,7 @@ from phalanx.server.flight import (
     Effect,
     Flight,
     Lost,
+    NewView,
     QueueFull,
     RankRefused,
     Report,
@@ -70,6 +71,7 @@ class Router:
         self._moved = 0
         self._report_by: float | None = None
         self._mute_epoch = -1
+        self._told_epoch = 0
 
     # --- the client's side
 
@@ -152,6 +154,8 @@ class Router:
                 self._spawned(message)
             case m.Died():
                 self._died(message)
+            case m.GivenUp():
+                self.roster.given_up(message)
             case m.Adopted():
                 self._adopted(message)
             case m.Suspected():
@@ -161,6 +165,7 @@ class Router:
                     self._close_tally("complete")
             case m.CannotServe():
                 self.roster.cannot_serve(message)
+                self._tell_view(message.epoch, message.members)
                 if message.epoch > self._mute_epoch and not self.roster.serving():
                     self._mute_epoch = message.epoch
                     self.metrics.recoveries.labels("failure", "cannot_serve").inc()
@@ -387,11 +392,18 @@ class Router:
             self._close_tally("superseded")
         lost += self.roster.adopted(message)
         self._change(known, lost)
+        self._tell_view(message.epoch, message.members)
         if newer:
             self._disturb(self.roster.epoch)
             if self.roster.tally is not None:
                 self._report_by = self._clock() + REPORT_PATIENCE_S
         self._place_held()
+
+    def _tell_view(self, epoch: int, members: list[m.MemberInfo]) -> None:
+        """The launcher hears of each view once, also of one that cannot serve: a rank that it evicted is replaced."""
+        if members and epoch > self._told_epoch:
+            self._told_epoch = epoch
+            self._effects.append(NewView(epoch, tuple(Identity(i.rank, i.incarnation) for i in members)))
 
     def _change(self, known: set[Identity], lost: list[Identity]) -> None:
         """After any change of who is there: meet the new, leave the lost, move what they had."""

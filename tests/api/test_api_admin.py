@@ -87,6 +87,24 @@ def test_an_operator_masks_a_rank(cluster: Cluster) -> None:
     cluster.until(lambda: m.MaskRank(rank=1) in cluster.told, "the launcher is told")
 
 
+def test_an_operator_brings_a_dead_rank_back(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster(ranks=2)
+    body = {"instruction": "rejoin", "params": {"rank": 1}}
+    refused = cluster.http.post("/fault_tolerance/apply", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "params.rank")
+    cluster.kill(1)
+    cluster.until_http("/fault_tolerance/status", lambda a: a.json()["ranks"][1]["state"] == "dead")
+    answer = cluster.http.post("/fault_tolerance/apply", json=body)
+    assert (answer.status_code, answer.json()["ranks"]) == (202, [1])
+    cluster.until(lambda: m.StartRank(rank=1) in cluster.told, "the launcher is told")
+
+
+def test_the_launcher_hears_of_every_view(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster(ranks=2)
+    view = m.ViewChanged(epoch=1, members=[(0, 0), (1, 0)])
+    cluster.until(lambda: cluster.told == [view], "the launcher is told, once")
+
+
 def test_pause_and_retry_stop_and_start_the_ranks(make_cluster: Callable[..., Cluster]) -> None:
     cluster = make_cluster(ranks=2)
     assert cluster.http.post("/fault_tolerance/apply", json={"instruction": "pause"}).status_code == 202
@@ -110,6 +128,8 @@ BAD_INSTRUCTIONS = [
     ({"instruction": "mask_rank", "params": {"rank": "1"}}, "params.rank"),
     ({"instruction": "mask_rank", "params": {"rank": True}}, "params.rank"),
     ({"instruction": "pause", "params": {"rank": 9}}, "params.rank"),
+    ({"instruction": "rejoin"}, "params.rank"),
+    ({"instruction": "rejoin", "params": {"rank": 9}}, "params.rank"),
     ({"instruction": "pause", "params": []}, "params"),
     ({"instruction": "pause", "params": {"ranks": [0]}}, "params.ranks"),
 ]
@@ -132,7 +152,8 @@ def test_chaos_signals_through_the_launcher_or_arms_the_rank(make_cluster: Calla
     for kind in ("kill", "stop", "cont"):
         assert cluster.http.post("/chaos", json={"kind": kind, "rank": 1}).status_code == 202
     names = ["SIGKILL", "SIGSTOP", "SIGCONT"]
-    cluster.until(lambda: cluster.told == [m.Signal(rank=1, name=n) for n in names], "three signals")
+    expected_signals = [m.Signal(rank=1, name=n) for n in names]
+    cluster.until(lambda: [t for t in cluster.told if isinstance(t, m.Signal)] == expected_signals, "three signals")
     assert cluster.http.post("/chaos", json={"kind": "kill", "rank": 0, "at_step": 7}).status_code == 202
     assert cluster.http.post("/chaos", json={"kind": "raise", "rank": 0, "where": "dispatch"}).status_code == 202
     expected = [m.InjectFault(kind="kill", at_step=7), m.InjectFault(kind="raise", where="dispatch")]

@@ -22,11 +22,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(tiny: Path) -> Iterator[Callable[..., Service]]:
-    """Starts services, four ranks and chaos enabled unless told otherwise, and ends them after the test."""
+    """Starts services, and ends them after the test. Unless told otherwise four ranks, chaos enabled, and the dead stay
+    dead."""
     with ExitStack() as stack:
 
         def start(faults: str = "", model: Path = tiny, **options: Any) -> Service:
-            options = {"ep_size": 4, "enable_chaos": True, "max_num_batched_tokens": 64, **options}
+            usual = {"ep_size": 4, "enable_chaos": True, "max_num_batched_tokens": 64, "max_restarts": 0}
+            options = {**usual, **options}
             flags = flags_of(**{name: value for name, value in options.items() if value is not False})
             return stack.enter_context(Service(str(model), *flags, env={"PHALANX_FAULTS": faults}))
 

@@ -242,6 +242,9 @@ class Cluster:
         self.disk = SimDisk(sim, disk_read_s)
 
     def start(self, rank: int, incarnation: int = 0) -> Process:
+        """Start a process, as a launcher does: it says so in the store when it is a newcomer."""
+        if incarnation:
+            self.store.coming(rank, incarnation)
         address = f"bank:{rank}.{incarnation}"
         member = Member(rank, incarnation, "here", 100 * rank + incarnation, f"sim:{rank}.{incarnation}", address)
         process = Process(member)
@@ -284,6 +287,8 @@ class Cluster:
         """The worker's loop."""
         rounds = 0
         change: Change | None = Change("join" if process.member.incarnation else "start")
+        if process.member.incarnation:
+            recovery.prepare()
         while True:
             try:
                 if change is not None:
@@ -297,6 +302,7 @@ class Cluster:
                 rounds += 1
                 asked = rounds % 4 == 0 and recovery.joiners()
                 idle, proposal = engine.step(1 if asked else 0)
+                recovery.tidy()
                 if proposal:
                     change = Change("join")
                 elif idle:

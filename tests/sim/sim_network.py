@@ -45,6 +45,10 @@ class SimStore(MemoryStore):
         self._sim.point()
         return value
 
+    def coming(self, rank: int, incarnation: int) -> None:
+        """What the launcher writes when it starts a newcomer: no task of the simulation does it."""
+        super().set(f"coming/{rank}", str(incarnation).encode())
+
     def wait(self, key: str, timeout_s: float) -> bytes | None:
         self._sim.pause(lambda: key in self._values, self._sim.now() + timeout_s)
         return super().get(key)

@@ -154,7 +154,7 @@ class Scheduler:
         """Whose turn it is; None when all are done."""
         while True:
             alive = [t for t in self.tasks if not t.done]
-            if not alive:
+            if not alive and (self._stopped or not self._events):
                 return None
             self._switches_left -= 1
             if self._switches_left < 0 or self.time_s > self._max_time_s:
@@ -164,6 +164,10 @@ class Scheduler:
                     task.killed = True
                 return alive[0]
             self._fire()
+            if not alive:  # all are dead; the next event may start somebody
+                if all(t.done for t in self.tasks) and self._events:
+                    self._jump(alive)
+                continue
             able = [t for t in alive if t.killed or (t.frozen_until <= self.time_s and self._can_go_on(t))]
             if able:
                 return able[0] if len(able) == 1 else able[self.rng.randrange(len(able))]

@@ -32,7 +32,8 @@ class Story:
             self.cluster.router.submit(1000 + n, length)
 
     def on(self, rank: int, point: str, *actions: str) -> None:
-        """What happens at the next passes of a point: nothing, kill, freeze (for long), or blink."""
+        """What happens at the next passes of a point: nothing, kill, die (whichever incarnation it is),
+        freeze (for long), or blink."""
         self.at_point[rank, point] = list(actions)
 
     def kill(self, rank: int) -> None:
@@ -51,6 +52,9 @@ class Story:
         action = actions.pop(0) if actions else "nothing"
         if action == "kill":
             self.kill(process.member.rank)
+        elif action == "die":
+            self.cluster.notices.declare_dead(process.member, "signal")
+            die(self.cluster, process)
         elif action in ("freeze", "blink"):
             assert process.task is not None
             process.long_silent |= action == "freeze"

@@ -1,0 +1,193 @@
+"""Real processes that are killed and come back by themselves, under streams whose text never changes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from streams import PROMPTS, SAMPLING, Streams
+
+from phalanx.testing.service import Service
+
+pytestmark = pytest.mark.cluster
+
+RANKS = range(4)
+Unfailed = dict[str, list[Any]]
+Serve = Callable[..., Service]
+
+
+def incarnations(service: Service) -> list[int]:
+    """Of all ranks, when all are healthy."""
+    ranks = service.status()["ranks"]
+    assert {rank["state"] for rank in ranks} == {"healthy"}, ranks
+    return [rank["incarnation"] for rank in ranks]
+
+
+def back(service: Service, *ranks: int, after: int, timeout_s: float = 60) -> None:
+    """Wait until ranks have come back, in one step or in several."""
+    for rank in ranks:
+        service.wait_for_line(rf"recovered:.* ranks \[[^]]*\b{rank}\b[^]]*\] rejoined", timeout_s, after=after)
+
+
+def both_kinds(url: str) -> dict[str, Streams]:
+    running = {kind: Streams(url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
+    for streams in running.values():
+        streams.wait_for_chunks(4)
+    return running
+
+
+def instruct(service: Service, instruction: str, rank: int) -> int:
+    body = {"instruction": instruction, "params": {"rank": rank}}
+    return httpx.post(f"{service.url}/fault_tolerance/apply", json=body).status_code
+
+
+def check(running: dict[str, Streams], unfailed: Unfailed) -> None:
+    for kind, streams in running.items():
+        assert streams.join() == unfailed[kind]
+
+
+def test_each_rank_in_turn_is_killed_twice_and_comes_back_and_no_stream_changes(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve(max_restarts=100)
+    for incarnation in (1, 2):
+        for rank in RANKS:
+            seen = service.lines
+            running = both_kinds(service.url)
+            service.signal(rank, signal.SIGKILL)
+            back(service, rank, after=seen)
+            check(running, unfailed)
+            assert incarnations(service)[rank] == incarnation
+    join = service.status()["last_recovery"]
+    assert (join["trigger"], join["lost"]) == ("join", [])
+    assert join["bytes_restored"]["disk"] == 0, "a newcomer reads from its peers' memory"
+    for kind, streams in both_kinds(service.url).items():
+        assert streams.join() == unfailed[kind], "the ranks that came back serve like the first ones"
+
+
+def test_a_rank_comes_back_to_an_idle_service(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=3, heartbeat_interval=30)
+    seen = service.lines
+    service.signal(0, signal.SIGKILL)
+    back(service, 0, after=seen, timeout_s=25)
+    assert incarnations(service) == [1, 0, 0, 0]
+    check(both_kinds(service.url), unfailed)
+
+
+def test_two_ranks_killed_at_once_both_come_back(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=3)
+    running = both_kinds(service.url)
+    seen = service.lines
+    for pid in [service.pid(rank) for rank in (0, 2)]:
+        os.kill(pid, signal.SIGKILL)
+    back(service, 0, 2, after=seen)
+    check(running, unfailed)
+    assert incarnations(service) == [1, 0, 1, 0]
+
+
+def test_all_ranks_killed_at_once_come_back_and_the_streams_go_on(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=3)
+    running = both_kinds(service.url)
+    for pid in [service.pid(rank) for rank in RANKS]:
+        os.kill(pid, signal.SIGKILL)
+    check(running, unfailed)
+    service.wait_for_line(r"rank 3\.1 came in")
+    assert all(incarnation == 1 for incarnation in (r["incarnation"] for r in service.status()["ranks"]))
+
+
+@pytest.mark.parametrize("where", ["restore", "join", "barrier"])
+def test_a_newcomer_that_dies_on_its_way_in_is_followed_by_the_next_one(
+    serve: Serve, unfailed: Unfailed, where: str
+) -> None:
+    service = serve(max_restarts=5, faults=f"kill@{where}:rank=1:incarnation=1")
+    running = both_kinds(service.url)
+    seen = service.lines
+    service.signal(1, signal.SIGKILL)
+    service.wait_for_line(r"rank 1\.1 .* ended: killed by SIGKILL", after=seen)
+    service.wait_for_line(r"rank 1\.2 came in", after=seen)
+    check(running, unfailed)
+    assert incarnations(service) == [0, 2, 0, 0]
+
+
+def test_a_healthy_rank_that_dies_in_a_join_comes_back_too(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=5, faults="kill@roll_call:rank=3:incarnation=0:n=3")
+    running = both_kinds(service.url)
+    seen = service.lines
+    service.signal(1, signal.SIGKILL)  # roll call 1 is the first meeting, 2 for this death, 3 for the return
+    back(service, 1, 3, after=seen)
+    check(running, unfailed)
+    assert incarnations(service) == [0, 1, 0, 1]
+
+
+def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason(serve: Serve) -> None:
+    service = serve(ep_size=2, max_restarts=2, faults="raise@start:rank=1")
+    service.wait_for_line(r"rank 1 is not started again: given up after 2 restarts")
+    state = service.status()["ranks"][1]
+    assert (state["state"], state["incarnation"]) == ("dead", 2)
+    problem = httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
+    assert "given up after 2 restarts" in problem
+    assert "InjectedFault" in problem
+    assert httpx.get(f"{service.url}/ready").status_code == 200
+
+
+def test_an_evicted_rank_that_stays_stopped_is_replaced(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=3, peer_timeout=1, roll_call_timeout=2)
+    running = both_kinds(service.url)
+    seen = service.lines
+    service.signal(2, signal.SIGSTOP)
+    service.wait_for_line(r"killing rank 2\.0 .* it was evicted and does not end", after=seen)
+    back(service, 2, after=seen)
+    check(running, unfailed)
+    assert incarnations(service) == [0, 0, 1, 0]
+
+
+def test_a_masked_rank_stays_out_until_an_operator_wants_it_back(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=3)
+    running = both_kinds(service.url)
+    seen = service.lines
+    assert instruct(service, "mask_rank", 1) == 202
+    service.wait_for_line(r"rank 1 is not started again: taken out by an operator", after=seen)
+    assert "operator" in httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
+    check(running, unfailed)
+    assert service.status()["ranks"][1]["state"] == "dead"
+    assert instruct(service, "rejoin", 1) == 202
+    back(service, 1, after=seen)
+    assert incarnations(service) == [0, 1, 0, 0]
+    assert instruct(service, "rejoin", 1) == 400
+
+
+def test_requests_held_below_min_ranks_go_on_when_a_rank_returns(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(ep_size=2, min_ranks=2, max_restarts=3)
+    running = both_kinds(service.url)
+    seen = service.lines
+    service.signal(0, signal.SIGKILL)
+    service.wait_for_line("cannot serve", after=seen)
+    check(running, unfailed)
+    service.wait_for_line(r"rank 0\.1 came in", after=seen)
+    assert incarnations(service) == [1, 0]
+
+
+def test_a_rank_returns_though_the_process_that_forks_ranks_was_killed(serve: Serve) -> None:
+    service = serve(ep_size=2, max_restarts=3)
+    nursery = next(pid for pid in children(service.process.pid) if "phalanx.nursery" in command(pid))
+    seen = service.lines
+    os.kill(nursery, signal.SIGKILL)
+    service.wait_for_line("the process that forks workers ended: starting another", after=seen)
+    service.signal(1, signal.SIGKILL)
+    back(service, 1, after=seen)
+    assert incarnations(service) == [0, 1]
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def command(pid: int) -> str:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return re.sub(r"\0+", " ", file.read().decode())

@@ -1,0 +1,48 @@
+"""When a dead rank is started again, how long it waits, and when it is given up."""
+
+from __future__ import annotations
+
+from phalanx.restarts import LAST_DELAY_S, Restarts
+
+
+def test_a_rank_that_had_served_is_started_again_at_once_every_time() -> None:
+    restarts = Restarts(100, window_s=60)
+    assert [restarts.delay_s(0, lived_s=20, now_s=20 * n) for n in range(10)] == [0.0] * 10
+
+
+def test_a_rank_that_dies_on_each_start_waits_longer_each_time_and_is_given_up() -> None:
+    restarts = Restarts(4, window_s=60)
+    assert [restarts.delay_s(0, lived_s=0.1, now_s=n) for n in range(5)] == [0.0, 0.25, 0.5, 1.0, None]
+
+
+def test_the_delay_has_a_bound() -> None:
+    restarts = Restarts(100, window_s=1e9)
+    delays = [restarts.delay_s(0, lived_s=0.1, now_s=n) for n in range(30)]
+    assert delays[-1] == LAST_DELAY_S
+
+
+def test_restarts_that_are_long_past_do_not_count() -> None:
+    restarts = Restarts(2, window_s=10)
+    assert [restarts.delay_s(1, lived_s=9, now_s=n) for n in (0.0, 5.0, 9.0, 10.0)] == [0.0, 0.0, None, 0.0]
+
+
+def test_each_rank_has_its_own_count_and_an_operator_clears_it() -> None:
+    restarts = Restarts(1, window_s=60)
+    assert restarts.delay_s(0, 9, 0) == 0.0
+    assert restarts.delay_s(1, 9, 0) == 0.0
+    assert restarts.delay_s(0, 9, 1) is None
+    restarts.forget(0)
+    assert restarts.delay_s(0, 9, 2) == 0.0
+
+
+def test_no_restarts_at_all_can_be_asked_for_and_the_reason_says_so() -> None:
+    restarts = Restarts(0, window_s=60)
+    assert restarts.delay_s(0, 100, 0) is None
+    assert "--max-restarts 0" in restarts.why_not("killed by SIGKILL")
+
+
+def test_the_reason_for_giving_up_names_the_count_the_cause_and_the_way_back() -> None:
+    reason = Restarts(3, window_s=60).why_not("ValueError: no")
+    assert "3 restarts within 60 s" in reason
+    assert "ValueError: no" in reason
+    assert "rejoin" in reason
