@@ -20,6 +20,8 @@ from phalanx import messages as m
 from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
+from phalanx.elastic.balance import REBALANCE, Balancer, Rules
+from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.restore import DiskSource, PeerSource
 from phalanx.engine.runner import Runner, limits_for
@@ -118,23 +120,44 @@ class Worker:
         kv = KVStore(model, self._limits.num_blocks, self._limits.block_size, dtype)
         self._runner = Runner(transformer, kv, routes, model.vocab_size)
         self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
+        shape = Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts)
+        store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
+        sources = (PeerSource(self._me), DiskSource(checkpoint, dtype))
+        self._balancer = Balancer(
+            self._me,
+            shape,
+            Rules(
+                window=config.eplb_window,
+                interval=config.eplb_interval if config.enable_eplb else 0,
+                min_gain=config.eplb_min_gain,
+                num_redundant=config.num_redundant_experts,
+            ),
+            store=store,
+            clock=clock,
+            bank=bank,
+            sources=sources,
+            counter=transformer.load_LE.numpy,
+            planner=PlanProcess(),
+            faults=self._faults,
+        )
         self._recovery = Recovery(
             self._me,
-            Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts),
+            shape,
             Limits(
                 roll_call_s=config.roll_call_timeout_s,
                 start_s=config.warmup_timeout_s,
                 restore_s=config.restore_timeout_s,
                 min_ranks=config.min_ranks,
             ),
-            store=TcpStore(spec.store_host, spec.store_port),
-            clock=MonotonicClock(),
+            store=store,
+            clock=clock,
             comm=self._comm,
             bank=bank,
-            sources=(PeerSource(self._me), DiskSource(checkpoint, dtype)),
+            sources=sources,
             notices=notices,
             route_width=ROUTE_WIDTH,
-            load=transformer.load_LE.numpy,
+            load=self._balancer.load,
+            prepared=self._balancer.prepared,
             step=lambda: self._engine.steps,
             faults=self._faults,
         )
@@ -150,7 +173,7 @@ class Worker:
                 if self._change is not None:
                     self._adopt(self._recovery.run(self._change))
                 self._accept()
-                self._settle(self._engine.step())
+                self._settle(self._engine.step(self._balancer.proposal))
             except PeerLost as lost:  # the only handler of this error; the next step is the replay
                 self._change = self._suspect(lost)
             except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
@@ -192,16 +215,35 @@ class Worker:
             )
         if (recovered := self._timeline.first_step(self._name, idle=result.idle)) is not None:
             self._mail.send(recovered)
+        if result.proposal == REBALANCE:
+            self._change = Change("rebalance")
+            self._timeline.planned()
+        self._balancer.work(result.step)
+        self._report_balance()
         if result.idle:
             self._sleep()
+
+    def _report_balance(self) -> None:
+        if (report := self._balancer.take_report()) is not None:
+            self._mail.send(
+                m.Balance(
+                    **self._name,
+                    epoch=self._recovery.view.epoch,
+                    moves=report.moves,
+                    replicas=report.replicas,
+                    balancedness=report.balancedness,
+                )
+            )
 
     def _sleep(self) -> None:
         """All ranks sleep together. One that finds work, or whose heartbeat is due, wakes the others for a step: a
         peer that hangs is found by an empty step."""
         deadline = time.monotonic() + self._config.heartbeat_interval_s
-        while not self._comm.sleep(max(0.0, deadline - time.monotonic()), (self._mail.wake_fd,)):
+        pause = self._balancer.idle_work()
+        while not self._comm.sleep(max(0.0, min(pause, deadline - time.monotonic())), (self._mail.wake_fd,)):
             self._accept()
-            if self._engine.has_work or time.monotonic() >= deadline:
+            pause = self._balancer.idle_work()
+            if self._engine.has_work or self._balancer.proposal or time.monotonic() >= deadline:
                 self._comm.ring()
                 return
 
@@ -217,7 +259,8 @@ class Worker:
         if adoption.trigger == "start":  # later ones are packed one a step, so that no recovery waits for it
             self._bank.pack()
         self._change = None
-        self._timeline.adopted(adoption)
+        self._balancer.adopted(adoption)
+        self._timeline.adopted(adoption, self._balancer.take_bytes())
         self._mail.send(
             m.Adopted(
                 **self._name,
@@ -261,15 +304,25 @@ class Timeline:
         self._cut_off = False
         self._adoption: Adoption | None = None
         self._adopted_at = 0.0
+        self._bytes: dict[str, int] = {}
 
     def trouble(self, detect_s: float) -> None:
         """A PeerLost was raised, `detect_s` after the first sign. The first of several counts. LOCAL."""
         if not self._running:
             self._began, self._running, self._cut_off = time.monotonic() - detect_s, True, True
 
-    def adopted(self, adoption: Adoption) -> None:
-        """A new World stands; the replay begins. LOCAL."""
+    def planned(self) -> None:
+        """All meet at a step boundary: no step is cut off. LOCAL."""
+        if not self._running:
+            self._began, self._running = time.monotonic(), True
+
+    def adopted(self, adoption: Adoption, staged: dict[str, int]) -> None:
+        """A new World stands; the replay begins. staged: bytes by source that were restored beforehand. LOCAL."""
         self._adoption, self._adopted_at = adoption, time.monotonic()
+        self._bytes = {
+            source: adoption.bytes_restored.get(source, 0) + staged.get(source, 0)
+            for source in {*adoption.bytes_restored, *staged}
+        }
 
     def first_step(self, name: dict[str, int], *, idle: bool) -> m.Recovered | None:
         """The report, when the step that just ended was the first since `adopted`. idle: nobody had anything to run,
@@ -294,7 +347,7 @@ class Timeline:
                 replay=now - self._adopted_at,
                 total=now - self._began,
             ),
-            bytes_restored=dict(adoption.bytes_restored),
+            bytes_restored=self._bytes,
             steps_replayed=replayed,
         )
 

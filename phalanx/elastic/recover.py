@@ -67,16 +67,20 @@ class Recovery:
         notices: Notices,
         route_width: int,
         load: Callable[[], Loads] | None = None,
+        prepared: Callable[[View, IntArray], Placement | None] = lambda view, held_LP: None,
         step: Callable[[], int] | None = None,
         faults: Faults = NO_FAULTS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """sources: the fastest first. load: this rank's tokens by expert, int64 [L, E], for the planner; None: all
-        alike. step: the last step it committed. progress: told (done, total) experts in each restore."""
+        alike. prepared: the placement, if any, that the members of this view hold already besides the one they serve
+        (`elastic.balance`): a rebalance goes there. step: the last step it committed.
+        progress: told (done, total) experts in each restore."""
         self.me = me
         self._shape, self._limits = shape, limits
         self._clock, self._comm, self._bank, self._sources = clock, comm, bank, tuple(sources)
         self._notices, self._width, self._faults, self._progress = notices, route_width, faults, progress
+        self._prepared = prepared
         self._load = load or (lambda: np.zeros((shape.num_layers, shape.num_experts), np.int64))
         self._step = step or (lambda: 0)
         self._calls = RollCall(
@@ -207,6 +211,8 @@ class Recovery:
     def _plan(self, trigger: Trigger, view: View, held_LP: IntArray, load_LE: Loads) -> Placement:
         """Where each expert goes; when the living cannot hold all, what they hold already. LOCAL."""
         shape = self._shape
+        if trigger == "rebalance" and (prepared := self._prepared(view, held_LP)) is not None:
+            return prepared
         if len(view.members) >= self._limits.min_ranks:
             try:
                 return replan(
@@ -216,7 +222,7 @@ class Recovery:
                     slots_per_rank=shape.slots_per_rank,
                     num_replicas=shape.num_experts + shape.num_redundant,
                     held_LP=held_LP,
-                    min_moves=trigger in ("failure", "operator"),
+                    min_moves=trigger in ("failure", "operator", "rebalance"),
                 )
             except TooFewSlots:
                 pass

@@ -159,6 +159,10 @@ class Router:
             case m.Recovered():
                 if self.roster.current(message.rank, message.incarnation) and self.roster.recovered(message):
                     self._close_tally("complete")
+            case m.Balance():
+                if self.roster.current(message.rank, message.incarnation):
+                    self.roster.balanced(message)
+                    self.metrics.balance(message)
             case m.CannotServe():
                 self.roster.cannot_serve(message)
                 if message.epoch > self._mute_epoch and not self.roster.serving():
