@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
@@ -81,6 +82,12 @@ class PlanProcess:
             log.warning("planning failed (exit code %d): the placement stays as it is", code)
             return Outcome()
         return msgspec.msgpack.decode(answer, type=Outcome)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the outcome is there, or the time is over. LOCAL, blocks."""
+        if self._child is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(timeout_s)
 
     def cancel(self) -> None:
         if self._child is not None:

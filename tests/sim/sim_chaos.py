@@ -32,8 +32,7 @@ class Tally:
         return (
             f"{self.trials} trials: {self.deaths} deaths, {self.evictions} evictions, {self.recoveries} worlds, "
             f"{self.joins} joins, {self.moved} requests moved, {self.staged} experts staged, "
-            f"{self.rebalances} rebalances; "
-            + ", ".join(f"{n} x {kind}" for kind, n in sorted(self.kinds.items()))
+            f"{self.rebalances} rebalances; " + ", ".join(f"{n} x {kind}" for kind, n in sorted(self.kinds.items()))
         )
 
 

@@ -248,7 +248,7 @@ class Cluster:
         self.resume = 0
         self.moves = 0
         """Experts staged in the background."""
-        self._garbage, self._on_point = garbage, on_point
+        self.garbage, self._on_point = garbage, on_point
         self._balance = balance or Rules(window=1, interval=0, min_gain=0.0, num_redundant=0)
         self.disk = SimDisk(sim, disk_read_s)
 
@@ -299,9 +299,7 @@ class Cluster:
             process.evicted = True
             self._check_eviction(process)
 
-    def _loop(
-        self, process: Process, comm: SimComm, engine: Engine, recovery: Recovery, balancer: Balancer
-    ) -> None:
+    def _loop(self, process: Process, comm: SimComm, engine: Engine, recovery: Recovery, balancer: Balancer) -> None:
         """The worker's loop."""
         rounds = 0
         change: Change | None = Change("join" if process.member.incarnation else "start")
@@ -346,7 +344,7 @@ class Cluster:
         owner = next(p for p in self.processes if p.member.weights_address == address)
         if not owner.alive:
             raise OSError(f"{address} is gone")
-        return SimPeer(self.sim, self.wires.banks[address], self._garbage)
+        return SimPeer(self.sim, self.wires.banks[address], self.garbage)
 
     # --- invariants
 
