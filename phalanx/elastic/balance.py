@@ -122,6 +122,7 @@ class Balancer:
         self.bytes_by_source: dict[str, int] = {}
         """What was staged since `take_bytes`."""
         self._rounds: list[tuple[bytes, float]] = []
+        self._before = 0.0
         self._digest_LE: Digests = np.zeros((shape.num_layers, shape.num_experts), np.uint64)
         self._forget()
 
@@ -167,6 +168,8 @@ class Balancer:
             self._awaits = more and not self._leads
             even = self._rounds.pop(0)[1] if self._leads and self._rounds else None
             self._publishes = self._leads and more
+            if even is not None and not more:
+                log.info("rebalanced: balancedness %.3f -> %.3f", self._before, even)
             self._report = Report(replicas=replicas, balancedness=even)
         else:
             self._rounds.clear()
@@ -378,6 +381,7 @@ class Balancer:
     def _planned(self, outcome: Outcome) -> None:
         self._planning = False
         if outcome.balancedness:
+            self._before = outcome.balancedness[0]
             replicas = int((self._world.placement.slots_LP != EMPTY).sum()) if self._world else 0
             self._report = Report(replicas=replicas, balancedness=outcome.balancedness[0])
         self._rounds = list(zip(outcome.rounds, outcome.balancedness[1:], strict=True))
