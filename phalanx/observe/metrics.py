@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from phalanx.messages import Balance, Load
+from phalanx.messages import Load
 from phalanx.observe.events import Recovery
 
 _LATENCY_S = (
@@ -142,13 +142,12 @@ class Metrics:
         for gauge in (self._running, self._waiting, self._kv_usage):
             gauge.labels(self._model, rank).set(0)
 
-    def balance(self, balance: Balance) -> None:
-        """A rank tells how even the experts' load is, or what it staged."""
-        self.expert_moves.inc(balance.moves)
-        if balance.replicas:
-            self.expert_replicas.set(balance.replicas)
-        if balance.balancedness is not None:
-            self.expert_balancedness.set(balance.balancedness)
+    def balance(self, moves: int, replicas: int, balancedness: float | None) -> None:
+        """Ranks staged `moves` more experts; how many slots are filled now, and how even that makes their loads."""
+        self.expert_moves.inc(moves)
+        self.expert_replicas.set(replicas)
+        if balancedness is not None:
+            self.expert_balancedness.set(balancedness)
 
     def held(self, count: int) -> None:
         self._held.set(count)

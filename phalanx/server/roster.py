@@ -272,13 +272,14 @@ class Roster:
         if record is not None:
             record.cannot_serve = message.reason or "the rank cannot serve"
 
-    def balanced(self, message: m.Balance) -> None:
-        """A rank says what it staged; the lowest one how even it is now."""
+    def balanced(self, message: m.Balance) -> Balance:
+        """A rank says what it staged; the lowest one how even it is now. Returns all that is known."""
         self.balance.moves += message.moves
         if message.epoch >= self.epoch:
             self.balance.replicas = message.replicas or self.balance.replicas
             if message.balancedness is not None:
                 self.balance.balancedness = message.balancedness
+        return self.balance
 
     def paused(self, message: m.Paused) -> None:
         record = self.current(message.rank, message.incarnation)

@@ -161,8 +161,8 @@ class Router:
                     self._close_tally("complete")
             case m.Balance():
                 if self.roster.current(message.rank, message.incarnation):
-                    self.roster.balanced(message)
-                    self.metrics.balance(message)
+                    now = self.roster.balanced(message)
+                    self.metrics.balance(message.moves, now.replicas, now.balancedness)
             case m.CannotServe():
                 self.roster.cannot_serve(message)
                 if message.epoch > self._mute_epoch and not self.roster.serving():
