@@ -38,6 +38,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     slots_per_rank: int = 0
     """Slots a rank and layer; 0: as many as the last `min_ranks` ranks need to hold every expert. Slots that hold no
     expert cost address space, not memory."""
+    enable_eplb: bool = False
+    """Balance the experts' load while serving. After a change of membership replicas are made up for and balanced
+    without it, too, when there are redundant experts."""
+    eplb_window: int = 1000
+    """Steps over which the load is counted."""
+    eplb_interval: int = 3000
+    """Steps from one plan to the next; 0: none."""
+    eplb_min_gain: float = 0.05
+    """The part of the experts' time that a plan must save to be carried out."""
     elastic: bool = True
     max_restarts: int = 3
     """How often a rank that died is started again within `restart_window_s`; 0: never."""
@@ -94,13 +103,20 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"--num-redundant-experts {self.num_redundant_experts} is more than {self.ep_size} ranks can use: with "
                 f"{num_experts} experts at most {num_experts * (self.ep_size - 1)}"
             )
-        slots = self.slots_per_rank or max(-(-num_experts // self.min_ranks), -(-wanted // self.ep_size))
+        filled = -(-wanted // self.ep_size)
+        spare = filled < num_experts and (self.enable_eplb or self.num_redundant_experts > 0)  # one to stage into
+        slots = self.slots_per_rank or max(-(-num_experts // self.min_ranks), filled + spare)
         if slots > num_experts:
             raise BadConfig(f"--slots-per-rank {slots} is more than the model's {num_experts} experts a layer")
         if slots * self.ep_size < wanted:
             raise BadConfig(
                 f"--slots-per-rank {slots} on {self.ep_size} ranks holds {slots * self.ep_size} experts a layer, but "
                 f"{wanted} are to be held: raise it to {-(-wanted // self.ep_size)}"
+            )
+        if self.enable_eplb and slots == filled and slots * self.ep_size == wanted and slots < num_experts:
+            raise BadConfig(
+                f"--enable-eplb moves experts by way of empty slots, and --slots-per-rank {slots} leaves none: raise "
+                f"it to {slots + 1} (an empty slot takes no memory)"
             )
         return slots
 
@@ -129,19 +145,16 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Raise BadConfig for values that contradict themselves. LOCAL."""
         at_least_one = (
             "ep_size", "min_ranks", "threads_per_rank", "max_num_seqs", "max_num_batched_tokens", "block_size",
-            "max_queued_requests",
+            "max_queued_requests", "eplb_window",
         )  # fmt: skip
         for field in at_least_one:
             if getattr(self, field) < 1:
                 raise BadConfig(f"{_flag(field)} must be at least 1, not {getattr(self, field)}")
-        for field in (
-            "num_redundant_experts",
-            "slots_per_rank",
-            "max_restarts",
-            "max_model_len",
-            "num_kv_blocks",
-            "kv_cache_memory_mb",
-        ):
+        not_negative = (
+            "num_redundant_experts", "slots_per_rank", "max_restarts", "max_model_len", "num_kv_blocks",
+            "kv_cache_memory_mb", "eplb_interval", "eplb_min_gain",
+        )  # fmt: skip
+        for field in not_negative:
             if getattr(self, field) < 0:
                 raise BadConfig(f"{_flag(field)} must not be negative, it is {getattr(self, field)}")
         for field in self.__struct_fields__:

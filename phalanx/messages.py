@@ -218,6 +218,20 @@ class Recovered(Message, frozen=True):
     """Of a newcomer: seconds from its birth until it asked to be let in, by what it did."""
 
 
+class Balance(Message, frozen=True):
+    """How evenly the experts' load is spread, and what this rank did about it in the background."""
+
+    rank: int
+    incarnation: int
+    epoch: int
+    moves: int = 0
+    """Experts that this rank staged since its last such message."""
+    replicas: int = 0
+    """Filled expert slots of the World, all layers and ranks; said by the lowest rank, 0: not said."""
+    balancedness: float | None = None
+    """Mean over max of the ranks' expected load, averaged over the layers; said by the lowest rank. None: not known."""
+
+
 class CannotServe(Message, frozen=True):
     """This rank is alive but its view cannot serve (too few ranks or slots, experts lost). It stays and waits."""
 
@@ -270,7 +284,9 @@ class Suspected(Message, frozen=True):
     epoch: int
 
 
-ToServer = Stepped | Rejected | Adopted | Recovered | CannotServe | Paused | Spawned | Died | GivenUp | Suspected
+ToServer = (
+    Stepped | Rejected | Adopted | Recovered | Balance | CannotServe | Paused | Spawned | Died | GivenUp | Suspected
+)
 
 
 # --- server -> launcher

@@ -20,6 +20,8 @@ from phalanx import messages as m
 from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
+from phalanx.elastic.balance import REBALANCE, Balancer, Rules
+from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.restore import DiskSource, PeerSource
 from phalanx.engine.runner import Runner, limits_for
@@ -52,7 +54,7 @@ MAIL_BOUND = 100_000
 """Messages that may wait in either direction; far beyond what the router lets a rank have."""
 
 
-PROPOSES_JOIN = 1
+PROPOSES_JOIN = REBALANCE + 1
 """What a rank proposes in a step that newcomers be let in; 0: nothing."""
 
 JOIN_S = 0.25
@@ -130,9 +132,29 @@ class Worker:
         kv = KVStore(model, self._limits.num_blocks, self._limits.block_size, dtype)
         self._runner = Runner(transformer, kv, routes, model.vocab_size)
         self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
+        shape = Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts)
+        store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
+        sources = (PeerSource(self._me), DiskSource(checkpoint, dtype))
+        self._balancer = Balancer(
+            self._me,
+            shape,
+            Rules(
+                window=config.eplb_window,
+                interval=config.eplb_interval if config.enable_eplb else 0,
+                min_gain=config.eplb_min_gain,
+                num_redundant=config.num_redundant_experts,
+            ),
+            store=store,
+            clock=clock,
+            bank=bank,
+            sources=sources,
+            counter=transformer.load_LE.numpy,
+            planner=PlanProcess(),
+            faults=self._faults,
+        )
         self._recovery = Recovery(
             self._me,
-            Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts),
+            shape,
             Limits(
                 roll_call_s=config.roll_call_timeout_s,
                 start_s=config.warmup_timeout_s,
@@ -140,14 +162,15 @@ class Worker:
                 restore_s=config.restore_timeout_s,
                 min_ranks=config.min_ranks,
             ),
-            store=TcpStore(spec.store_host, spec.store_port),
-            clock=MonotonicClock(),
+            store=store,
+            clock=clock,
             comm=self._comm,
             bank=bank,
-            sources=(PeerSource(self._me), DiskSource(checkpoint, dtype)),
+            sources=sources,
             notices=notices,
             route_width=ROUTE_WIDTH,
-            load=transformer.load_LE.numpy,
+            load=self._balancer.load,
+            prepared=self._balancer.prepared,
             step=lambda: self._engine.steps,
             knock=lambda view: self._mail.knock(view, self._me),
             faults=self._faults,
@@ -187,10 +210,8 @@ class Worker:
 
     def _proposal(self) -> int:
         """What this rank wants all to do instead of the next step. A knock is only a hint: the store says who asks."""
-        if not self._knocked:
-            return 0
-        self._knocked = False
-        return PROPOSES_JOIN if self._recovery.joiners() else 0
+        knocked, self._knocked = self._knocked, False
+        return PROPOSES_JOIN if knocked and self._recovery.joiners() else self._balancer.proposal
 
     def _accept(self) -> None:
         """Take the mail in: requests for the engine, the rest for this rank itself."""
@@ -228,20 +249,36 @@ class Worker:
             )
         if (recovered := self._timeline.first_step(self._me, self._prepared, idle=result.idle)) is not None:
             self._mail.send(recovered)
-        self._recovery.tidy()
         if result.proposal:
             self._timeline.boundary()
-            self._change = Change("join")
-        elif result.idle:
+            self._change = Change("rebalance" if result.proposal == REBALANCE else "join")
+        self._balancer.work(result.step)
+        self._report_balance()
+        if result.idle:
             self._sleep()
+
+    def _report_balance(self) -> None:
+        if (report := self._balancer.take_report()) is not None:
+            self._mail.send(
+                m.Balance(
+                    **self._name,
+                    epoch=self._recovery.view.epoch,
+                    moves=report.moves,
+                    replicas=report.replicas,
+                    balancedness=report.balancedness,
+                )
+            )
 
     def _sleep(self) -> None:
         """All ranks sleep together. One that finds work, or whose heartbeat is due, wakes the others for a step: a
         peer that hangs is found by an empty step."""
         deadline = time.monotonic() + self._config.heartbeat_interval_s
-        while not self._comm.sleep(max(0.0, deadline - time.monotonic()), (self._mail.wake_fd,)):
+        pause = self._balancer.idle_work()
+        while not self._comm.sleep(max(0.0, min(pause, deadline - time.monotonic())), (self._mail.wake_fd,)):
             self._accept()
-            if self._engine.has_work or self._knocked or time.monotonic() >= deadline:
+            pause = self._balancer.idle_work()
+            wanted = self._engine.has_work or self._knocked or self._balancer.proposal
+            if wanted or time.monotonic() >= deadline:
                 self._comm.ring()
                 return
 
@@ -258,7 +295,8 @@ class Worker:
             self._bank.pack()
         self._change = None
         self._prepared.lap("ask")
-        self._timeline.adopted(adoption)
+        self._balancer.adopted(adoption)
+        self._timeline.adopted(adoption, self._balancer.take_bytes())
         self._mail.send(
             m.Adopted(
                 **self._name,
@@ -326,6 +364,7 @@ class Timeline:
         self._cut_off = False
         self._adoption: Adoption | None = None
         self._adopted_at = 0.0
+        self._bytes: dict[str, int] = {}
 
     def trouble(self, detect_s: float) -> None:
         """A PeerLost was raised, `detect_s` after the first sign. The first of several counts. LOCAL."""
@@ -337,9 +376,13 @@ class Timeline:
         if not self._running:
             self._began, self._running = time.monotonic(), True
 
-    def adopted(self, adoption: Adoption) -> None:
-        """A new World stands; the replay begins. LOCAL."""
+    def adopted(self, adoption: Adoption, staged: dict[str, int]) -> None:
+        """A new World stands; the replay begins. staged: bytes by source that were restored beforehand. LOCAL."""
         self._adoption, self._adopted_at = adoption, time.monotonic()
+        self._bytes = {
+            source: adoption.bytes_restored.get(source, 0) + staged.get(source, 0)
+            for source in {*adoption.bytes_restored, *staged}
+        }
 
     def first_step(self, me: Member, prepared: Stopwatch, *, idle: bool) -> m.Recovered | None:
         """The report, when the step that just ended was the first since `adopted`. idle: nobody had anything to run,
@@ -365,7 +408,7 @@ class Timeline:
                 replay=now - self._adopted_at,
                 total=now - self._began,
             ),
-            bytes_restored=dict(adoption.bytes_restored),
+            bytes_restored=self._bytes,
             steps_replayed=replayed,
             prepared=prepared.take(),
         )

@@ -93,7 +93,8 @@ class Placement:
 
     def __post_init__(self) -> None:
         slots = np.ascontiguousarray(self.slots_LP, np.int32)
-        assert slots.ndim == 2 and slots.shape[1] % self.slots_per_rank == 0, slots.shape
+        assert slots.ndim == 2, slots.shape
+        assert slots.shape[1] % self.slots_per_rank == 0, slots.shape
         slots.flags.writeable = False
         object.__setattr__(self, "slots_LP", slots)
 

@@ -71,24 +71,26 @@ class Recovery:
         notices: Notices,
         route_width: int,
         load: Callable[[], Loads] | None = None,
+        prepared: Callable[[View, IntArray], Placement | None] = lambda view, held_LP: None,
         step: Callable[[], int] | None = None,
         knock: Callable[[View], None] = lambda view: None,
         faults: Faults = NO_FAULTS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """sources: the fastest first. load: this rank's tokens by expert, int64 [L, E], for the planner; None: all
-        alike. step: the last step it committed. knock: see `RollCall`. progress: told (done, total) experts in each
-        restore."""
+        alike. prepared: the placement, if any, that the members of this view hold already besides the one they serve
+        (`elastic.balance`): a rebalance goes there. step: the last step it committed. knock: see `RollCall`. progress:
+        told (done, total) experts in each restore."""
         self.me = me
         self._shape, self._limits = shape, limits
         self._clock, self._comm, self._bank, self._sources = clock, comm, bank, tuple(sources)
         self._notices, self._width, self._faults, self._progress = notices, route_width, faults, progress
+        self._prepared = prepared
         self._load = load or (lambda: np.zeros((shape.num_layers, shape.num_experts), np.int64))
         self._step = step or (lambda: 0)
         self._calls = RollCall(
             me, shape, limits, store=store, clock=clock, notices=notices, plan=self._plan, knock=knock, faults=faults
         )
-        self._given_up: list[tuple[int, int, int]] = []
         self._agreed: Agreed | None = None
         self._served: View | None = None
         self._unfinished: Change | None = None
@@ -139,14 +141,6 @@ class Recovery:
         routes_LEW[layer, held_LS[layer, slot]] = (self.me.rank * shape.slots_per_rank + slot)[:, None]
         return routes_LEW
 
-    def tidy(self, limit: int = 1) -> None:
-        """Give back the memory of up to `limit` slots that a join left without a use. LOCAL, between steps."""
-        while self._given_up and limit:
-            layer, slot, expert = self._given_up.pop()
-            if self._bank.held_LS[layer, slot] == expert:  # nobody has filled it with something else since
-                self._bank.clear(layer, slot)
-                limit -= 1
-
     def run(self, change: Change) -> Adoption:
         """Agree on the next World and get ready to serve it. COLLECTIVE; safe to call again after anything it raises.
 
@@ -162,7 +156,6 @@ class Recovery:
         routes_LEW = self._restore(agreed)
         adoption = self._adoption(change, agreed, routes_LEW)
         self._unfinished, self._served = None, agreed.view
-        self._given_up = self._without_use(agreed)
         self._seconds, self._bytes = PhaseSeconds(), {}
         return adoption
 
@@ -245,13 +238,6 @@ class Recovery:
         for name, count in job.bytes_by_source.items():
             self._bytes[name] = self._bytes.get(name, 0) + count
 
-    def _without_use(self, agreed: Agreed) -> list[tuple[int, int, int]]:
-        """(layer, slot, expert) of slots of this rank that were filled and are to hold nothing."""
-        width = self._shape.slots_per_rank
-        held_LS = agreed.held_LP[:, self.me.rank * width : (self.me.rank + 1) * width]
-        free = np.argwhere((held_LS >= 0) & (agreed.placement.of_rank(self.me.rank) == EMPTY))
-        return [(layer, slot, int(held_LS[layer, slot])) for layer, slot in free.tolist()]
-
     def _answer(self) -> Answer:
         return Answer(
             self.me,
@@ -266,6 +252,8 @@ class Recovery:
         shape = self._shape
         if trigger == "join":
             held_LP = self._without_surplus(view, held_LP)
+        if trigger == "rebalance" and (prepared := self._prepared(view, held_LP)) is not None:
+            return prepared
         if len(view.members) >= self._limits.min_ranks:
             try:
                 return replan(
@@ -275,7 +263,7 @@ class Recovery:
                     slots_per_rank=shape.slots_per_rank,
                     num_replicas=shape.num_experts + shape.num_redundant,
                     held_LP=held_LP,
-                    min_moves=trigger in ("failure", "operator", "join"),
+                    min_moves=trigger in ("failure", "operator", "join", "rebalance"),
                 )
             except TooFewSlots:
                 pass

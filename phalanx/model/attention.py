@@ -60,8 +60,8 @@ class KVStore:
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         shape = (config.num_layers, num_blocks + 1, block_size, 2, config.num_kv_heads, config.head_dim)
-        # Zeros from the system, page by page as they are touched: neither start nor memory pays for unused blocks, and a
-        # newcomer need not wait for them.
+        # Zeros from the system, page by page as they are touched: neither start nor memory pays for unused blocks, and
+        # a newcomer need not wait for them.
         self.data = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
         self._rows = self.data.view(config.num_layers, (num_blocks + 1) * block_size, -1)
         self._blocks = self.data.view(config.num_layers, num_blocks + 1, -1)

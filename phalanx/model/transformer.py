@@ -14,7 +14,7 @@ from phalanx.model.config import ModelConfig
 from phalanx.model.layers import DenseWeights, LayerWeights, RmsNorm, Rotary
 from phalanx.moe.experts import SlotBank
 from phalanx.moe.gate import Gate, RouteTable
-from phalanx.moe.layer import MoELayer
+from phalanx.moe.layer import LoadCounter, MoELayer
 from phalanx.moe.linear import Linear, Products, SwiGlu, choose
 
 _PACKED_A_STEP = 1
@@ -45,15 +45,16 @@ class Transformer:
         self._head = Linear(weights.head, None, products)
         self._rotary = Rotary(config.head_dim, config.rope_theta, config.max_position)
         self._attention = Attention(config, dtype)
-        self.load_LE = torch.zeros(config.num_moe_layers, config.num_experts, dtype=torch.int64)
-        """Tokens that this rank's own batches sent to each expert since the caller last zeroed it."""
+        self._counter = LoadCounter(config.num_moe_layers, config.num_experts)
+        self.load_LE = self._counter.load_LE
+        """Tokens that this rank's own batches sent to each expert in whole forward passes; it only grows."""
         self._layers: list[_Layer] = []
         for index, layer in enumerate(weights.layers):
             mlp: MoELayer | SwiGlu
             if layer.router is not None:
                 moe = config.moe_layers.index(index)
                 gate = Gate(Linear(layer.router, None, products), config.top_k, config.norm_topk)
-                mlp = MoELayer(moe, gate, bank, routes, comm, self.load_LE[moe])
+                mlp = MoELayer(moe, gate, bank, routes, comm, self._counter)
             else:
                 assert layer.w13 is not None
                 assert layer.w2 is not None
@@ -73,6 +74,10 @@ class Transformer:
             if self._comm.failed:
                 break
             x_TD = layer.forward(x_TD, positions_T, cos_sin, plan, kv)
+        if self._comm.failed:
+            self._counter.drop()
+        else:
+            self._counter.count()
         self._bank.pack(_PACKED_A_STEP)
         return self._norm(x_TD)
 

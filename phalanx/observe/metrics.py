@@ -6,6 +6,7 @@ means stands in docs/metrics.md; a test holds that page and this file equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -90,6 +91,10 @@ class Metrics:
         self.steps_replayed = self._counters("steps_replayed", "Steps that ran again")
         self.requests_moved = self._counters("requests_moved", "Requests moved to another rank")
         self.bytes_restored = self._counters("expert_bytes_restored", "Expert bytes restored", "source")
+        self.expert_moves = self._counters("expert_moves", "Experts staged in the background")
+        self.expert_replicas = self._gauge("expert_replicas", "Filled expert slots, all layers and ranks")
+        self.expert_balancedness = self._gauge("expert_balancedness", "Mean over max of the ranks' expected load")
+        self.expert_balancedness.set(math.nan)
 
     def _counters(self, stem: str, text: str, *labels: str) -> Counter:
         return Counter(self._name(stem, "counter", labels), text, labels, registry=self.registry)
@@ -136,6 +141,13 @@ class Metrics:
         self._loads.pop((rank, incarnation), None)
         for gauge in (self._running, self._waiting, self._kv_usage):
             gauge.labels(self._model, rank).set(0)
+
+    def balance(self, moves: int, replicas: int, balancedness: float | None) -> None:
+        """Ranks staged `moves` more experts; how many slots are filled now, and how even that makes their loads."""
+        self.expert_moves.inc(moves)
+        self.expert_replicas.set(replicas)
+        if balancedness is not None:
+            self.expert_balancedness.set(balancedness)
 
     def held(self, count: int) -> None:
         self._held.set(count)

@@ -93,6 +93,7 @@ def _observation(router: APIRouter) -> None:
                 "epoch": roster.epoch,
                 "ranks_alive": roster.alive,
                 "rank_problems": roster.reasons(),
+                "expert_balance": _balance(service),
                 "requests_in_flight": service.router.in_flight,
                 "requests_held": service.router.held,
                 "eos_token_ids": sorted(service.text.eos_ids),
@@ -104,6 +105,16 @@ def _observation(router: APIRouter) -> None:
     @router.get("/fault_tolerance/status")
     async def status(service: ServiceHere) -> Response:
         return _json(service.router.roster.status())
+
+
+def _balance(service: Service) -> dict[str, Any]:
+    balance, config = service.router.roster.balance, service.config
+    return {
+        "enabled": config.enable_eplb and config.eplb_interval > 0,
+        "balancedness": balance.balancedness,
+        "replicas": balance.replicas,
+        "moves": balance.moves,
+    }
 
 
 def _models(router: APIRouter) -> None:

@@ -91,6 +91,16 @@ def _newcomers_phases(reports: Iterable[m.Recovered]) -> list[str]:
     return list(dict.fromkeys(phase for report in reports for phase in report.prepared))
 
 
+@dataclass
+class Balance:
+    """How evenly the experts' load is spread, as the ranks tell. replicas: filled slots, all layers and ranks; 0: not
+    told yet. balancedness: None while nobody has measured it. moves: experts staged in the background, since start."""
+
+    replicas: int = 0
+    balancedness: float | None = None
+    moves: int = 0
+
+
 class Roster:
     """Every rank's state, from the messages of the ranks and the launcher."""
 
@@ -102,6 +112,7 @@ class Roster:
         self.tally: Tally | None = None
         """The recovery in hand."""
         self.last_recovery: Recovery | None = None
+        self.balance = Balance()
         self._needed_epoch = 0
         """A member that has not adopted this epoch yet is in recovery."""
 
@@ -280,6 +291,15 @@ class Roster:
         record = self.current(message.rank, message.incarnation)
         if record is not None:
             record.cannot_serve = message.reason or "the rank cannot serve"
+
+    def balanced(self, message: m.Balance) -> Balance:
+        """A rank says what it staged; the lowest one how even it is now. Returns all that is known."""
+        self.balance.moves += message.moves
+        if message.epoch >= self.epoch:
+            self.balance.replicas = message.replicas or self.balance.replicas
+            if message.balancedness is not None:
+                self.balance.balancedness = message.balancedness
+        return self.balance
 
     def paused(self, message: m.Paused) -> None:
         record = self.current(message.rank, message.incarnation)

@@ -163,6 +163,10 @@ class Router:
             case m.Recovered():
                 if self.roster.current(message.rank, message.incarnation) and self.roster.recovered(message):
                     self._close_tally("complete")
+            case m.Balance():
+                if self.roster.current(message.rank, message.incarnation):
+                    now = self.roster.balanced(message)
+                    self.metrics.balance(message.moves, now.replicas, now.balancedness)
             case m.CannotServe():
                 self.roster.cannot_serve(message)
                 self._tell_view(message.epoch, message.members)

@@ -45,6 +45,7 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "publish": "the roll call is complete and the lowest rank is about to publish the new World",
         "replan": "the roll call's result was read",
         "restore": "an expert is about to be restored (once for each)",
+        "stage": "an expert is about to be staged in the background (once for each)",
         "adopt": "every expert is restored, the new World is about to be adopted",
         "barrier": "between what a barrier sends and what it waits for",
         "join": "a newcomer asks to be let in",

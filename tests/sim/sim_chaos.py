@@ -9,8 +9,9 @@ from sim_cluster import LIMITS, PEER_TIMEOUT_S, Cluster, Process, die
 from sim_scheduler import Scheduler
 
 from phalanx.elastic.agree import Shape
+from phalanx.elastic.balance import Rules
 
-NAMED_POINTS = ("roll_call", "publish", "publish", "replan", "restore", "adopt", "barrier", "join", "step")
+NAMED_POINTS = ("roll_call", "publish", "publish", "replan", "restore", "adopt", "barrier", "join", "step", "stage")
 
 
 @dataclass
@@ -23,13 +24,15 @@ class Tally:
     joins: int = 0
     evictions: int = 0
     moved: int = 0
+    rebalances: int = 0
+    staged: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         return (
             f"{self.trials} trials: {self.deaths} deaths, {self.evictions} evictions, {self.recoveries} worlds, "
-            f"{self.joins} joins, {self.moved} requests moved; "
-            + ", ".join(f"{n} x {kind}" for kind, n in sorted(self.kinds.items()))
+            f"{self.joins} joins, {self.moved} requests moved, {self.staged} experts staged, "
+            f"{self.rebalances} rebalances; " + ", ".join(f"{n} x {kind}" for kind, n in sorted(self.kinds.items()))
         )
 
 
@@ -45,9 +48,11 @@ class Trial:
         rng = self.rng = self.sim.rng
         ranks = rng.choice((2, 3, 4, 4, 5))
         experts = rng.choice((3, 4, 6))
+        redundant = rng.choice((0, 1, experts))
         self.cluster = Cluster(
             self.sim,
-            Shape(rng.choice((1, 2)), experts, ranks, experts, rng.choice((0, 1, experts))),
+            Shape(rng.choice((1, 2)), experts, ranks, experts, redundant),
+            balance=Rules(window=4, interval=rng.choice((0, 2, 5)), min_gain=0.0, num_redundant=redundant),
             garbage=rng.choice((0.0, 0.1)),
             disk_read_s=rng.choice((0.0, 0.002, 0.008)),
             on_point=self._passed,
@@ -175,3 +180,5 @@ class Trial:
         tally.recoveries += len(self.cluster.worlds)
         tally.joins += sum(p.member.incarnation > 0 and bool(p.epochs) for p in self.cluster.processes)
         tally.moved += self.cluster.router.moved
+        tally.staged += self.cluster.moves
+        tally.rebalances += len({a.world.epoch for _, a in self.cluster.adoptions if a.trigger == "rebalance"})

@@ -15,6 +15,8 @@ from sim_network import SimBank, SimComm, SimDisk, SimNotices, SimPeer, SimStore
 from sim_scheduler import Killed, Scheduler, Task
 
 from phalanx.elastic.agree import Change, Limits, Shape
+from phalanx.elastic.balance import REBALANCE, Balancer, Rules
+from phalanx.elastic.planning import PlanHere
 from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.restore import DiskSource, PeerSource
 from phalanx.errors import Evicted, ExpertsLost, PeerLost, TooFewRanks, TooFewSlots
@@ -23,6 +25,8 @@ from phalanx.world import Member, World
 
 TOP_K = 2
 PRIME = 1_000_003
+JOIN = REBALANCE + 1
+"""What a rank proposes when a newcomer asks to be let in."""
 PEER_TIMEOUT_S = 0.02
 HEARTBEAT_S = 0.01
 LIMITS = Limits(
@@ -130,6 +134,7 @@ class Engine:
         self._running: list[tuple[Request, int, list[int]]] = []
         self._routes_LEW: np.ndarray | None = None
         self.step_number = 0
+        self.load_LE = np.zeros((cluster.shape.num_layers, cluster.shape.num_experts), np.int64)
 
     def adopt(self, adoption: Adoption) -> None:
         self._routes_LEW = adoption.routes_LEW
@@ -166,6 +171,7 @@ class Engine:
             assert self._routes_LEW is not None
             width = self._routes_LEW.shape[2]
             experts = [chosen(x, layer, shape.num_experts) for x in xs]
+            np.add.at(self.load_LE[layer], np.array(experts, int).ravel(), 1)
             slots = [
                 [int(self._routes_LEW[layer, e, len(output) % width]) for e in row]
                 for row, (_, _, output) in zip(experts, batch, strict=True)
@@ -226,8 +232,10 @@ class Cluster:
         limits: Limits = LIMITS,
         garbage: float = 0.0,
         disk_read_s: float = 0.002,
+        balance: Rules | None = None,
         on_point: Callable[[Process, str], None] = lambda process, name: None,
     ) -> None:
+        """balance: when to balance the load, never unless it is said."""
         self.sim, self.shape, self.limits = sim, shape, limits
         self.notices = SimNotices()
         self.wires = Wires(sim, self.notices)
@@ -238,7 +246,10 @@ class Cluster:
         self.cannot_serve: list[tuple[Member, int, str]] = []
         self.adoptions: list[tuple[Member, Adoption]] = []
         self.resume = 0
-        self._garbage, self._on_point = garbage, on_point
+        self.moves = 0
+        """Experts staged in the background."""
+        self.garbage, self._on_point = garbage, on_point
+        self._balance = balance or Rules(window=1, interval=0, min_gain=0.0, num_redundant=0)
         self.disk = SimDisk(sim, disk_read_s)
 
     def start(self, rank: int, incarnation: int = 0) -> Process:
@@ -263,6 +274,12 @@ class Cluster:
         bank = process.bank = SimBank(self.sim, self.shape.num_layers, self.shape.slots_per_rank)
         self.wires.banks[me.weights_address] = bank
         engine = Engine(self, me, comm, bank)
+        sources = (PeerSource(me, self._open_bank), DiskSource(self.disk, None))
+        faults = SimFaults(lambda name: self._on_point(process, name))
+        balancer = Balancer(
+            me, self.shape, self._balance, store=self.store, clock=self.sim, bank=bank, sources=sources,
+            counter=lambda: engine.load_LE, planner=PlanHere(), faults=faults,
+        )  # fmt: skip
         recovery = process.recovery = Recovery(
             me,
             self.shape,
@@ -271,19 +288,21 @@ class Cluster:
             clock=self.sim,
             comm=comm,
             bank=bank,
-            sources=(PeerSource(me, self._open_bank), DiskSource(self.disk, None)),
+            sources=sources,
             notices=self.notices,
             route_width=4,
+            load=balancer.load,
+            prepared=balancer.prepared,
             step=lambda: engine.step_number,
-            faults=SimFaults(lambda name: self._on_point(process, name)),
+            faults=faults,
         )
         try:
-            self._loop(process, comm, engine, recovery)
+            self._loop(process, comm, engine, recovery, balancer)
         except Evicted:
             process.evicted = True
             self._check_eviction(process)
 
-    def _loop(self, process: Process, comm: SimComm, engine: Engine, recovery: Recovery) -> None:
+    def _loop(self, process: Process, comm: SimComm, engine: Engine, recovery: Recovery, balancer: Balancer) -> None:
         """The worker's loop."""
         rounds = 0
         change: Change | None = Change("join" if process.member.incarnation else "start")
@@ -295,24 +314,30 @@ class Cluster:
                     adoption = recovery.run(change)
                     self._check_adoption(process, adoption)
                     engine.adopt(adoption)
+                    balancer.adopted(adoption)
                     self.router.adopted(adoption.world)
                     change = None
                 engine.accept()
                 self._on_point(process, "step")
                 rounds += 1
                 asked = rounds % 4 == 0 and recovery.joiners()
-                idle, proposal = engine.step(1 if asked else 0)
-                recovery.tidy()
+                idle, proposal = engine.step(JOIN if asked else balancer.proposal)
                 if proposal:
-                    change = Change("join")
-                elif idle:
-                    comm.sleep_until(HEARTBEAT_S, lambda: engine.has_work)
+                    change = Change("rebalance" if proposal == REBALANCE else "join")
+                balancer.work(engine.step_number)
+                self._reports(balancer)
+                if idle:
+                    comm.sleep_until(min(HEARTBEAT_S, balancer.idle_work()), lambda: engine.has_work)
                     comm.ring()
             except PeerLost as lost:
                 change = recovery.change_after(lost)
             except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
                 self.cannot_serve.append((process.member, recovery.view.epoch, str(error)))
                 change = self._wait_for_help(comm, recovery)
+
+    def _reports(self, balancer: Balancer) -> None:
+        if (report := balancer.take_report()) is not None:
+            self.moves += report.moves
 
     def _wait_for_help(self, comm: SimComm, recovery: Recovery) -> Change:
         asked = self.resume
@@ -324,7 +349,7 @@ class Cluster:
         owner = next(p for p in self.processes if p.member.weights_address == address)
         if not owner.alive:
             raise OSError(f"{address} is gone")
-        return SimPeer(self.sim, self.wires.banks[address], self._garbage)
+        return SimPeer(self.sim, self.wires.banks[address], self.garbage)
 
     # --- invariants
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from phalanx.comm.local import LocalCommunicator
 from phalanx.moe.experts import SlotBank, digest
 from phalanx.moe.gate import Gate, RouteTable
-from phalanx.moe.layer import MoELayer
+from phalanx.moe.layer import LoadCounter, MoELayer
 from phalanx.moe.linear import Linear, Products
 
 EXPERTS, HIDDEN, WIDTH = 6, 16, 24
@@ -94,8 +94,8 @@ class Rig:
         table = np.array([[home[0], home[-1]] for home in homes], np.int32)
         self.routes.adopt(np.stack([np.full_like(table, -1), table]))
         self.gate, _ = gate(top_k, dtype=dtype)
-        self.load = torch.zeros(EXPERTS, dtype=torch.int64)
-        self.layer = MoELayer(1, self.gate, self.bank, self.routes, LocalCommunicator(), self.load)
+        self.counter = LoadCounter(2, EXPERTS)
+        self.layer = MoELayer(1, self.gate, self.bank, self.routes, LocalCommunicator(), self.counter)
 
     def expected(self, x: torch.Tensor) -> torch.Tensor:
         weights, experts = self.gate(x)
@@ -124,14 +124,19 @@ def test_a_token_alone_has_the_bits_it_has_in_a_batch_on_either_replica(dtype):
             assert torch.equal(rig.layer.forward(x[t : t + 1], torch.tensor([key]))[0], out[t])
 
 
-def test_the_load_grows_by_the_tokens_of_every_call():
+def test_the_load_grows_by_the_tokens_of_every_step_that_is_whole():
     rig = Rig()
     x = tokens(30)
     _, experts = rig.gate(x)
     counts = torch.bincount(experts.flatten(), minlength=EXPERTS)
+    for _ in range(2):
+        rig.layer.forward(x, torch.arange(30))
+        rig.counter.count()
     rig.layer.forward(x, torch.arange(30))
-    rig.layer.forward(x, torch.arange(30))
-    assert torch.equal(rig.load, 2 * counts)
+    rig.counter.drop()
+    rig.counter.count()
+    assert torch.equal(rig.counter.load_LE[1], 2 * counts)
+    assert not rig.counter.load_LE[0].any()
 
 
 def test_no_tokens_make_no_rows():

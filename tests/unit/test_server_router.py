@@ -532,6 +532,26 @@ def test_start_up_is_no_recovery_and_a_join_names_who_joined(desk: Desk) -> None
     assert desk.router.roster.states() == ["healthy"] * 3
 
 
+def test_ranks_say_what_they_staged_and_the_lowest_one_how_even_it_is(desk: Desk) -> None:
+    desk.hear(m.Balance(rank=0, incarnation=0, epoch=1, moves=2, replicas=36, balancedness=0.5))
+    desk.hear(m.Balance(rank=1, incarnation=0, epoch=1, moves=3))
+    desk.hear(m.Balance(rank=1, incarnation=7, epoch=1, moves=100))  # nobody knows this one
+    balance = desk.router.roster.balance
+    assert (balance.moves, balance.replicas, balance.balancedness) == (5, 36, 0.5)
+    assert desk.value("phalanx_expert_moves_total") == 5
+    assert desk.value("phalanx_expert_replicas") == 36
+    assert desk.value("phalanx_expert_balancedness") == 0.5
+
+
+def test_what_was_measured_before_the_last_change_is_not_believed_any_more(desk: Desk) -> None:
+    desk.meet((0, 0), (1, 0), (2, 0), trigger="rebalance")
+    desk.hear(m.Balance(rank=0, incarnation=0, epoch=2, replicas=36, balancedness=0.9))
+    desk.hear(m.Balance(rank=0, incarnation=0, epoch=1, moves=1, replicas=24, balancedness=0.5))
+    balance = desk.router.roster.balance
+    assert (balance.moves, balance.replicas, balance.balancedness) == (1, 36, 0.9)
+    assert desk.value("phalanx_expert_balancedness") == 0.9
+
+
 def test_a_suspicion_that_proves_false_leaves_everybody_healthy(desk: Desk) -> None:
     desk.hear(m.Suspected(rank=0, incarnation=0, suspects=[1], epoch=1))
     assert desk.router.roster.states() == ["recovering", "suspected", "healthy"]

@@ -1,0 +1,106 @@
+"""Experts move in the background of a real service: no stream changes, whoever dies while they move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from streams import SAMPLING, Streams
+
+from phalanx.testing.service import Service
+
+pytestmark = pytest.mark.cluster
+
+SKEWED = ["aaaaaaaaaaaaaaaa " * 4, "aaaaaaaa", "aaaaaaaaaaaa " * 2, "aaaaaaaa b", "aaaaa", "aaaaaaaaaaaaaaaaaaaaaaaa"]
+"""The same few tokens over and over: they ask the same few experts."""
+
+LENGTH = 150
+EPLB = {"enable_eplb": True, "eplb_window": 16, "eplb_interval": 16, "eplb_min_gain": 0.0}
+
+Serve = Callable[..., Service]
+Unfailed = dict[str, list[Any]]
+
+
+def both_kinds(url: str) -> dict[str, Streams]:
+    seeds = {"seed": list(range(len(SKEWED)))}
+    return {
+        kind: Streams(url, SKEWED, LENGTH, **{**options, **(seeds if "seed" in options else {})}).start()
+        for kind, options in SAMPLING.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def unmoved(tiny: Path) -> Unfailed:
+    """What one rank, whose experts never move, streams for the same prompts."""
+    with Service(str(tiny), "--ep-size", "1") as service:
+        return {kind: running.join() for kind, running in both_kinds(service.url).items()}
+
+
+def alive(service: Service) -> set[int]:
+    return {rank["rank"] for rank in service.status()["ranks"] if rank["state"] == "healthy"}
+
+
+def metric(service: Service, name: str) -> float:
+    lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def chaos(service: Service, kind: str, rank: int, where: str) -> None:
+    httpx.post(f"{service.url}/chaos", json={"kind": kind, "rank": rank, "where": where}).raise_for_status()
+
+
+def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(serve: Serve, unmoved: Unfailed) -> None:
+    service = serve(**EPLB, num_redundant_experts=4)
+    for kind, running in both_kinds(service.url).items():
+        assert running.join() == unmoved[kind]
+    assert metric(service, 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}') > 0
+    balance = httpx.get(f"{service.url}/server_info").json()["expert_balance"]
+    assert balance["enabled"]
+    assert balance["replicas"] == 3 * (8 + 4) == metric(service, "phalanx_expert_replicas")
+    assert balance["moves"] == metric(service, "phalanx_expert_moves_total") > 0
+    assert 0 < balance["balancedness"] == metric(service, "phalanx_expert_balancedness") <= 1
+    assert metric(service, 'phalanx_expert_bytes_restored_total{source="peer"}') > 0
+    assert metric(service, 'phalanx_expert_bytes_restored_total{source="disk"}') == 0
+    assert alive(service) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_dies_while_experts_are_staged_changes_no_stream(
+    serve: Serve, unmoved: Unfailed, rank: int
+) -> None:
+    service = serve(**EPLB, num_redundant_experts=4)
+    chaos(service, "kill", rank, "stage")
+    for kind, running in both_kinds(service.url).items():
+        assert running.join() == unmoved[kind]
+    assert alive(service) == {0, 1, 2, 3} - {rank}
+
+
+@pytest.mark.parametrize(
+    ("rank", "where"), [(0, "publish"), (1, "roll_call"), (3, "replan"), (0, "barrier"), (2, "adopt")]
+)
+def test_a_rank_that_dies_at_the_switch_changes_no_stream(
+    serve: Serve, unmoved: Unfailed, rank: int, where: str
+) -> None:
+    service = serve(**EPLB)
+    chaos(service, "kill", rank, where)
+    for kind, running in both_kinds(service.url).items():
+        assert running.join() == unmoved[kind]
+    assert alive(service) == {0, 1, 2, 3} - {rank}
+
+
+def test_after_a_death_redundant_experts_come_back_by_themselves_also_in_an_idle_service(
+    serve: Serve, unmoved: Unfailed
+) -> None:
+    service = serve(num_redundant_experts=8)
+    chaos(service, "kill", 1, "all_gather")
+    service.wait_for_line(r"recovered: lost ranks \[1\]")
+    service.wait_for_line("rebalanced: ")
+    seen = service.lines
+    chaos(service, "kill", 2, "all_gather")
+    service.wait_for_line(r"recovered: lost ranks \[2\].* no bytes restored", after=seen)
+    for kind, running in both_kinds(service.url).items():
+        assert running.join() == unmoved[kind]
+    assert alive(service) == {0, 3}
