@@ -40,7 +40,7 @@ log = logging.getLogger("phalanx.balance")
 REBALANCE = 1
 """The proposal to switch, in a step's header."""
 
-SHARE = 0.1
+SHARE = 0.05
 """Which part of a step's time the work between two steps may take; what one expert takes longer is made good later."""
 
 LONGEST_S = 0.005

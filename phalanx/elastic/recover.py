@@ -79,8 +79,8 @@ class Recovery:
     ) -> None:
         """sources: the fastest first. load: this rank's tokens by expert, int64 [L, E], for the planner; None: all
         alike. prepared: the placement, if any, that the members of this view hold already besides the one they serve
-        (`elastic.balance`): a rebalance goes there. step: the last step it committed. knock: see `RollCall`. progress:
-        told (done, total) experts in each restore."""
+        (`elastic.balance`): a rebalance goes there. step: the last step it committed. knock: see `RollCall`.
+        progress: told (done, total) experts in each restore."""
         self.me = me
         self._shape, self._limits = shape, limits
         self._clock, self._comm, self._bank, self._sources = clock, comm, bank, tuple(sources)
@@ -250,10 +250,10 @@ class Recovery:
     def _plan(self, trigger: Trigger, view: View, held_LP: IntArray, load_LE: Loads) -> Placement:
         """Where each expert goes; when the living cannot hold all, what they hold already. LOCAL."""
         shape = self._shape
-        if trigger == "join":
-            held_LP = self._without_surplus(view, held_LP)
         if trigger == "rebalance" and (prepared := self._prepared(view, held_LP)) is not None:
             return prepared
+        if trigger == "join":
+            held_LP = self._without_surplus(view, held_LP)
         if len(view.members) >= self._limits.min_ranks:
             try:
                 return replan(

@@ -164,9 +164,7 @@ class Router:
                 if self.roster.current(message.rank, message.incarnation) and self.roster.recovered(message):
                     self._close_tally("complete")
             case m.Balance():
-                if self.roster.current(message.rank, message.incarnation):
-                    now = self.roster.balanced(message)
-                    self.metrics.balance(message.moves, now.replicas, now.balancedness)
+                self._balanced(message)
             case m.CannotServe():
                 self.roster.cannot_serve(message)
                 self._tell_view(message.epoch, message.members)
@@ -348,6 +346,11 @@ class Router:
         self._on[flight.at].pop(request_id)
         flight.attempt += 1
         self._place(flight)
+
+    def _balanced(self, message: m.Balance) -> None:
+        if self.roster.current(message.rank, message.incarnation) is not None:
+            now = self.roster.balanced(message)
+            self.metrics.balance(message.moves, now.replicas, now.balancedness)
 
     def _rejected(self, message: m.Rejected) -> None:
         flight = self._flights.get(message.request_id)

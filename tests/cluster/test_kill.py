@@ -198,9 +198,9 @@ def test_below_min_ranks_the_service_says_so_and_stays(serve: Serve) -> None:
 
 
 def test_experts_that_no_slot_can_hold_stop_serving_but_not_the_service(serve: Serve) -> None:
-    service = serve(ep_size=2, slots_per_rank=4)
+    service = serve(ep_size=2, slots_per_rank=8)
     service.signal(0, signal.SIGKILL)
-    service.wait_for_line("cannot serve.*4 live slots a layer cannot hold 8 experts")
+    service.wait_for_line("cannot serve.*8 live slots a layer cannot hold 16 experts")
     assert httpx.get(f"{service.url}/ready").status_code == 503
     assert httpx.get(f"{service.url}/health").status_code == 200
 

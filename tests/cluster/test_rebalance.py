@@ -59,7 +59,7 @@ def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(serve: 
     assert metric(service, 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}') > 0
     balance = httpx.get(f"{service.url}/server_info").json()["expert_balance"]
     assert balance["enabled"]
-    assert balance["replicas"] == 3 * (8 + 4) == metric(service, "phalanx_expert_replicas")
+    assert balance["replicas"] == 3 * (16 + 4) == metric(service, "phalanx_expert_replicas")
     assert 0 < balance["moves"] <= metric(service, "phalanx_expert_moves_total")  # more may have moved in between
     assert 0 < balance["balancedness"] == metric(service, "phalanx_expert_balancedness") <= 1
     assert metric(service, 'phalanx_expert_bytes_restored_total{source="peer"}') > 0
