@@ -16,7 +16,7 @@ Result = tuple[str, str | None, str, bool]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Qwen3-MoE checkpoint whose text depends on every expert: 16, so that each survivor has some to restore."""
+    """A small Qwen3-MoE checkpoint whose text depends on every expert: 16, so that each survivor restores some."""
     return Path(make_tiny(tmp_path_factory.mktemp("models") / "tiny", "qwen3-moe", layers=3, experts=16))
 
 
