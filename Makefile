@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check serve format clean
+.PHONY: demo test check serve compat format clean
 
 demo: $(VENV)/.demo  ## build a real model, serve it on 4 ranks, kill one in mid-stream, watch the streams go on
 	$(BIN)/python scripts/demo.py
@@ -23,6 +23,11 @@ EP_SIZE ?= 4
 serve: $(VENV)/.demo  ## serve MODEL on EP_SIZE ranks
 	@test -f $(MODEL)/config.json || $(BIN)/phalanx make-model $(MODEL) --upcycle
 	$(BIN)/phalanx serve $(MODEL) --ep-size $(EP_SIZE) --enable-chaos
+
+compat: $(VENV)/.dev  ## lm-eval and guidellm against a real service (installs some hundred megabytes)
+	test -x build/compat/bin/python || $(PYTHON) -m venv build/compat
+	build/compat/bin/pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14" "lm-eval[api]==0.4.13" guidellm==0.8.1
+	$(BIN)/python scripts/compat.py build/compat/bin
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
