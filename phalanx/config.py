@@ -17,6 +17,7 @@ from phalanx.errors import BadConfig
 
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["cpu"]
+Backup = Literal["dram", "disk", "none"]
 
 ELEMENT_BYTES: Mapping[Dtype, int] = MappingProxyType({"bfloat16": 2, "float32": 4})
 
@@ -47,6 +48,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Steps from one plan to the next; 0: none."""
     eplb_min_gain: float = 0.05
     """The part of the experts' time that a plan must save to be carried out."""
+    expert_backup: Backup = "dram"
+    """What a recovery restores experts from when no live replica is left: a copy of all weights in host memory (the
+    vault; disk when it does not fit), the checkpoint on disk, or nothing."""
     elastic: bool = True
     max_restarts: int = 3
     """How often a rank that died is started again within `restart_window_s`; 0: never."""

@@ -30,11 +30,13 @@ import zmq
 from phalanx import messages as m
 from phalanx.comm.notices import NoticeBoard
 from phalanx.config import ServeConfig
+from phalanx.custodian import Custodian
 from phalanx.errors import BadConfig
 from phalanx.nursery import Born, Nursery
 from phalanx.process import (
     EXIT_EVICTED,
     EXIT_STOPPED,
+    VaultSpec,
     WorkerSpec,
     adopt_orphans,
     last_words,
@@ -130,6 +132,7 @@ class Launcher:
         self._nursery = Nursery()
         self._notices = NoticeBoard.create(config.ep_size)
         self._store = self._start_store()
+        self._vault = Custodian(config, self._tell)
 
     # --- life
 
@@ -140,6 +143,7 @@ class Launcher:
                 self._poller.register(source, zmq.POLLIN)
             for rank in range(self.config.ep_size):
                 self._ask_for(rank, incarnation=0)
+            self._fill_vault()
             while not self._stopping:
                 self._serve_events(dict(self._poller.poll(self._patience_ms())))
                 self._do_what_is_due(time.monotonic())
@@ -151,6 +155,9 @@ class Launcher:
         self._bury(events)  # deaths before anything else
         if self._nursery.fd in events:
             self._collect()
+        if self._vault.pidfd in events:
+            self._poller.unregister(self._vault.pidfd)
+            self._vault.buried()
         if self._wake in events:
             os.read(self._wake, 64)
             log.info("asked to stop: finishing streams for at most %.0f s", self.config.drain_timeout_s)
@@ -214,6 +221,7 @@ class Launcher:
             store_port=self._store.port,
             notices=self._notices.address,
             launcher_pid=os.getpid(),
+            vault=self._vault.address,
             faults=self._faults,
             asked_s=time.monotonic(),
         )
@@ -229,10 +237,16 @@ class Launcher:
             self._take_in(born)
         if self._nursery.fd != before or self._nursery.failed:
             self._poller.unregister(before)
-            if not self._nursery.failed:
+            if self._nursery.failed:
+                self._vault.nobody_is_born()
+            else:
                 self._poller.register(self._nursery.fd, zmq.POLLIN)
 
     def _take_in(self, born: Born) -> None:
+        if isinstance(born.spec, VaultSpec):
+            self._vault.born(born.pid, born.pidfd)
+            self._poller.register(born.pidfd, zmq.POLLIN)
+            return
         rank, incarnation = born.spec.rank, born.spec.incarnation
         worker = Worker(rank, incarnation, born.pid, born.pidfd, time.monotonic())
         if incarnation:
@@ -245,6 +259,19 @@ class Launcher:
     def _bury(self, events: dict[object, int]) -> None:
         for fd in [fd for fd in events if fd in self._by_pidfd]:
             self._buried(self._by_pidfd[fd])
+
+    def _fill_vault(self) -> None:
+        spec = VaultSpec(
+            config=self.config,
+            run_dir=self._run_dir,
+            store_host="127.0.0.1",
+            store_port=self._store.port,
+            notices=self._notices.address,
+            launcher_pid=os.getpid(),
+            vault=self._vault.address,
+            faults=self._faults,
+        )
+        self._vault.start(spec, self._nursery.ask)
 
     def _buried(self, worker: Worker) -> None:
         """A worker's process is gone: tell the survivors first, then find out why, then tell the server."""
@@ -261,7 +288,7 @@ class Launcher:
         self._tell(m.Died(rank=worker.rank, incarnation=worker.incarnation, cause=cause, detail=detail))
         if self._stopping:
             return
-        if not self._by_pidfd and not self._nursery.waiting and not self._store.check([FIRST_WORLD]):
+        if not self._by_pidfd and not self._coming and not self._store.check([FIRST_WORLD]):
             log.error("no rank lived to the first meeting: stopping the service")
             self._exit_code, self._stopping = 1, True
         elif not self.config.elastic:
@@ -374,7 +401,7 @@ class Launcher:
         self._notices.declare_dead(rank, worker.incarnation, "operator")
         self._notices.poke([Member(w.rank, w.incarnation, pid=w.pid) for w in self._workers.values() if w.alive])
 
-    def _tell(self, message: m.Spawned | m.Died | m.GivenUp) -> None:
+    def _tell(self, message: m.Spawned | m.Died | m.GivenUp | m.VaultState) -> None:
         with contextlib.suppress(zmq.Again):
             self._outbox.send(m.encode(message), zmq.NOBLOCK)
 
@@ -384,6 +411,9 @@ class Launcher:
         self._stopping = True
         if self._nursery.fd in self._poller:
             self._poller.unregister(self._nursery.fd)  # nobody is welcomed any more
+        if self._vault.pidfd >= 0:
+            self._poller.unregister(self._vault.pidfd)
+        self._vault.close()  # those who mapped it keep it
         if self._server.poll() is None:
             self._server.terminate()
             if not self._await(lambda: self._server.poll() is not None, self.config.drain_timeout_s + STOP_PATIENCE_S):

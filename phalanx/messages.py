@@ -14,6 +14,7 @@ import msgspec
 Trigger = Literal["start", "failure", "join", "rebalance", "scale", "operator"]
 RankState = Literal["healthy", "suspected", "dead", "recovering", "rejoining", "paused"]
 FinishReason = Literal["stop", "length", "abort"]
+VaultPhase = Literal["off", "filling", "full", "short", "given_up"]
 FaultKind = Literal["kill", "stop", "raise"]
 
 
@@ -213,6 +214,8 @@ class Recovered(Message, frozen=True):
     seconds: PhaseSeconds
     bytes_restored: dict[str, int]
     """By source: peer, vault, disk."""
+    seconds_restored: dict[str, float] = {}
+    """What they took, by source, the check of the digests included."""
     steps_replayed: int = 0
     prepared: dict[str, float] = {}
     """Of a newcomer: seconds from its birth until it asked to be let in, by what it did."""
@@ -275,6 +278,20 @@ class GivenUp(Message, frozen=True):
     reason: str
 
 
+class VaultState(Message, frozen=True):
+    """How the vault of a host is. Its process sends it while it fills; the launcher when there is none any more.
+
+    filled_bytes of total_bytes: weights. restarts: how often its process was started again. short: it waits, because
+    the host has little memory left."""
+
+    state: VaultPhase
+    pid: int = 0
+    restarts: int = 0
+    filled_bytes: int = 0
+    total_bytes: int = 0
+    reason: str = ""
+
+
 class Suspected(Message, frozen=True):
     """A rank finds others silent; a roll call decides."""
 
@@ -285,7 +302,18 @@ class Suspected(Message, frozen=True):
 
 
 ToServer = (
-    Stepped | Rejected | Adopted | Recovered | Balance | CannotServe | Paused | Spawned | Died | GivenUp | Suspected
+    Stepped
+    | Rejected
+    | Adopted
+    | Recovered
+    | Balance
+    | CannotServe
+    | Paused
+    | Spawned
+    | Died
+    | GivenUp
+    | Suspected
+    | VaultState
 )
 
 

@@ -1,4 +1,4 @@
-"""The nursery: a warm process that has imported everything, and forks workers from itself.
+"""The nursery: a warm process that has imported everything, and forks workers, and the vault's process, from itself.
 
 A worker that starts cold spends seconds on imports; one that is forked here computes after some milliseconds. The
 nursery runs no thread, no tensor operation and holds no device context, so a fork of it is clean.
@@ -7,9 +7,9 @@ Each worker is a grandchild: the process between ends at once, and the worker be
 launcher is a subreaper). So the launcher can wait for it, a worker dies with the launcher, and nothing is lost when
 the nursery dies.
 
-Protocol, over a SOCK_SEQPACKET pair: a packet holds one MessagePack `WorkerSpec` and brings the read end of a pipe; the
-answer is one MessagePack integer, the worker's pid. The worker waits at the pipe until the launcher, who then knows it,
-lets it go; when the launcher hangs up instead (the nursery died before it could answer), it ends without a trace. So no
+Protocol, over a SOCK_SEQPACKET pair: a packet holds one MessagePack `Spec` and brings the read end of a pipe; the
+answer is one MessagePack integer, the pid. The newborn waits at the pipe until the launcher, who then knows it, lets it
+go; when the launcher hangs up instead (the nursery died before it could answer), it ends without a trace. So no
 identity is ever used by two processes.
 """
 
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from phalanx.process import EXIT_FAILED, WorkerSpec, die_with_parent
+from phalanx.process import EXIT_FAILED, Spec, VaultSpec, WorkerSpec, die_with_parent
 
 log = logging.getLogger("phalanx.launcher")
 
@@ -44,9 +44,9 @@ MAX_BARREN = 3
 
 @dataclass(frozen=True)
 class Born:
-    """A worker that runs from now on. pidfd: to be closed by who takes it."""
+    """A process that runs from now on. pidfd: to be closed by who takes it."""
 
-    spec: WorkerSpec
+    spec: Spec
     pid: int
     pidfd: int
 
@@ -56,9 +56,9 @@ class Nursery:
     when `fd` is readable."""
 
     def __init__(self) -> None:
-        self._wanted: deque[WorkerSpec] = deque()
+        self._wanted: deque[Spec] = deque()
         self._go: int | None = None
-        """The write end of the pipe at which the worker that is being born waits; its spec is the first wanted."""
+        """The write end of the pipe at which the process that is being born waits; its spec is the first wanted."""
         self._asked_at = 0.0
         self._barren = 0
         self._start()
@@ -81,7 +81,7 @@ class Nursery:
 
     @property
     def failed(self) -> bool:
-        """Whether no worker will be born any more: the nursery itself ends each time."""
+        """Whether nobody will be born any more: the nursery itself ends each time."""
         return self._barren >= MAX_BARREN
 
     @property
@@ -89,8 +89,8 @@ class Nursery:
         """Births asked for and not collected yet."""
         return len(self._wanted)
 
-    def ask(self, spec: WorkerSpec) -> None:
-        """Ask for a worker. LOCAL."""
+    def ask(self, spec: Spec) -> None:
+        """Ask for the process that `spec` describes. LOCAL."""
         self._wanted.append(spec)
         self._ask_next()
 
@@ -128,7 +128,7 @@ class Nursery:
         os.close(reader)
 
     def _welcome(self, pid: int) -> Born:
-        assert self._go is not None, "nobody asked for a worker"
+        assert self._go is not None, "nobody asked for anybody"
         pidfd = os.pidfd_open(pid)  # nobody but us reaps it, so the pid is still its own
         with contextlib.suppress(BrokenPipeError):  # dead already: the pidfd tells
             os.write(self._go, b"!")
@@ -157,7 +157,8 @@ def main() -> None:
     die_with_parent(launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    import phalanx.worker as worker
+    from phalanx import worker
+    from phalanx.elastic import keeper
 
     gc.collect()
     gc.freeze()  # what is imported stays out of collections, so its pages stay shared
@@ -176,7 +177,8 @@ def main() -> None:
             channel.close()
             os.close(reader)
             os.close(writer)
-            _become_worker(worker.run, msgspec.msgpack.decode(packet, type=WorkerSpec), gate)
+            spec: Spec = msgspec.msgpack.decode(packet, type=WorkerSpec | VaultSpec)
+            _become(worker.run if isinstance(spec, WorkerSpec) else keeper.run, spec, gate)
         os.close(writer)
         os.close(gate)
         answer = os.read(reader, 64)
@@ -185,7 +187,7 @@ def main() -> None:
         channel.send(answer)
 
 
-def _become_worker(run: object, spec: WorkerSpec, gate: int) -> None:
+def _become(run: object, spec: Spec, gate: int) -> None:
     assert callable(run)
     code = EXIT_FAILED
     try:

@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     """One incarnation of one rank, and how it finds the others."""
 
     config: ServeConfig
@@ -30,9 +30,32 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     notices: str
     launcher_pid: int
     host: str = "localhost"
+    vault: str = ""
+    """Where this host's vault is; empty when there is none."""
     faults: str = ""
     asked_s: float = 0.0
     """When the launcher asked for it, on the machine's monotonic clock."""
+
+
+class VaultSpec(msgspec.Struct, frozen=True, kw_only=True, tag="vault"):
+    """One incarnation of the vault's process, and what it needs to fill the vault."""
+
+    config: ServeConfig
+    incarnation: int = 0
+    run_dir: str
+    store_host: str
+    store_port: int
+    notices: str
+    launcher_pid: int
+    vault: str
+    faults: str = ""
+
+    def of(self, incarnation: int) -> VaultSpec:
+        """The same for another incarnation. LOCAL."""
+        return msgspec.structs.replace(self, incarnation=incarnation)
+
+
+Spec = WorkerSpec | VaultSpec
 
 
 def server_endpoint(run_dir: str) -> str:

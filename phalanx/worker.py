@@ -23,11 +23,13 @@ from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStor
 from phalanx.elastic.balance import REBALANCE, Balancer, Rules
 from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
-from phalanx.elastic.restore import DiskSource, PeerSource
+from phalanx.elastic.restore import DiskSource, PeerSource, Source, VaultSource
+from phalanx.elastic.vault import Follower, Vault, VaultGone
 from phalanx.engine.runner import Runner, limits_for
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
 from phalanx.model.attention import KVStore
+from phalanx.model.layers import DenseWeights
 from phalanx.model.loader import Checkpoint
 from phalanx.model.transformer import Transformer
 from phalanx.moe.experts import SlotBank
@@ -127,14 +129,20 @@ class Worker:
         )
         self._me = Member(spec.rank, spec.incarnation, spec.host, os.getpid(), self._comm.address, bank.address)
         routes = RouteTable(model.num_moe_layers, model.num_experts, ROUTE_WIDTH)
-        transformer = Transformer(model, checkpoint.dense_weights(dtype), bank, routes, self._comm, dtype)
+        vault = _open_vault(spec.vault)
+        disk = DiskSource(checkpoint, dtype, first_load_only=config.expert_backup == "none")
+        sources: list[Source] = [PeerSource(self._me), disk]
+        if vault is not None:
+            sources.insert(0, VaultSource(vault))  # the fastest: it lends, the others copy
+        parts = vault.dense_parts() if vault is not None else None
+        weights = DenseWeights.of(parts) if parts else checkpoint.dense_weights(dtype)
+        transformer = Transformer(model, weights, bank, routes, self._comm, dtype)
         self._limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
         kv = KVStore(model, self._limits.num_blocks, self._limits.block_size, dtype)
         self._runner = Runner(transformer, kv, routes, model.vocab_size)
         self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
         shape = Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts)
         store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
-        sources = (PeerSource(self._me), DiskSource(checkpoint, dtype))
         self._balancer = Balancer(
             self._me,
             shape,
@@ -296,7 +304,7 @@ class Worker:
         self._change = None
         self._prepared.lap("ask")
         self._balancer.adopted(adoption)
-        self._timeline.adopted(adoption, self._balancer.take_bytes())
+        self._timeline.adopted(adoption, *self._balancer.take_staged())
         self._mail.send(
             m.Adopted(
                 **self._name,
@@ -365,6 +373,7 @@ class Timeline:
         self._adoption: Adoption | None = None
         self._adopted_at = 0.0
         self._bytes: dict[str, int] = {}
+        self._source_s: dict[str, float] = {}
 
     def trouble(self, detect_s: float) -> None:
         """A PeerLost was raised, `detect_s` after the first sign. The first of several counts. LOCAL."""
@@ -376,12 +385,16 @@ class Timeline:
         if not self._running:
             self._began, self._running = time.monotonic(), True
 
-    def adopted(self, adoption: Adoption, staged: dict[str, int]) -> None:
-        """A new World stands; the replay begins. staged: bytes by source that were restored beforehand. LOCAL."""
+    def adopted(self, adoption: Adoption, staged: dict[str, int], staged_s: dict[str, float]) -> None:
+        """A new World stands; the replay begins. staged: bytes by source that were restored beforehand; staged_s: the
+        seconds they took. LOCAL."""
         self._adoption, self._adopted_at = adoption, time.monotonic()
         self._bytes = {
             source: adoption.bytes_restored.get(source, 0) + staged.get(source, 0)
             for source in {*adoption.bytes_restored, *staged}
+        }
+        self._source_s = {
+            source: adoption.seconds_restored.get(source, 0.0) + staged_s.get(source, 0.0) for source in self._bytes
         }
 
     def first_step(self, me: Member, prepared: Stopwatch, *, idle: bool) -> m.Recovered | None:
@@ -409,6 +422,7 @@ class Timeline:
                 total=now - self._began,
             ),
             bytes_restored=self._bytes,
+            seconds_restored=self._source_s,
             steps_replayed=replayed,
             prepared=prepared.take(),
         )
@@ -452,6 +466,19 @@ class Mail:
     def wake_fd(self) -> int:
         """Readable when mail came since the last `drain`, which must have gone to its end. LOCAL."""
         return int(self._inbox.getsockopt(zmq.FD))
+
+
+def _open_vault(address: str) -> Vault | None:
+    """This host's vault, if it has one, with a thread that keeps its contents within reach."""
+    if not address:
+        return None
+    try:
+        vault = Vault.open(address)
+    except VaultGone as error:
+        log.warning("going on without the vault: %s", error)
+        return None
+    Follower(vault).start()
+    return vault
 
 
 def _members(view: View, device: str) -> list[m.MemberInfo]:

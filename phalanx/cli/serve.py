@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from phalanx.config import ELEMENT_BYTES, Device, Dtype, ServeConfig
+from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, ServeConfig
 from phalanx.errors import PhalanxError
 
 DEFAULT = {name: value for name, value in zip(ServeConfig.__struct_fields__[-len(ServeConfig.__struct_defaults__) :],
@@ -38,6 +38,7 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--eplb-window", "Steps over which the experts' load is counted.", type=int)
 @_option("--eplb-interval", "Steps from one plan of --enable-eplb to the next (0: none).", type=int)
 @_option("--eplb-min-gain", "Part of the experts' time that a plan must save to be carried out.", type=float)
+@_option("--expert-backup", "Where lost experts are restored from.", type=click.Choice(get_args(Backup)))
 @click.option("--elastic/--no-elastic", default=True, help="Go on without a rank that dies, or end with an error.")
 @_option("--max-restarts", "Times a dead rank is started again within --restart-window (0: never).", type=int)
 @_option("--restart-window", "Seconds over which the restarts of a rank are counted.", type=float)

@@ -120,7 +120,9 @@ class Balancer:
         self._keys: list[str] = []
         self._moves, self._report = 0, Report()
         self.bytes_by_source: dict[str, int] = {}
-        """What was staged since `take_bytes`."""
+        """What was staged since `take_staged`."""
+        self.seconds_by_source: dict[str, float] = {}
+        """What that took."""
         self._rounds: list[tuple[bytes, float]] = []
         self._before = 0.0
         self._digest_LE: Digests = np.zeros((shape.num_layers, shape.num_experts), np.uint64)
@@ -206,9 +208,10 @@ class Balancer:
         self._moves, self._report = 0, Report()
         return report if report != Report() else None
 
-    def take_bytes(self) -> dict[str, int]:
-        """Bytes staged, by source, since the last call. LOCAL."""
-        taken, self.bytes_by_source = self.bytes_by_source, {}
+    def take_staged(self) -> tuple[dict[str, int], dict[str, float]]:
+        """Bytes staged since the last call, and the seconds they took, by source. LOCAL."""
+        taken = self.bytes_by_source, self.seconds_by_source
+        self.bytes_by_source, self.seconds_by_source = {}, {}
         return taken
 
     # --- the counts
@@ -292,12 +295,14 @@ class Balancer:
         assert self._job is not None
         once = iter((True, False))
         self._faults.point("stage")
-        before = dict(self._job.bytes_by_source)
+        before, before_s = dict(self._job.bytes_by_source), dict(self._job.seconds_by_source)
         self._job.advance(lambda: next(once))
         for source, count in self._job.bytes_by_source.items():
             if count > before.get(source, 0):
                 self._moves += 1
                 self.bytes_by_source[source] = self.bytes_by_source.get(source, 0) + count - before.get(source, 0)
+                seconds = self._job.seconds_by_source[source] - before_s.get(source, 0.0)
+                self.seconds_by_source[source] = self.seconds_by_source.get(source, 0.0) + seconds
 
     def _tell(self) -> None:
         """Say that this rank's part is staged, or cannot be."""
@@ -331,7 +336,8 @@ class Balancer:
         served = world.placement
         nothing = np.zeros(digest_LE.shape, np.int64)
         held = Agreed(world.view, served, served.slots_LP, digest_LE, nothing, "rebalance", 0, 0.0)
-        self._job = Restore(diff(served.slots_LP, self._target, self._me.rank), held, self._bank, self._sources)
+        moves = diff(served.slots_LP, self._target, self._me.rank)
+        self._job = Restore(moves, held, self._bank, self._sources, clock=self._clock)
 
     def _let_go(self) -> None:
         """Experts in slots that the World leaves EMPTY are to give their memory back."""

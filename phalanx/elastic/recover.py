@@ -39,8 +39,8 @@ class Adoption:
     """What a rank serves from now on, and what it took to get there.
 
     routes_LEW: int32 [L, E, W]. lost, joined: ranks, against the last World that this rank served. seconds: without
-    `replay` and `total`, which the worker measures. bytes_restored: by source, on this rank. step: the last step that
-    any member had committed.
+    `replay` and `total`, which the worker measures. bytes_restored: by source, on this rank; seconds_restored: what
+    they took. step: the last step that any member had committed.
     """
 
     world: World
@@ -51,6 +51,7 @@ class Adoption:
     causes: Mapping[int, str]
     seconds: PhaseSeconds
     bytes_restored: Mapping[str, int]
+    seconds_restored: Mapping[str, float]
     step: int
 
 
@@ -94,8 +95,10 @@ class Recovery:
         self._agreed: Agreed | None = None
         self._served: View | None = None
         self._unfinished: Change | None = None
+        self._said_what_it_holds = False
         self._seconds = PhaseSeconds()
         self._bytes: dict[str, int] = {}
+        self._source_s: dict[str, float] = {}
 
     @property
     def view(self) -> View:
@@ -126,7 +129,15 @@ class Recovery:
                 return
             source = to_read_from(last, self._calls.all_digests(last))
             moves = diff(held_by_all(last, self.me, self._bank.held_LS), wish, self.me.rank)
-            job = Restore(moves, source, self._bank, self._sources, progress=self._progress, faults=self._faults)
+            job = Restore(
+                moves,
+                source,
+                self._bank,
+                self._sources,
+                clock=self._clock,
+                progress=self._progress,
+                faults=self._faults,
+            )
             job.advance(lambda: not self._notices.is_dead(self.me))
             self._count(job)
             self._calls.remember(self._answer())
@@ -156,7 +167,7 @@ class Recovery:
         routes_LEW = self._restore(agreed)
         adoption = self._adoption(change, agreed, routes_LEW)
         self._unfinished, self._served = None, agreed.view
-        self._seconds, self._bytes = PhaseSeconds(), {}
+        self._seconds, self._bytes, self._source_s = PhaseSeconds(), {}, {}
         return adoption
 
     # --- the phases
@@ -196,7 +207,9 @@ class Recovery:
         routes_LEW = routes(agreed.placement, agreed.view, self.me.rank, self._width, agreed.load_LE)
         planned = self._clock.now()
         self._add(replan=planned - began)
-        job = Restore(moves, agreed, self._bank, self._sources, progress=self._progress, faults=self._faults)
+        job = Restore(
+            moves, agreed, self._bank, self._sources, clock=self._clock, progress=self._progress, faults=self._faults
+        )
         limits = self._limits
         lost: tuple[tuple[int, int], ...] = ()
         try:
@@ -205,9 +218,9 @@ class Recovery:
                 while remaining:
                     end = self._clock.now() + limits.slice_s
                     job.advance(lambda end=end: self._clock.now() < end and self._comm.status().clean)  # type: ignore[misc]
-                    if job.learned and not job.remaining:
+                    if not job.remaining and (job.learned or not self._said_what_it_holds):
                         self._calls.remember(self._answer())
-                        job.learned = 0
+                        job.learned, self._said_what_it_holds = 0, True
                     remaining, lost = self._meet(job)
         finally:
             self._add(restore=self._clock.now() - planned)
@@ -237,6 +250,7 @@ class Recovery:
     def _count(self, job: Restore) -> None:
         for name, count in job.bytes_by_source.items():
             self._bytes[name] = self._bytes.get(name, 0) + count
+            self._source_s[name] = self._source_s.get(name, 0.0) + job.seconds_by_source[name]
 
     def _answer(self) -> Answer:
         return Answer(
@@ -292,6 +306,7 @@ class Recovery:
             causes,
             msgspec.structs.replace(self._seconds, detect=change.detect_s),
             dict(self._bytes),
+            dict(self._source_s),
             agreed.step,
         )
 

@@ -1,7 +1,8 @@
 """How a newcomer comes in without making anybody wait: it prepares alone, and the plan of its meeting moves nothing.
 
 Before it asks to be let in, a newcomer plans the World in which it will be one of the members, with the same planner as
-everybody, and fills the slots that this plan gives it: from live peers' memory, which costs them nothing, or from disk.
+everybody, and fills the slots that this plan gives it: from the vault or live peers' memory, which costs nobody
+anything, or from disk.
 The plan stays behind in the store as its wish. When the members let it in, whoever plans the next World plans nothing
 new: what all hold stays where it is (`settled`), the newcomer's slots included, and those of the others are given up
 that the wish has no use for. So the restore of a join is empty for everyone, and healthy ranks feel a step boundary.

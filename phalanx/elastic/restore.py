@@ -1,4 +1,7 @@
-"""Filling slots with experts, from a peer's live replica or from disk, each checked by digest: the only I/O on weights.
+"""Filling slots with experts, each checked by its digest: the only I/O on weights.
+
+Sources are asked in the order of their speed: the vault, whose bytes a slot borrows without a copy; a live replica on
+a peer, which is copied; the checkpoint on disk. A copy that is missing, damaged or gone costs no more than the next.
 
 A slot says what it holds at every moment: it is cleared before it is overwritten and marked after the check. So a
 restore that is cut off anywhere leaves slots that hold what they say, and the next one starts from there.
@@ -6,8 +9,9 @@ restore that is cut off anywhere leaves slots that hold what they say, and the n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +19,7 @@ import numpy.typing as npt
 
 from phalanx.elastic.agree import Agreed
 from phalanx.elastic.replan import Move
+from phalanx.elastic.store import Clock, MonotonicClock
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import PeerBank, digest
 from phalanx.testing.faults import NO_FAULTS, Faults
@@ -24,8 +29,19 @@ Bytes = npt.NDArray[np.uint8]
 Fetch = Callable[[Bytes], None]
 """Reads one copy of an expert into uint8 [expert_bytes]. Raises OSError or PhalanxError when it cannot."""
 
+log = logging.getLogger("phalanx.elastic")
+
 TROUBLE = (OSError, PhalanxError)
 """What a source may raise: it means "take the next copy"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loan:
+    """A copy of an expert that need not be read: uint8 [expert_bytes] in memory that stays as it is, which a slot may
+    borrow. digest: what whoever put it there says it is."""
+
+    data: Bytes
+    digest: int
 
 
 class Bank(Protocol):
@@ -42,6 +58,8 @@ class Bank(Protocol):
     def clear(self, layer: int, slot: int) -> None: ...
 
     def mark(self, layer: int, slot: int, expert: int, digest: int) -> None: ...
+
+    def borrow(self, layer: int, slot: int, expert: int, digest: int, data: Bytes) -> None: ...
 
 
 class Reader(Protocol):
@@ -61,7 +79,7 @@ class Source(Protocol):
     def adopt(self, agreed: Agreed) -> None:
         """What is agreed from now on. LOCAL, and cheap: it is called in every recovery."""
 
-    def copies(self, layer: int, expert: int) -> Iterable[Fetch]:
+    def copies(self, layer: int, expert: int) -> Iterable[Fetch | Loan]:
         """Every copy that this source could read, the best first. LOCAL."""
 
 
@@ -112,6 +130,29 @@ class PeerSource:
         return fetch
 
 
+class Shelf(Protocol):
+    """Experts in this host's memory, in slot layout, `elastic.vault.Vault` in a service."""
+
+    def expert(self, layer: int, expert: int) -> tuple[Bytes, int] | None: ...
+
+
+class VaultSource:
+    """The vault of this host: its bytes are lent, not copied, and outlive the process that fills it."""
+
+    name = "vault"
+
+    def __init__(self, vault: Shelf) -> None:
+        self._vault = vault
+
+    def adopt(self, agreed: Agreed) -> None:
+        pass
+
+    def copies(self, layer: int, expert: int) -> Iterator[Loan]:
+        entry = self._vault.expert(layer, expert)
+        if entry is not None:
+            yield Loan(*entry)
+
+
 class ExpertReader(Protocol):
     """A checkpoint's experts in slot layout, `model.loader.Checkpoint` in a service."""
 
@@ -123,13 +164,17 @@ class DiskSource:
 
     name = "disk"
 
-    def __init__(self, checkpoint: ExpertReader, dtype: Any) -> None:
-        self._checkpoint, self._dtype = checkpoint, dtype
+    def __init__(self, checkpoint: ExpertReader, dtype: Any, *, first_load_only: bool = False) -> None:
+        """first_load_only: read only experts that nobody has ever held, so that no recovery reads from disk."""
+        self._checkpoint, self._dtype, self._first_only = checkpoint, dtype, first_load_only
+        self._agreed: Agreed | None = None
 
     def adopt(self, agreed: Agreed) -> None:
-        pass
+        self._agreed = agreed
 
     def copies(self, layer: int, expert: int) -> tuple[Fetch, ...]:
+        if self._first_only and self._agreed is not None and self._agreed.digest_LE[layer, expert]:
+            return ()
         return (lambda out: self._checkpoint.read_expert(layer, expert, out, self._dtype),)
 
 
@@ -143,10 +188,12 @@ class Restore:
         bank: Bank,
         sources: Sequence[Source],
         *,
+        clock: Clock | None = None,
         progress: Callable[[int, int], None] | None = None,
         faults: Faults = NO_FAULTS,
     ) -> None:
         """progress: called with (done, total) after each expert. sources: the fastest first."""
+        self._clock = clock or MonotonicClock()
         self._moves, self._agreed, self._bank, self._sources = moves, agreed, bank, sources
         self._progress, self._faults = progress, faults
         self._next = 0
@@ -155,6 +202,8 @@ class Restore:
         self.learned = 0
         """How many digests this restore was the first to know."""
         self.bytes_by_source: dict[str, int] = {}
+        self.seconds_by_source: dict[str, float] = {}
+        """What that took, the check of the digest included."""
         for source in sources:
             source.adopt(agreed)
 
@@ -176,16 +225,38 @@ class Restore:
     def _fill(self, move: Move) -> bool:
         layer, slot, expert = move
         self._bank.clear(layer, slot)
-        out = self._bank.slot_bytes(layer, slot)
-        wanted = int(self._agreed.digest_LE[layer, expert])
         for source in self._sources:
-            for fetch in source.copies(layer, expert):
-                with suppress(*TROUBLE):
-                    fetch(out)
-                    found = digest(out.data)
-                    if wanted in (0, found):
-                        self._bank.mark(layer, slot, expert, found)
-                        self.learned += wanted == 0
-                        self.bytes_by_source[source.name] = self.bytes_by_source.get(source.name, 0) + out.nbytes
-                        return True
+            for copy in source.copies(layer, expert):
+                began = self._clock.now()
+                try:
+                    size = self._take(move, copy)
+                except TROUBLE as error:
+                    log.info("layer %d expert %d cannot be had from %s: %s", layer, expert, source.name, error)
+                    continue
+                if size:
+                    seconds = self._clock.now() - began
+                    self.bytes_by_source[source.name] = self.bytes_by_source.get(source.name, 0) + size
+                    self.seconds_by_source[source.name] = self.seconds_by_source.get(source.name, 0.0) + seconds
+                    return True
+                log.warning("layer %d expert %d: the copy from %s is damaged", layer, expert, source.name)
         return False
+
+    def _take(self, move: Move, copy: Fetch | Loan) -> int:
+        """Fill a slot with one copy; its bytes, 0 when they are not those of the expert."""
+        layer, slot, expert = move
+        wanted = int(self._agreed.digest_LE[layer, expert])
+        if isinstance(copy, Loan):
+            data = copy.data
+            found = digest(data.data)
+            if found != copy.digest or wanted not in (0, found):
+                return 0
+            self._bank.borrow(layer, slot, expert, found, data)
+        else:
+            data = self._bank.slot_bytes(layer, slot)
+            copy(data)
+            found = digest(data.data)
+            if wanted not in (0, found):
+                return 0
+            self._bank.mark(layer, slot, expert, found)
+        self.learned += wanted == 0
+        return data.nbytes

@@ -5,7 +5,9 @@ Shape suffixes: T tokens, D model width, V vocabulary, H heads, C head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,21 @@ class DenseWeights:
     norm: Tensor
     head: Tensor
     """[V, D]"""
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor]) -> DenseWeights:
+        """Put together what `Checkpoint.dense_parts` took apart. LOCAL."""
+        by_layer: dict[int, dict[str, Any]] = {}
+        for name, tensor in parts.items():
+            if name.startswith("layers."):
+                _, layer, field = name.split(".")
+                by_layer.setdefault(int(layer), dict.fromkeys(f.name for f in fields(LayerWeights)))[field] = tensor
+        return cls(
+            embed=parts["embed"],
+            layers=tuple(LayerWeights(**by_layer[i]) for i in range(len(by_layer))),
+            norm=parts["norm"],
+            head=parts.get("head", parts["embed"]),  # tied: the embedding is the head
+        )
 
 
 class RmsNorm:

@@ -6,7 +6,9 @@ bytes of its own experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,13 +89,24 @@ class Checkpoint:
         """All that every rank holds: embeddings, attention, norms, routers, dense MLPs, head, in `dtype`. LOCAL."""
         from phalanx.model.layers import DenseWeights
 
-        embed = self._tensor("model.embed_tokens.weight").to(dtype)
-        return DenseWeights(
-            embed=embed,
-            layers=tuple(self._layer_weights(i, dtype) for i in range(self.config.num_layers)),
-            norm=self._tensor("model.norm.weight").to(dtype),
-            head=embed if self.config.tied_embeddings else self._tensor("lm_head.weight").to(dtype),
-        )
+        return DenseWeights.of(dict(self.dense_parts(dtype)))
+
+    def dense_parts(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The dense weights one by one, as (name, tensor): embed, layers.{i}.{field of LayerWeights}, norm, head (not
+        when it is tied). So whoever copies them need not hold them all. LOCAL."""
+        yield "embed", self._tensor("model.embed_tokens.weight").to(dtype)
+        for i in range(self.config.num_layers):
+            layer = self._layer_weights(i, dtype)
+            for field in fields(layer):
+                if (tensor := getattr(layer, field.name)) is not None:
+                    yield f"layers.{i}.{field.name}", tensor
+        yield "norm", self._tensor("model.norm.weight").to(dtype)
+        if not self.config.tied_embeddings:
+            yield "head", self._tensor("lm_head.weight").to(dtype)
+
+    def dense_elements(self) -> list[int]:
+        """How many elements each dense tensor on disk has; `dense_parts` joins some of them. LOCAL."""
+        return [math.prod(shape) for _, shape in self._names.dense()]
 
     def close(self) -> None:
         """Let go of the files. LOCAL."""
@@ -176,6 +189,12 @@ class Names:
 
     def expected(self) -> Iterator[tuple[str, Shape]]:
         """Every tensor that is read, with its shape."""
+        yield from self.dense()
+        for layer in range(self.config.num_moe_layers):
+            yield from self._experts(layer)
+
+    def dense(self) -> Iterator[tuple[str, Shape]]:
+        """Every tensor but the experts' own, with its shape."""
         config = self.config
         yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
         yield "model.norm.weight", (config.hidden,)
@@ -184,7 +203,7 @@ class Names:
         for layer in range(config.num_layers):
             yield from self._attention(f"model.layers.{layer}.")
             if layer in config.moe_layers:
-                yield from self._experts(config.moe_layers.index(layer))
+                yield self.router(layer), (config.num_experts, config.hidden)
             else:
                 stem = f"model.layers.{layer}.mlp."
                 yield stem + "gate_proj.weight", (config.dense_width, config.hidden)
@@ -209,7 +228,6 @@ class Names:
 
     def _experts(self, layer: int) -> Iterator[tuple[str, Shape]]:
         config = self.config
-        yield self.router(config.moe_layers[layer]), (config.num_experts, config.hidden)
         if self.fused:
             yield self.gate_up(layer), (config.num_experts, 2 * config.expert_width, config.hidden)
             yield self.down(layer), (config.num_experts, config.hidden, config.expert_width)

@@ -36,6 +36,10 @@ class StaleAddress(PhalanxError):
     """An address no longer leads to the slots it was made for: their owner is gone."""
 
 
+class BorrowedSlot(PhalanxError):
+    """A slot's owner computes from bytes that lie elsewhere: there is nothing to read in the slot."""
+
+
 def digest(data: Buffer) -> int:
     """What an expert's bytes are known by: xxh3_64, below 2**64. LOCAL."""
     return xxhash.xxh3_64_intdigest(data)
@@ -46,6 +50,9 @@ class SlotBank:
 
     Only this process writes. Peers map the file read-only by `address` (`PeerBank`); they check what they copied by its
     digest, so a slot may be overwritten under a reader.
+
+    A slot may also borrow: its expert is computed from bytes that lie in other memory (the vault's), and the slot takes
+    none. Peers are told so (a byte a slot, after the header) and read that expert where the owner does.
     """
 
     def __init__(
@@ -57,11 +64,13 @@ class SlotBank:
         self._stride = -(-self.expert_bytes // _PAGE) * _PAGE  # whole pages, so that clearing gives memory back
         token = os.urandom(16)
         self._fd = os.memfd_create("phalanx-slots", os.MFD_CLOEXEC)
-        size = _PAGE + num_layers * slots_per_rank * self._stride
+        self._start = _slots_start(num_layers, slots_per_rank)
+        size = self._start + num_layers * slots_per_rank * self._stride
         os.ftruncate(self._fd, size)
         self._map = mmap.mmap(self._fd, size)
         self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, token)
         self._bytes = np.frombuffer(self._map, np.uint8)
+        self._borrowed_LS = _borrowed(self._bytes, num_layers, slots_per_rank)
         self._held_LS = np.full((num_layers, slots_per_rank), _EMPTY, np.int32)
         self._digest_LS = np.zeros((num_layers, slots_per_rank), np.uint64)
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
@@ -89,23 +98,27 @@ class SlotBank:
 
     def slot_bytes(self, layer: int, slot: int) -> Bytes:
         """uint8 [expert_bytes], writable: fill it, then `mark` it. LOCAL."""
+        data = self._slot(layer, slot)
         self._unpack(layer, slot)
-        return self._slot(layer, slot)
+        self._give_back(layer, slot)
+        return data
 
     def _slot(self, layer: int, slot: int) -> Bytes:
         start = _start(self, layer, slot, self._stride)
         return self._bytes[start : start + self.expert_bytes]
 
     def weights(self, layer: int, slot: int) -> ExpertWeights:
-        """(w13 [2F, D], w2 [D, F]) of a slot, at a fixed address whatever it holds. LOCAL."""
+        """(w13 [2F, D], w2 [D, F]) of a slot; at a fixed address as long as it does not borrow. LOCAL."""
         pair = self._weights.get((layer, slot))
         if pair is None:
-            flat = torch.from_numpy(self._slot(layer, slot)).view(self.dtype)
-            middle = 2 * self.expert_width * self.hidden
-            w13 = flat[:middle].view(2 * self.expert_width, self.hidden)
-            pair = w13, flat[middle:].view(self.hidden, self.expert_width)
-            self._weights[layer, slot] = pair
+            pair = self._weights[layer, slot] = self._pair(self._slot(layer, slot))
         return pair
+
+    def _pair(self, data: Bytes) -> ExpertWeights:
+        flat = torch.from_numpy(data).view(self.dtype)
+        middle = 2 * self.expert_width * self.hidden
+        w13 = flat[:middle].view(2 * self.expert_width, self.hidden)
+        return w13, flat[middle:].view(self.hidden, self.expert_width)
 
     def expert(self, layer: int, slot: int) -> SwiGlu:
         """The slot's expert, to be called: [N, D] -> [N, D]. LOCAL."""
@@ -139,9 +152,26 @@ class SlotBank:
         self._held_LS[layer, slot] = expert
         self._digest_LS[layer, slot] = digest
 
+    def borrow(self, layer: int, slot: int, expert: int, digest: int, data: Bytes) -> None:
+        """The slot, which is clear, holds `expert`, whose bytes are `data`, uint8 [expert_bytes], where they lie; they
+        must stay as they are for as long as the slot is not cleared. Copies nothing. LOCAL."""
+        assert data.nbytes == self.expert_bytes, (data.nbytes, self.expert_bytes)
+        self._unpack(layer, slot)
+        self._weights[layer, slot] = self._pair(data)
+        self._experts.pop((layer, slot), None)
+        self._borrowed_LS[layer, slot] = 1
+        self.mark(layer, slot, expert, digest)
+
+    def _give_back(self, layer: int, slot: int) -> None:
+        if self._borrowed_LS[layer, slot]:
+            self._borrowed_LS[layer, slot] = 0
+            self._weights.pop((layer, slot), None)
+            self._experts.pop((layer, slot), None)
+
     def clear(self, layer: int, slot: int) -> None:
         """The slot holds nothing from now on, and its memory goes back to the system. LOCAL."""
         self._unpack(layer, slot)
+        self._give_back(layer, slot)
         self._held_LS[layer, slot] = _EMPTY
         self._digest_LS[layer, slot] = 0
         self._map.madvise(mmap.MADV_REMOVE, _start(self, layer, slot, self._stride), self._stride)
@@ -150,7 +180,7 @@ class SlotBank:
         """Give the memory back once nobody maps it any more. LOCAL."""
         self._weights.clear()
         self._experts.clear()
-        del self._bytes
+        del self._bytes, self._borrowed_LS
         os.close(self._fd)
         _unmap(self._map)
 
@@ -162,7 +192,9 @@ class PeerBank:
         self.num_layers, self.slots_per_rank, self.expert_bytes = num_layers, slots_per_rank, expert_bytes
         self._stride = -(-expert_bytes // _PAGE) * _PAGE
         self._map = memory
+        self._start = _slots_start(num_layers, slots_per_rank)
         self._bytes = np.frombuffer(memory, np.uint8)
+        self._borrowed_LS = _borrowed(self._bytes, num_layers, slots_per_rank)
 
     @classmethod
     def open(cls, address: str) -> PeerBank:
@@ -184,20 +216,31 @@ class PeerBank:
         return cls(memory, int(layers), int(slots), int(expert_bytes))
 
     def slot_bytes(self, layer: int, slot: int) -> Bytes:
-        """uint8 [expert_bytes], read-only. LOCAL."""
+        """uint8 [expert_bytes], read-only. Raises BorrowedSlot when the owner's bytes lie elsewhere. LOCAL."""
         start = _start(self, layer, slot, self._stride)
+        if self._borrowed_LS[layer, slot]:
+            raise BorrowedSlot(f"slot {slot} of layer {layer} borrows its bytes")
         return self._bytes[start : start + self.expert_bytes]
 
     def close(self) -> None:
         """Unmap. LOCAL."""
-        del self._bytes
+        del self._bytes, self._borrowed_LS
         _unmap(self._map)
 
 
 def _start(bank: SlotBank | PeerBank, layer: int, slot: int, stride: int) -> int:
     assert 0 <= layer < bank.num_layers, layer
     assert 0 <= slot < bank.slots_per_rank, slot
-    return _PAGE + (layer * bank.slots_per_rank + slot) * stride
+    return bank._start + (layer * bank.slots_per_rank + slot) * stride
+
+
+def _slots_start(num_layers: int, slots_per_rank: int) -> int:
+    return _PAGE + -(-num_layers * slots_per_rank // _PAGE) * _PAGE
+
+
+def _borrowed(data: Bytes, num_layers: int, slots_per_rank: int) -> Bytes:
+    """uint8 [L, S], 1 where a slot borrows, as both sides see it."""
+    return data[_PAGE : _PAGE + num_layers * slots_per_rank].reshape(num_layers, slots_per_rank)
 
 
 def _unmap(memory: mmap.mmap) -> None:

@@ -21,7 +21,8 @@ SOURCES = ("peer", "vault", "disk")
 
 
 class Recovery(msgspec.Struct, frozen=True, kw_only=True):
-    """One change of membership, over all ranks. `seconds` by PHASES, `bytes_restored` by SOURCES."""
+    """One change of membership, over all ranks. `seconds` by PHASES, `bytes_restored` by SOURCES;
+    `seconds_restored` is what they took, by SOURCES and added up over the ranks, which restore at the same time."""
 
     trigger: str
     lost: list[int]
@@ -30,6 +31,7 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     previous_epoch: int
     seconds: dict[str, float]
     bytes_restored: dict[str, int]
+    seconds_restored: dict[str, float]
     requests_moved: int
     steps_replayed: int
     causes: dict[int, str]
@@ -42,12 +44,18 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     def summary(self) -> str:
         """The line that an operator reads. LOCAL."""
         phases = ", ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name != "total")
-        restored = ", ".join(f"{count} bytes from {source}" for source, count in self.bytes_restored.items() if count)
+        restored = ", ".join(
+            f"{count} bytes from {source}{self._rate(source)}" for source, count in self.bytes_restored.items() if count
+        )
         return (
             f"recovered: {self._who()}, epoch {self.previous_epoch} -> {self.epoch}, "
             f"total {self.seconds['total']:.3f} s ({phases}), {self.requests_moved} requests moved, "
             f"{restored or 'no bytes'} restored" + ("" if self.outcome == "complete" else f" ({self.outcome})")
         )
+
+    def _rate(self, source: str) -> str:
+        seconds = self.seconds_restored.get(source, 0.0)
+        return f" at {self.bytes_restored[source] / seconds / 1e9:.2f} GB/s a rank" if seconds else ""
 
     def _who(self) -> str:
         parts = [f"lost ranks {self.lost}"] if self.lost else []

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from phalanx.messages import Load
+from phalanx.messages import Load, VaultState
 from phalanx.observe.events import Recovery
 
 _LATENCY_S = (
@@ -50,6 +50,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._loads: dict[tuple[int, int], Load] = {}
+        self._vault_starts = 0
         self._described: list[tuple[str, str, tuple[str, ...]]] = []
         self._requests()
         self._ranks()
@@ -95,6 +96,10 @@ class Metrics:
         self.expert_replicas = self._gauge("expert_replicas", "Filled expert slots, all layers and ranks")
         self.expert_balancedness = self._gauge("expert_balancedness", "Mean over max of the ranks' expected load")
         self.expert_balancedness.set(math.nan)
+        self.seconds_restored = self._counters("expert_restore_seconds", "Time that ranks took for them", "source")
+        self._vault_filled = self._gauge("vault_filled_bytes", "Weights in the vault")
+        self._vault_total = self._gauge("vault_total_bytes", "Weights in the vault when it is full")
+        self._vault_restarts = self._counters("vault_restarts", "Times the vault's process was started again")
 
     def _counters(self, stem: str, text: str, *labels: str) -> Counter:
         return Counter(self._name(stem, "counter", labels), text, labels, registry=self.registry)
@@ -158,8 +163,17 @@ class Metrics:
         self.steps_replayed.inc(recovery.steps_replayed)
         for source, count in recovery.bytes_restored.items():
             self.bytes_restored.labels(source).inc(count)
+        for source, seconds in recovery.seconds_restored.items():
+            self.seconds_restored.labels(source).inc(seconds)
         for phase, seconds in recovery.seconds.items():
             self.recovery_seconds.labels(phase).observe(seconds)
+
+    def vault(self, state: VaultState) -> None:
+        """How the vault is."""
+        self._vault_filled.set(state.filled_bytes)
+        self._vault_total.set(state.total_bytes)
+        self._vault_restarts.inc(max(0, state.restarts - self._vault_starts))
+        self._vault_starts = max(self._vault_starts, state.restarts)
 
     def described(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """Name as scraped (histograms without their suffixes), type and labels of every metric. LOCAL."""

@@ -79,6 +79,7 @@ class Tally:
             previous_epoch=self.previous_epoch,
             seconds={p: max((getattr(r.seconds, p) for r in waited), default=0.0) for p in PHASES},
             bytes_restored={s: sum(r.bytes_restored.get(s, 0) for r in reports) for s in SOURCES},
+            seconds_restored={s: sum(r.seconds_restored.get(s, 0.0) for r in reports) for s in SOURCES},
             requests_moved=self.requests_moved,
             steps_replayed=max((r.steps_replayed for r in reports), default=0),
             causes=self.causes,
@@ -113,6 +114,7 @@ class Roster:
         """The recovery in hand."""
         self.last_recovery: Recovery | None = None
         self.balance = Balance()
+        self.vault = m.VaultState(state="off")
         self._needed_epoch = 0
         """A member that has not adopted this epoch yet is in recovery."""
 
@@ -174,10 +176,16 @@ class Roster:
         return {
             "epoch": self.epoch,
             "ep_size": self.ep_size,
+            "vault": {
+                "state": self.vault.state, "pid": self.vault.pid, "restarts": self.vault.restarts,
+                "filled_bytes": self.vault.filled_bytes, "total_bytes": self.vault.total_bytes,
+                "reason": self.vault.reason,
+            },
             "ranks": [self._rank_status(rank) for rank in range(self.ep_size)],
             "last_recovery": None if last is None else {
                 "trigger": last.trigger, "lost": last.lost, "epoch": last.epoch, "seconds": last.seconds,
-                "bytes_restored": last.bytes_restored, "requests_moved": last.requests_moved,
+                "bytes_restored": last.bytes_restored, "seconds_restored": last.seconds_restored,
+                "requests_moved": last.requests_moved,
             },
         }  # fmt: skip
 

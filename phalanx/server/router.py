@@ -176,6 +176,9 @@ class Router:
                 self._place_held()
             case m.Rejected():
                 self._rejected(message)
+            case m.VaultState():
+                self.roster.vault = message
+                self.metrics.vault(message)
         self._gauge()
 
     def expire(self) -> None:

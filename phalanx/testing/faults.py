@@ -49,6 +49,10 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "adopt": "every expert is restored, the new World is about to be adopted",
         "barrier": "between what a barrier sends and what it waits for",
         "join": "a newcomer asks to be let in",
+        "vault_dense": "the vault's process is about to copy a dense tensor in",
+        "vault_fill": "the vault's process is about to copy an expert in",
+        "vault_torn": "half of an expert's bytes are in the vault",
+        "vault_publish": "an expert's bytes are in the vault, and nobody is told yet",
     }
 )
 """Every fault point: its name, and where it is passed."""

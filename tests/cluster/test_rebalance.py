@@ -63,7 +63,10 @@ def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(serve: 
     assert 0 < balance["moves"] <= metric(service, "phalanx_expert_moves_total")  # more may have moved in between
     assert 0 < balance["balancedness"] <= 1
     assert 0 < metric(service, "phalanx_expert_balancedness") <= 1
-    assert metric(service, 'phalanx_expert_bytes_restored_total{source="peer"}') > 0
+    staged = {
+        name: metric(service, f'phalanx_expert_bytes_restored_total{{source="{name}"}}') for name in ("peer", "vault")
+    }
+    assert sum(staged.values()) > 0
     assert metric(service, 'phalanx_expert_bytes_restored_total{source="disk"}') == 0
     assert alive(service) == {0, 1, 2, 3}
 

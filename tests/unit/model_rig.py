@@ -15,6 +15,7 @@ from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.local import LocalCommunicator
 from phalanx.model.attention import ForwardBatch, KVStore, SequenceSlice
 from phalanx.model.config import ModelConfig
+from phalanx.model.layers import DenseWeights
 from phalanx.model.loader import Checkpoint
 from phalanx.model.transformer import Transformer
 from phalanx.moe.experts import SlotBank, digest
@@ -31,7 +32,13 @@ class Rank:
     """One rank's model: slots_LS says what its slots hold, routes_LEW which global slot computes an expert."""
 
     def __init__(
-        self, path: Path, dtype: torch.dtype, comm: Communicator, slots_LS: np.ndarray, routes_LEW: np.ndarray
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        comm: Communicator,
+        slots_LS: np.ndarray,
+        routes_LEW: np.ndarray,
+        weights: DenseWeights | None = None,
     ) -> None:
         checkpoint = Checkpoint.open(path)
         self.config: ModelConfig = checkpoint.config
@@ -45,7 +52,7 @@ class Rank:
                 self.bank.mark(layer, slot, int(expert), digest(out))
         routes = RouteTable(config.num_moe_layers, config.num_experts, routes_LEW.shape[2])
         routes.adopt(routes_LEW)
-        self.model = Transformer(config, checkpoint.dense_weights(dtype), self.bank, routes, comm, dtype)
+        self.model = Transformer(config, weights or checkpoint.dense_weights(dtype), self.bank, routes, comm, dtype)
 
     def kv(self, tokens: int) -> KVStore:
         return KVStore(self.config, -(-tokens // BLOCK), BLOCK, self.dtype)
@@ -69,11 +76,11 @@ class Rank:
             return self.model.logits(hidden)
 
 
-def solo(path: Path, dtype: torch.dtype = torch.float32) -> Rank:
-    """One rank that holds every expert."""
+def solo(path: Path, dtype: torch.dtype = torch.float32, weights: DenseWeights | None = None) -> Rank:
+    """One rank that holds every expert. weights: what to use in place of the checkpoint's dense ones."""
     config = ModelConfig.read(path)
     slots = np.tile(np.arange(config.num_experts, dtype=np.int32), (config.num_moe_layers, 1))
-    return Rank(path, dtype, LocalCommunicator(), slots, slots[:, :, None])
+    return Rank(path, dtype, LocalCommunicator(), slots, slots[:, :, None], weights)
 
 
 def prompts(count: int, vocab: int, seed: int = 0) -> list[list[int]]:

@@ -87,9 +87,11 @@ def test_a_recovery_reads_as_one_line() -> None:
         trigger="failure", lost=[2], joined=[], epoch=4, previous_epoch=3, requests_moved=5, steps_replayed=1,
         seconds={"detect": 0.001, "agree": 0.01, "mask": 0.0, "replan": 0.002, "restore": 0.05, "replay": 0.018,
                  "total": 0.081},
-        bytes_restored={"peer": 1000, "vault": 0, "disk": 24}, causes={2: "notice"}, outcome="complete",
+        bytes_restored={"peer": 10**9, "vault": 0, "disk": 24}, seconds_restored={"peer": 0.5, "vault": 0.0},
+        causes={2: "notice"}, outcome="complete",
     )  # fmt: skip
     assert recovery.summary() == (
         "recovered: lost ranks [2], epoch 3 -> 4, total 0.081 s (detect 0.001, agree 0.010, mask 0.000, replan 0.002, "
-        "restore 0.050, replay 0.018), 5 requests moved, 1000 bytes from peer, 24 bytes from disk restored"
+        "restore 0.050, replay 0.018), 5 requests moved, 1000000000 bytes from peer at 2.00 GB/s a rank, 24 bytes "
+        "from disk restored"
     )

@@ -460,7 +460,7 @@ def test_a_closed_router_takes_nothing_but_lets_streams_end(desk: Desk) -> None:
 def recovered(rank: int, epoch: int, detect: float, peer: int, lost: list[int]) -> m.Recovered:
     seconds = m.PhaseSeconds(detect=detect, total=detect + 0.01)
     return m.Recovered(rank=rank, incarnation=0, epoch=epoch, trigger="failure", lost=lost, seconds=seconds,
-                       bytes_restored={"peer": peer}, steps_replayed=1)  # fmt: skip
+                       bytes_restored={"peer": peer}, seconds_restored={"peer": 0.25}, steps_replayed=1)  # fmt: skip
 
 
 def test_a_recovery_is_the_slowest_rank_by_phase_and_the_sum_of_bytes(desk: Desk) -> None:
@@ -473,7 +473,7 @@ def test_a_recovery_is_the_slowest_rank_by_phase_and_the_sum_of_bytes(desk: Desk
     assert desk.router.roster.last_recovery.outcome == "partial"
     desk.hear(recovered(1, 2, 0.004, 50, [2]))
     last = desk.router.roster.status()["last_recovery"]
-    assert set(last) == {"trigger", "lost", "epoch", "seconds", "bytes_restored", "requests_moved"}
+    assert set(last) == {"trigger", "lost", "epoch", "seconds", "bytes_restored", "seconds_restored", "requests_moved"}
     assert (last["trigger"], last["lost"], last["epoch"]) == ("failure", [2], 2)
     assert last["seconds"]["detect"] == 0.010
     assert last["bytes_restored"] == {"peer": 150, "vault": 0, "disk": 0}
@@ -481,10 +481,11 @@ def test_a_recovery_is_the_slowest_rank_by_phase_and_the_sum_of_bytes(desk: Desk
     report = next(e for e in desk.sent if isinstance(e, Report)).recovery
     assert report.summary() == (
         "recovered: lost ranks [2], epoch 1 -> 2, total 0.020 s (detect 0.010, agree 0.000, mask 0.000, replan 0.000, "
-        "restore 0.000, replay 0.000), 1 requests moved, 150 bytes from peer restored"
+        "restore 0.000, replay 0.000), 1 requests moved, 150 bytes from peer at 0.00 GB/s a rank restored"
     )
     assert desk.value("phalanx_recoveries_total", trigger="failure", outcome="complete") == 1
     assert desk.value("phalanx_expert_bytes_restored_total", source="peer") == 150
+    assert desk.value("phalanx_expert_restore_seconds_total", source="peer") == 0.5
     assert desk.value("phalanx_steps_replayed_total") == 1
 
 
@@ -721,3 +722,16 @@ def test_in_any_storm_every_stream_gets_each_token_once_in_order_and_ends(block:
             assert stream.ended in ("length", "enough"), f"seed {seed}: {stream.ended}"
         moved += storm.router.metrics.registry.get_sample_value("phalanx_requests_moved_total") or 0
     assert moved > 100, "the storm was no storm"
+
+
+def test_how_the_vault_is_stands_in_status_and_metrics(desk: Desk) -> None:
+    assert desk.router.roster.status()["vault"]["state"] == "off"
+    desk.hear(m.VaultState(state="filling", pid=7, filled_bytes=10, total_bytes=40))
+    assert desk.router.roster.status()["vault"] == {
+        "state": "filling", "pid": 7, "restarts": 0, "filled_bytes": 10, "total_bytes": 40, "reason": "",
+    }  # fmt: skip
+    for restarts, filled in ((1, 10), (1, 40), (3, 40)):
+        desk.hear(m.VaultState(state="full", pid=8, restarts=restarts, filled_bytes=filled, total_bytes=40))
+    assert desk.value("phalanx_vault_filled_bytes") == 40
+    assert desk.value("phalanx_vault_total_bytes") == 40
+    assert desk.value("phalanx_vault_restarts_total") == 3

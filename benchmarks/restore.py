@@ -1,0 +1,191 @@
+"""How fast a rank's slots are filled from the vault, from a peer and from disk, against a plain memory copy.
+
+    python benchmarks/restore.py [MODEL] [--turns 5] [--json]
+
+All of it in one run, in turns, on the same experts: a copy of their bytes within memory, all resident; then the
+restore that a recovery runs (`elastic.restore`, the check of every digest included) with one source at a time. Without
+MODEL a checkpoint is made in a temporary directory, with experts of Qwen3-30B-A3B's size (9.4 MB).
+
+Cold means that the page cache was told to drop the files (posix_fadvise) after they were closed; how many bytes the
+kernel then read from the device is shown beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from phalanx.elastic.agree import Agreed
+from phalanx.elastic.replan import Move
+from phalanx.elastic.restore import DiskSource, PeerSource, Restore, Source, VaultSource
+from phalanx.elastic.vault import Follower, Vault, VaultMemory, VaultShape
+from phalanx.model.loader import Checkpoint
+from phalanx.moe.experts import SlotBank, digest
+from phalanx.testing.tiny import make_tiny
+from phalanx.world import Member, Placement, View
+
+DTYPE = torch.bfloat16
+KINDS = ("memcpy", "vault", "peer", "disk, warm", "disk, cold")
+
+
+class Rig:
+    """A rank with empty slots, a peer that holds every expert, a full vault, and the checkpoint."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._path = path
+        model = Checkpoint.open(path).config
+        self.moves = [
+            Move(layer, expert, expert) for layer in range(model.num_moe_layers) for expert in range(model.num_experts)
+        ][:limit]
+        shape = model.num_moe_layers, model.num_experts, model.hidden, model.expert_width
+        self.bank, self._peer = SlotBank(*shape, DTYPE), SlotBank(*shape, DTYPE)
+        self.size = len(self.moves) * self.bank.expert_bytes
+        memory = VaultMemory(VaultShape(*shape[:2], self.bank.expert_bytes, 0, 1))
+        keeper = Vault.open_for_writing(memory.address)
+        self._vault = Vault.open(memory.address)
+        digest_LE = np.zeros(shape[:2], np.uint64)
+        checkpoint = Checkpoint.open(path)
+        for layer, slot, expert in self.moves:
+            out = self._peer.slot_bytes(layer, slot)
+            checkpoint.read_expert(layer, expert, out, DTYPE)
+            digest_LE[layer, expert] = found = digest(out.data)
+            self._peer.mark(layer, slot, expert, found)
+            keeper.write(keeper.shape.expert_start(layer, expert), out)
+            keeper.publish(layer, expert, found)
+        follower = Follower(self._vault, interval_s=0.01)
+        follower.start()
+        if len(self.moves) == digest_LE.size:
+            follower.join()
+        self._me = Member(0, 0, "here", os.getpid(), "", self.bank.address)
+        other = Member(1, 0, "here", os.getpid(), "", self._peer.address)
+        held_LP = np.concatenate([self.bank.held_LS, self._peer.held_LS], axis=1)
+        wanted_LP = np.concatenate([self._peer.held_LS, self._peer.held_LS], axis=1)
+        self._agreed = Agreed(
+            View(1, 2, (self._me, other)), Placement(wanted_LP, shape[1], shape[1]), held_LP, digest_LE,
+            np.zeros(shape[:2], np.int64), "failure", 0, 0.0,
+        )  # fmt: skip
+        self._from, self._to = (np.ones(self.bank.expert_bytes * 16, np.uint8) for _ in range(2))
+
+    def memcpy(self) -> float:
+        """Seconds to copy as many bytes as the experts have, in pieces of their size, all of it resident."""
+        step = self.bank.expert_bytes
+        began = time.perf_counter()
+        for i in range(len(self.moves)):
+            at = i % 16 * step
+            np.copyto(self._to[at : at + step], self._from[at : at + step])
+        return time.perf_counter() - began
+
+    def restore(self, source: Source) -> float:
+        """Seconds to restore every expert into empty slots."""
+        for layer, slot, _ in self.moves:
+            self.bank.clear(layer, slot)
+        job = Restore(self.moves, self._agreed, self.bank, (source,))
+        began = time.perf_counter()
+        job.advance(lambda: True)
+        seconds = time.perf_counter() - began
+        assert not job.lost
+        assert job.bytes_by_source == {source.name: self.size}
+        return seconds
+
+    def vault(self) -> float:
+        return self.restore(VaultSource(self._vault))
+
+    def peer(self) -> float:
+        source = PeerSource(self._me)
+        try:
+            return self.restore(source)
+        finally:
+            source.close()
+
+    def disk(self) -> float:
+        return self.restore(DiskSource(Checkpoint.open(self._path), DTYPE))
+
+    def forget(self) -> None:
+        """Drop the checkpoint's files from the page cache. Nobody has them open now."""
+        for file in self._path.glob("*.safetensors"):
+            fd = os.open(file, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def device_bytes() -> int:
+    """What this process has had the kernel read from devices so far."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+@contextmanager
+def checkpoint_at(model: str | None, experts: int) -> Iterator[Path]:
+    if model:
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield make_tiny(
+            Path(directory) / "model", "qwen3-moe", layers=2, experts=experts // 2, hidden=2048, expert_width=768,
+            shards=4,
+        )  # fmt: skip
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--turns", default=5, show_default=True)
+@click.option("--experts", default=64, show_default=True, help="How many experts to restore in a turn.")
+@click.option("--json", "as_json", is_flag=True)
+def main(model: str | None, turns: int, experts: int, as_json: bool) -> None:
+    """Time each source, in turns."""
+    torch.set_num_threads(1)
+    with checkpoint_at(model, experts) as path:
+        rig = Rig(path, experts)
+        rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        from_device: list[int] = []
+        runs: dict[str, Callable[[], float]] = dict(
+            zip(KINDS, (rig.memcpy, rig.vault, rig.peer, rig.disk, rig.disk), strict=True)
+        )
+        rig.memcpy()
+        for _ in range(turns):
+            for kind, run in runs.items():
+                if kind == "disk, cold":
+                    rig.forget()
+                before = device_bytes()
+                rates[kind].append(rig.size / run() / 1e9)
+                if kind == "disk, cold":
+                    from_device.append(device_bytes() - before)
+        report(rig, rates, from_device, as_json)
+
+
+def report(rig: Rig, rates: dict[str, list[float]], from_device: list[int], as_json: bool) -> None:
+    ratios = {
+        kind: statistics.median(v / r for v, r in zip(rates["vault"], rates[kind], strict=True)) for kind in KINDS
+    }
+    result = {
+        "machine": platform.processor() or platform.machine(), "kernel": platform.release(),
+        "experts": len(rig.moves), "bytes": rig.size, "expert_bytes": rig.bank.expert_bytes,
+        "gb_per_s": {kind: statistics.median(values) for kind, values in rates.items()},
+        "vault_over": ratios, "cold_bytes_from_device": statistics.median(from_device),
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(f"{len(rig.moves)} experts of {rig.bank.expert_bytes} bytes, {rig.size / 1e9:.2f} GB a turn")
+    click.echo(f"{'source':12} {'GB/s':>8} {'lowest':>8} {'highest':>8}   vault is so many times as fast")
+    for kind, values in rates.items():
+        click.echo(
+            f"{kind:12} {statistics.median(values):8.2f} {min(values):8.2f} {max(values):8.2f}   {ratios[kind]:.2f}"
+        )
+    click.echo(f"cold: {statistics.median(from_device) / rig.size:.2f} of the bytes came from the device")
+
+
+if __name__ == "__main__":
+    main()

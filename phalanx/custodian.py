@@ -1,0 +1,110 @@
+"""The custodian: the launcher's hand on the vault. It makes the memory, starts the keeper, and starts it again.
+
+The memory belongs to the launcher, so that neither a worker nor the keeper takes anything along when it dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+from phalanx import messages as m
+from phalanx.config import ServeConfig
+from phalanx.elastic.room import room_for
+from phalanx.elastic.vault import VaultMemory
+from phalanx.model.loader import Checkpoint
+from phalanx.process import VaultSpec
+
+log = logging.getLogger("phalanx.launcher")
+
+MAX_FAILURES = 5
+"""Keepers in a row that end without having filled anything: then the vault stays as it is."""
+
+
+class Custodian:
+    """Owns the vault of this host, if there is one."""
+
+    def __init__(self, config: ServeConfig, tell: Callable[[m.VaultState], None]) -> None:
+        """tell: hands a message to the server."""
+        self._tell = tell
+        self._memory = _make(config)
+        self._spec: VaultSpec | None = None
+        self._pid, self._awaited = 0, False
+        self._failures, self._incarnation = 0, 0
+        self._progress = (0, 0)
+        self.pidfd = -1
+        """Readable when the keeper has ended; -1 when none runs."""
+
+    @property
+    def address(self) -> str:
+        """Where workers find the vault; "" when there is none. LOCAL."""
+        return self._memory.address if self._memory else ""
+
+    def start(self, spec: VaultSpec, ask: Callable[[VaultSpec], None]) -> None:
+        """Start the keeper, if there is a vault. `ask` has it forked; `born` is to be called then. LOCAL."""
+        self._spec, self._ask = spec, ask
+        if self._memory is None:
+            self._tell(m.VaultState(state="off", reason="there is no vault: see --expert-backup"))
+            return
+        self._start()
+
+    def _start(self) -> None:
+        assert self._spec is not None
+        self._awaited = True
+        self._ask(self._spec.of(self._incarnation))
+
+    def born(self, pid: int, pidfd: int) -> None:
+        """The keeper that was asked for is there. LOCAL."""
+        self._awaited, self._pid, self.pidfd = False, pid, pidfd
+
+    def nobody_is_born(self) -> None:
+        """No process can be forked any more, so a keeper that was asked for will not come. LOCAL."""
+        if self._awaited:
+            self._awaited = False
+            self._give_up("the vault's process cannot be started: it stays as it is")
+
+    def _give_up(self, reason: str) -> None:
+        log.error("%s", reason)
+        self._tell(m.VaultState(state="given_up", restarts=self._incarnation, reason=reason))
+
+    def buried(self) -> None:
+        """The keeper has ended: start another one, unless several ended one after the other to no effect. LOCAL."""
+        assert self._memory is not None
+        os.close(self.pidfd)
+        self.pidfd = -1
+        _, status = os.waitpid(self._pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        progress = self._memory.progress
+        self._failures = 1 if progress != self._progress else self._failures + 1
+        self._progress = progress
+        if self._failures >= MAX_FAILURES:
+            self._give_up(f"{MAX_FAILURES} processes of the vault ended in a row ({how}): it stays as it is")
+            return
+        log.warning("the vault's process (pid %d) ended: %s; what it holds stays, starting it again", self._pid, how)
+        self._incarnation += 1
+        self._start()
+
+    def close(self) -> None:
+        """End the keeper and let go of the memory. LOCAL."""
+        if self.pidfd >= 0:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)  # there is nothing that it would have to put in order
+            os.waitpid(self._pid, 0)
+            os.close(self.pidfd)
+            self.pidfd = -1
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+
+def _make(config: ServeConfig) -> VaultMemory | None:
+    if config.expert_backup != "dram":
+        return None
+    room = room_for(config, Checkpoint.open(config.model))
+    if not room.fits:
+        log.warning("--expert-backup dram does not fit: %s; going on with disk", room)
+        return None
+    log.info("--expert-backup dram: %s", room)
+    return VaultMemory(room.shape)

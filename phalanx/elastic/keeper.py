@@ -1,0 +1,267 @@
+"""The keeper: the process that fills the vault, and looks after what is in it.
+
+It reads no expert that a rank has read already: it waits until the first load is over and copies each from the slots
+of a rank that holds it, by the digest that rank left in the store. Only what nobody can give comes from disk. Then it
+checks every entry from time to time, and fills again what is damaged.
+
+Nobody waits for it. It runs at the lowest ordinary priority. It may be killed at any time: the memory is the
+launcher's, the index says what is whole, and the next keeper goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import torch
+import zmq
+
+from phalanx import messages as m
+from phalanx.comm.notices import NoticeBoard
+from phalanx.elastic.agree import Answer, TcpStore
+from phalanx.elastic.restore import TROUBLE, Bytes
+from phalanx.elastic.room import RESERVE_BYTES, available_bytes, gb
+from phalanx.elastic.vault import Vault
+from phalanx.model.loader import Checkpoint
+from phalanx.moe.experts import PeerBank, digest
+from phalanx.observe.log import set_up_logging
+from phalanx.process import VaultSpec, server_endpoint
+from phalanx.testing import faults
+from phalanx.world import Member
+
+log = logging.getLogger("phalanx.vault")
+
+REPORT_EVERY_S = 0.5
+LOG_EVERY_S = 5.0
+CHECK_EVERY_S = 600.0
+"""How often every entry of a full vault is checked; SIGUSR1 asks for it at once."""
+
+_LOOK_S = 0.05
+_PAUSE_S = 5.0
+_LOOK_AT_MEMORY_EVERY = 64 << 20
+
+
+def run(spec: VaultSpec) -> int:
+    """The keeper's whole life, until it is killed. LOCAL, blocks."""
+    set_up_logging(spec.config.log_level, spec.config.log_format, "vault")
+    os.nice(19)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    Keeper(spec).run()
+    return 0
+
+
+class Keeper:
+    """One incarnation of the vault's process."""
+
+    def __init__(self, spec: VaultSpec) -> None:
+        config = spec.config
+        self._spec, self._config = spec, config
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        chaos = config.enable_chaos
+        self._faults = faults.armed(spec.faults, -1, spec.incarnation) if chaos else faults.NO_FAULTS
+        self._vault = Vault.open_for_writing(spec.vault)
+        self._report = Report(spec, self._vault)
+        self._checkpoint = Checkpoint.open(config.model)
+        self._since_look = 0
+
+    def run(self) -> None:
+        """Check what is there, fill what is missing, and again from time to time. Does not return."""
+        self._report.now("filling")
+        if self._vault.has_dense or self._vault.filled_LE.any():
+            self._check()
+        while True:
+            if not self._vault.has_dense:
+                self._fill_dense()
+            if not self._vault.is_full:
+                self._fill_experts(Holders(self._spec))
+            self._vault.found_full()
+            self._report.full()
+            signal.sigtimedwait({signal.SIGUSR1}, CHECK_EVERY_S)
+            self._check()
+
+    def _check(self) -> None:
+        """Withdraw every entry whose bytes do not have its digest."""
+        vault, damaged = self._vault, 0
+        for layer, expert in np.argwhere(vault.filled_LE).tolist():
+            entry = vault.expert(layer, expert)
+            assert entry is not None
+            if digest(entry[0].data) != entry[1]:
+                vault.withdraw(layer, expert)
+                damaged += 1
+        if vault.has_dense and vault.dense_parts() is None:
+            vault.withdraw_dense()
+            damaged += 1
+        count = int(vault.filled_LE.sum())
+        if damaged:
+            log.warning("%d entries of the vault are damaged and will be filled again, %d are whole", damaged, count)
+        else:
+            log.info("checked the vault: all %d experts in it are whole", count)
+
+    def _fill_dense(self) -> None:
+        writer = self._vault.dense_writer()
+        for name, tensor in self._checkpoint.dense_parts(self._dtype):
+            self._faults.point("vault_dense")
+            size = writer.add(name, tensor)
+            self._took("disk", size)
+        self._vault.publish_dense(writer.table)
+
+    def _fill_experts(self, holders: Holders) -> None:
+        """Fill what is missing, one expert's bytes in hand at a time."""
+        holders.wait_for_the_first_load(self._config.warmup_timeout_s)
+        out = np.empty(self._vault.shape.expert_bytes, np.uint8)
+        for layer, expert in np.argwhere(~self._vault.filled_LE).tolist():
+            self._faults.point("vault_fill")
+            source = "peer" if holders.read(layer, expert, out) else "disk"
+            if source == "disk":
+                self._checkpoint.read_expert(layer, expert, out, self._dtype)
+            found = digest(out.data)
+            start = self._vault.shape.expert_start(layer, expert)
+            middle = len(out) // 2
+            self._vault.write(start, out[:middle])
+            self._faults.point("vault_torn")
+            self._vault.write(start + middle, out[middle:])
+            self._faults.point("vault_publish")
+            self._vault.publish(layer, expert, found)
+            self._took(source, len(out))
+        holders.close()
+
+    def _took(self, source: str, size: int) -> None:
+        self._report.took(source, size)
+        self._since_look += size
+        if self._since_look >= _LOOK_AT_MEMORY_EVERY:
+            self._since_look = 0
+            while (available := available_bytes()) < RESERVE_BYTES:
+                self._report.now("short", f"only {gb(available)} of memory are left: the vault waits")
+                time.sleep(_PAUSE_S)
+
+
+class Holders:
+    """The ranks' slots, as the ranks described them in the store once they had loaded."""
+
+    def __init__(self, spec: VaultSpec) -> None:
+        self._ep_size = spec.config.ep_size
+        self._notices = NoticeBoard.open(spec.notices)
+        self._store = TcpStore(spec.store_host, spec.store_port)
+        self._where: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
+        self._banks: dict[str, PeerBank | None] = {}
+
+    def wait_for_the_first_load(self, patience_s: float) -> None:
+        """Until every rank has said what it holds, or is dead, or has had its time; then learn where each expert is.
+        LOCAL."""
+        end = time.monotonic() + patience_s
+        awaited = [Member(rank, 0) for rank in range(self._ep_size)]
+        while awaited and time.monotonic() < end:
+            awaited = [member for member in awaited if not (self._learn(member) or self._notices.is_dead(member))]
+            if awaited:
+                time.sleep(_LOOK_S)
+        for rank in range(self._ep_size):  # nobody waits for those that come back, but they may know more
+            if incarnation := int(self._store.get(f"coming/{rank}") or 0):
+                self._learn(Member(rank, incarnation))
+
+    def read(self, layer: int, expert: int, out: Bytes) -> bool:
+        """Copy an expert from the first rank whose slot has it, checked by its digest; whether there was one. LOCAL."""
+        return any(self._copy(layer, *place, out) for place in self._where.get((layer, expert), ()))
+
+    def close(self) -> None:
+        """Unmap the ranks' slots. LOCAL."""
+        for bank in self._banks.values():
+            if bank is not None:
+                bank.close()
+        self._banks.clear()
+        self._notices.close()
+
+    def _learn(self, member: Member) -> bool:
+        value = self._store.get(f"digests/{member}")
+        if not value:
+            return False
+        answer = msgspec.msgpack.decode(value, type=Answer)
+        bank = self._bank(answer.member.weights_address)
+        if bank is not None:
+            held_LS = np.frombuffer(answer.held, np.int32).reshape(bank.num_layers, bank.slots_per_rank)
+            digest_LS = np.frombuffer(answer.digests, np.uint64).reshape(held_LS.shape)
+            for layer, slot in np.argwhere(held_LS >= 0).tolist():
+                place = answer.member.weights_address, slot, int(digest_LS[layer, slot])
+                self._where.setdefault((layer, int(held_LS[layer, slot])), []).append(place)
+        return True
+
+    def _copy(self, layer: int, address: str, slot: int, wanted: int, out: Bytes) -> bool:
+        bank = self._bank(address)
+        try:
+            if bank is not None:
+                np.copyto(out, bank.slot_bytes(layer, slot))
+                return digest(out.data) == wanted
+        except TROUBLE:
+            pass
+        return False
+
+    def _bank(self, address: str) -> PeerBank | None:
+        if address not in self._banks:
+            try:
+                self._banks[address] = PeerBank.open(address)
+            except TROUBLE:
+                self._banks[address] = None
+        return self._banks[address]
+
+
+class Report:
+    """Says how far the vault is: to the log, and to the server for metrics and status."""
+
+    def __init__(self, spec: VaultSpec, vault: Vault) -> None:
+        self._vault, self._restarts = vault, spec.incarnation
+        shape = vault.shape
+        self._total = shape.dense_bytes + shape.num_layers * shape.num_experts * shape.expert_bytes
+        self._filled = vault.filled_bytes
+        self._by_source: dict[str, int] = {}
+        self._began = self._said = self._logged = time.monotonic()
+        self._context = zmq.Context()
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.connect(server_endpoint(spec.run_dir))
+
+    def took(self, source: str, size: int) -> None:
+        """So many more bytes are in. LOCAL."""
+        self._by_source[source] = self._by_source.get(source, 0) + size
+        self._filled += size
+        now = time.monotonic()
+        if now - self._said >= REPORT_EVERY_S:
+            self._send("filling")
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            log.info("the vault is filled to %.0f %% of %s", 100 * self._filled / self._total, gb(self._total))
+
+    def full(self) -> None:
+        """Everything is there. LOCAL."""
+        self._filled = self._vault.filled_bytes
+        parts = ", ".join(self._sources()) or "nothing was missing"
+        log.info("the vault is full: %s in %.1f s (%s)", gb(self._filled), time.monotonic() - self._began, parts)
+        self._by_source = {}
+        self._send("full")
+
+    def now(self, state: m.VaultPhase, reason: str = "") -> None:
+        """Something worth saying at once. LOCAL."""
+        if reason:
+            log.warning("%s", reason)
+        self._began = time.monotonic()
+        self._filled = self._vault.filled_bytes
+        self._send(state, reason)
+
+    def _sources(self) -> Iterator[str]:
+        names = {"peer": "from ranks", "disk": "from disk"}
+        return (f"{gb(size)} {names[source]}" for source, size in sorted(self._by_source.items(), reverse=True))
+
+    def _send(self, state: m.VaultPhase, reason: str = "") -> None:
+        self._said = time.monotonic()
+        self._outbox.send(
+            m.encode(
+                m.VaultState(
+                    state=state, pid=os.getpid(), restarts=self._restarts, filled_bytes=self._filled,
+                    total_bytes=self._total, reason=reason,
+                )
+            )
+        )  # fmt: skip

@@ -1,0 +1,371 @@
+"""The vault: every weight of the model in host memory, one copy a host, so that no recovery reads from disk.
+
+It is one memory file. The launcher makes it and holds it, without ever mapping its contents; a process of its own (the
+keeper, `elastic.keeper`) fills it; workers map it read-only. So it outlives every worker, and the keeper too: one that
+is killed loses nothing but the expert it was writing.
+
+    header      magic, token, sizes, counters              one page
+    index       for each (layer, expert): state, digest    uint64 [L, E, 2]
+    table       where each dense tensor lies, MessagePack
+    dense       dense weights, each on a cache line
+    experts     [L, E], in slot layout and run dtype, each on pages of its own
+
+An entry's state is written after its bytes and its digest: what the index calls filled is whole. A reader checks the
+digest nevertheless, each time. Pages that nothing was written to take no memory. No torch here, but in `dense_weights`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from phalanx.comm.segment import memory_fence
+from phalanx.errors import PhalanxError
+
+if TYPE_CHECKING:
+    import torch
+
+Bytes = npt.NDArray[np.uint8]
+
+NAME = "phalanx-vault"
+"""The memory file's name, as /proc shows it."""
+
+EMPTY, FILLED = 0, 1
+
+_MAGIC = int.from_bytes(b"PHXVAULT", "little")
+_PAGE = mmap.PAGESIZE
+_LINE = 64
+_MAP_NORESERVE = 0x4000  # Linux; Python 3.11 has no name for these two
+_MADV_POPULATE_READ = 22
+_TOKEN_WORDS = 2
+_FIELDS = 4
+_FILLED_WORD, _DENSE_WORD, _FULL_WORD, _TABLE_WORD = (1 + _TOKEN_WORDS + _FIELDS + i for i in range(4))
+_TABLE_BYTES_A_TENSOR = 160
+
+
+class VaultGone(PhalanxError):
+    """An address leads to no vault, or to another one: its launcher is gone."""
+
+
+@dataclass(frozen=True)
+class VaultShape:
+    """L, E, bytes of an expert, and bytes of all dense tensors together with how many they are at most."""
+
+    num_layers: int
+    num_experts: int
+    expert_bytes: int
+    dense_bytes: int
+    dense_tensors: int
+
+    @property
+    def stride(self) -> int:
+        """From one expert to the next."""
+        return _up(self.expert_bytes, _PAGE)
+
+    @property
+    def index_start(self) -> int:
+        return _PAGE
+
+    @property
+    def table_start(self) -> int:
+        return self.index_start + _up(self.num_layers * self.num_experts * 16, _PAGE)
+
+    @property
+    def dense_start(self) -> int:
+        return self.table_start + _up(self.dense_tensors * _TABLE_BYTES_A_TENSOR, _PAGE)
+
+    @property
+    def experts_start(self) -> int:
+        return self.dense_start + _up(self.dense_bytes + self.dense_tensors * _LINE, _PAGE)
+
+    @property
+    def total_bytes(self) -> int:
+        """The file's length: what the vault takes when it is full."""
+        return self.experts_start + self.num_layers * self.num_experts * self.stride
+
+    def expert_start(self, layer: int, expert: int) -> int:
+        """Where an expert's bytes begin. LOCAL."""
+        assert 0 <= layer < self.num_layers, layer
+        assert 0 <= expert < self.num_experts, expert
+        return self.experts_start + (layer * self.num_experts + expert) * self.stride
+
+
+class DenseTensor(msgspec.Struct, frozen=True, array_like=True):
+    """One dense tensor in the vault: its name, element type, shape, first byte in the file, and digest."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+    digest: int
+
+
+class VaultMemory:
+    """The launcher's hold on the vault: makes the file, and names it to others. Never touches the contents."""
+
+    def __init__(self, shape: VaultShape) -> None:
+        self.shape = shape
+        self._fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, shape.total_bytes)
+        token = os.urandom(8 * _TOKEN_WORDS)
+        header = np.array(
+            [_MAGIC, *np.frombuffer(token, np.uint64), shape.num_layers, shape.num_experts, shape.expert_bytes,
+             shape.dense_bytes, 0, 0, 0, 0, shape.dense_tensors], np.uint64,
+        )  # fmt: skip
+        os.pwrite(self._fd, header.tobytes(), 0)
+        # Nobody can cut it short under a reader, which would then die of SIGBUS.
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.address = f"/proc/{os.getpid()}/fd/{self._fd}:{token.hex()}"
+        """Where others find it: path, and a token that tells a reused pid apart."""
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(entries filled so far, how often it was found full): it grows while keepers get on. LOCAL."""
+        words = np.frombuffer(os.pread(self._fd, 8 * (_TABLE_WORD + 1), 0), np.uint64)
+        return int(words[_FILLED_WORD] + words[_DENSE_WORD]), int(words[_FULL_WORD])
+
+    def close(self) -> None:
+        """Let go of it: the memory is free when the last reader has unmapped it. LOCAL."""
+        os.close(self._fd)
+
+
+class Vault:
+    """A mapping of the vault: `open` for readers, `open_for_writing` for the keeper, of whom there is one at a time."""
+
+    def __init__(self, memory: mmap.mmap, shape: VaultShape, fd: int) -> None:
+        """Use `open` or `open_for_writing`."""
+        self.shape = shape
+        self._map, self._fd = memory, fd
+        self._bytes = np.frombuffer(memory, np.uint8)
+        self._header = np.frombuffer(memory, np.uint64, _PAGE // 8)
+        count = shape.num_layers * shape.num_experts * 2
+        index = np.frombuffer(memory, np.uint64, count, shape.index_start)
+        self._index_LE2 = index.reshape(shape.num_layers, shape.num_experts, 2)
+        self._fence = memory_fence()
+        self._madvise = ctypes.CDLL(None).madvise
+
+    @classmethod
+    def open(cls, address: str) -> Vault:
+        """Map it for reading. Private pages, so that torch takes them for writable; nobody writes. Raises VaultGone."""
+        return cls._open(address, os.O_RDONLY, mmap.MAP_PRIVATE | _MAP_NORESERVE)
+
+    @classmethod
+    def open_for_writing(cls, address: str) -> Vault:
+        """Map it to fill it. Raises VaultGone."""
+        return cls._open(address, os.O_RDWR, mmap.MAP_SHARED)
+
+    @classmethod
+    def _open(cls, address: str, mode: int, flags: int) -> Vault:
+        path, token = address.rsplit(":", 1)
+        try:
+            fd = os.open(path, mode | os.O_CLOEXEC)
+        except OSError as error:
+            raise VaultGone(f"{path}: {error.strerror}") from error
+        try:
+            words = np.frombuffer(os.pread(fd, 8 * (_TABLE_WORD + 2), 0), np.uint64).tolist()
+            expected = [_MAGIC, *np.frombuffer(bytes.fromhex(token), np.uint64).tolist()]
+            if words[: 1 + _TOKEN_WORDS] != expected:
+                raise VaultGone(f"{path} leads to something else")
+            first = 1 + _TOKEN_WORDS
+            layers, experts, expert_bytes, dense_bytes = words[first : first + _FIELDS]
+            shape = VaultShape(layers, experts, expert_bytes, dense_bytes, words[_TABLE_WORD + 1])
+            memory = mmap.mmap(fd, shape.total_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise VaultGone(f"{path} leads to something that cannot be mapped: {error}") from error
+        except VaultGone:
+            os.close(fd)
+            raise
+        return cls(memory, shape, fd)
+
+    # --- reading
+
+    def expert(self, layer: int, expert: int) -> tuple[Bytes, int] | None:
+        """An expert's bytes, uint8 [expert_bytes], where they lie, and the digest they should have; None when it is
+        not there (yet). The mapping stays for as long as the bytes are used. LOCAL."""
+        if self._index_LE2[layer, expert, 0] != FILLED:
+            return None
+        self._fence()
+        return self.expert_bytes(layer, expert), int(self._index_LE2[layer, expert, 1])
+
+    def expert_bytes(self, layer: int, expert: int) -> Bytes:
+        """uint8 [expert_bytes] where an expert's bytes belong, whether they are there or not. LOCAL."""
+        start = self.shape.expert_start(layer, expert)
+        return self._bytes[start : start + self.shape.expert_bytes]
+
+    @property
+    def filled_LE(self) -> npt.NDArray[np.bool_]:
+        """bool [L, E]: which experts are there. A copy. LOCAL."""
+        return np.asarray(self._index_LE2[:, :, 0] == FILLED)
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether the dense weights are there. LOCAL."""
+        return bool(self._header[_DENSE_WORD])
+
+    @property
+    def is_full(self) -> bool:
+        """Whether everything is there. LOCAL."""
+        return self.has_dense and bool((self._index_LE2[:, :, 0] == FILLED).all())
+
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes of weights that are there. LOCAL."""
+        dense = sum(tensor.size for tensor in self.dense_table()) if self.has_dense else 0
+        return dense + int((self._index_LE2[:, :, 0] == FILLED).sum()) * self.shape.expert_bytes
+
+    def dense_table(self) -> list[DenseTensor]:
+        """The dense tensors that are there; none as long as they are not complete. LOCAL."""
+        if not self.has_dense:
+            return []
+        self._fence()
+        size, start = int(self._header[_TABLE_WORD]), self.shape.table_start
+        return msgspec.msgpack.decode(self._bytes[start : start + size].tobytes(), type=list[DenseTensor])
+
+    def dense_bytes(self, tensor: DenseTensor) -> Bytes:
+        """uint8 [size]: a dense tensor's bytes, where they lie. LOCAL."""
+        return self._bytes[tensor.start : tensor.start + tensor.size]
+
+    def dense_parts(self) -> dict[str, torch.Tensor] | None:
+        """Every dense tensor by name, on the vault's own pages; None when they are not there, or one is damaged.
+        LOCAL, reads all their bytes once."""
+        import torch
+
+        from phalanx.moe.experts import digest
+
+        parts: dict[str, Any] = {}
+        for tensor in self.dense_table():
+            data = self.dense_bytes(tensor)
+            if digest(data.data) != tensor.digest:
+                return None
+            parts[tensor.name] = torch.from_numpy(data).view(getattr(torch, tensor.dtype)).view(tensor.shape)
+        return parts or None
+
+    def prefault(self, layer: int, expert: int) -> None:
+        """Have this process's page table point to an expert that is there, so that the first access costs no fault.
+        LOCAL; releases the interpreter."""
+        data = self.expert_bytes(layer, expert)
+        # Linux 5.14. An older kernel refuses, and the first access pays. A call by ctypes lets other threads run.
+        self._madvise(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(self.shape.stride), _MADV_POPULATE_READ)
+
+    # --- writing, by the keeper alone
+
+    def write(self, start: int, data: Bytes) -> None:
+        """Put bytes into the file. By a system call, not through the mapping, which would fault page by page. LOCAL."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:].data, start + done)
+
+    def publish(self, layer: int, expert: int, digest: int) -> None:
+        """The expert's bytes are complete: readers may take them. LOCAL."""
+        entry = self._index_LE2[layer, expert]
+        entry[1] = digest
+        self._fence()
+        entry[0] = FILLED
+        self._header[_FILLED_WORD] += np.uint64(1)
+
+    def withdraw(self, layer: int, expert: int) -> None:
+        """The expert is not (any more) to be read. LOCAL."""
+        self._index_LE2[layer, expert, 0] = EMPTY
+        self._fence()
+
+    def dense_writer(self) -> DenseWriter:
+        """Writes the dense tensors, one after the other. LOCAL."""
+        return DenseWriter(self)
+
+    def publish_dense(self, table: list[DenseTensor]) -> None:
+        """All dense tensors are complete: readers may take them. LOCAL."""
+        encoded = np.frombuffer(msgspec.msgpack.encode(table), np.uint8)
+        start, room = self.shape.table_start, self.shape.dense_start - self.shape.table_start
+        assert len(encoded) <= room, f"the table of {len(table)} dense tensors needs {len(encoded)} of {room} bytes"
+        self._bytes[start : start + len(encoded)] = encoded
+        self._header[_TABLE_WORD] = len(encoded)
+        self._fence()
+        self._header[_DENSE_WORD] = 1
+
+    def withdraw_dense(self) -> None:
+        """The dense tensors are not (any more) to be read. LOCAL."""
+        self._header[_DENSE_WORD] = 0
+        self._fence()
+
+    def found_full(self) -> None:
+        """Count that everything was seen to be there. LOCAL."""
+        self._header[_FULL_WORD] += np.uint64(1)
+
+    def close(self) -> None:
+        """Unmap, once the last view of it is gone. LOCAL."""
+        del self._bytes, self._header, self._index_LE2
+        with suppress(BufferError):  # a tensor still lies in it: its end unmaps it
+            self._map.close()
+        os.close(self._fd)
+
+
+class DenseWriter:
+    """Puts dense tensors into a vault, in order, and makes the table of them."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault, self._at = vault, vault.shape.dense_start
+        self.table: list[DenseTensor] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> int:
+        """Copy one tensor in; the bytes that took. LOCAL."""
+        import torch
+
+        from phalanx.moe.experts import digest
+
+        shape = self._vault.shape
+        source = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        assert self._at + len(source) <= shape.experts_start, f"{name} is beyond the {shape.dense_bytes} dense bytes"
+        entry = DenseTensor(
+            name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), self._at, len(source),
+            digest(source.data),
+        )  # fmt: skip
+        self._vault.write(self._at, source)
+        self.table.append(entry)
+        self._at += _up(len(source), _LINE)
+        return len(source)
+
+
+def address_at(path: str) -> str:
+    """The address of the vault whose memory file is at `path`, a place in /proc. LOCAL."""
+    with open(path, "rb") as file:
+        return f"{path}:{os.pread(file.fileno(), 8 * _TOKEN_WORDS, 8).hex()}"
+
+
+class Follower(threading.Thread):
+    """Has a worker's page table point to what is in the vault, as it fills, at low priority: a restore then finds every
+    byte within reach, and page faults, the dearest part of it, are paid outside the failure path."""
+
+    def __init__(self, vault: Vault, interval_s: float = 0.2) -> None:
+        super().__init__(name="vault-follower", daemon=True)
+        self._vault, self._interval_s = vault, interval_s
+
+    def run(self) -> None:
+        """Ends when everything is there and within reach."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        shape = self._vault.shape
+        seen_LE = np.zeros((shape.num_layers, shape.num_experts), np.bool_)
+        while True:
+            new_LE = self._vault.filled_LE & ~seen_LE
+            for layer, expert in np.argwhere(new_LE).tolist():
+                self._vault.prefault(layer, expert)
+            seen_LE |= new_LE
+            if seen_LE.all():
+                return
+            time.sleep(self._interval_s)
+
+
+def _up(value: int, to: int) -> int:
+    return -(-value // to) * to

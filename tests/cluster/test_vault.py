@@ -1,0 +1,247 @@
+"""The vault in a real service: nothing is read from disk once it is full, and it may itself be hurt at any time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from streams import PROMPTS, SAMPLING, Streams
+
+from phalanx.testing.damage import damage_vault, vault_of
+from phalanx.testing.service import Service
+
+pytestmark = pytest.mark.cluster
+
+RANKS = range(4)
+Unfailed = dict[str, list[Any]]
+Serve = Callable[..., Service]
+
+FULL = r"the vault is full"
+
+
+def both_kinds(url: str) -> dict[str, Streams]:
+    return {kind: Streams(url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
+
+
+def restored(service: Service) -> dict[str, int]:
+    """Bytes by source since the service became ready, from its metrics."""
+    found = {"peer": 0, "vault": 0, "disk": 0}
+    for line in httpx.get(f"{service.url}/metrics").text.splitlines():
+        for source in found:
+            if line.startswith(f'phalanx_expert_bytes_restored_total{{source="{source}"}}'):
+                found[source] = int(float(line.split()[-1]))
+    return found
+
+
+def kill_in_mid_stream(service: Service, unfailed: Unfailed, *ranks: int) -> None:
+    seen = service.lines
+    streams = both_kinds(service.url)
+    for so_far, rank in enumerate(ranks):
+        for running in streams.values():
+            running.wait_for_chunks(4 * (so_far + 1))
+        service.signal(rank, signal.SIGKILL)
+    for kind, running in streams.items():
+        assert running.join() == unfailed[kind]
+    service.wait_for_line(rf"recovered: lost ranks \[[^]]*\b{ranks[-1]}\b", after=seen)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def without_weights(model: Path) -> None:
+    """From now on whoever reads weights from this checkpoint gets zeros; files that are open stay as they are."""
+    for path in model.glob("*.safetensors"):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        changed = path.with_suffix(".changed")
+        changed.write_bytes(data[:start] + bytes(len(data) - start))
+        changed.replace(path)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_with_a_full_vault_a_recovery_reads_nothing_from_disk(serve: Serve, unfailed: Unfailed, rank: int) -> None:
+    service = serve()
+    service.wait_for_line(FULL)
+    kill_in_mid_stream(service, unfailed, rank)
+    found = restored(service)
+    assert found["disk"] == 0
+    assert found["vault"] > 0
+    last = service.status()["last_recovery"]
+    assert last["bytes_restored"]["disk"] == 0
+    assert last["seconds_restored"]["vault"] > 0
+    service.wait_for_line(r"recovered: .* bytes from vault at \d+\.\d\d GB/s a rank")
+
+
+def test_down_to_one_rank_nothing_is_read_from_disk(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve()
+    service.wait_for_line(FULL)
+    kill_in_mid_stream(service, unfailed, 0, 2, 1)
+    assert restored(service)["disk"] == 0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_killed_rank_recovers_and_comes_back_without_a_byte_from_disk(
+    serve: Serve, unfailed: Unfailed, tiny: Path, tmp_path: Path, rank: int
+) -> None:
+    model = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    service = serve(model=model, max_restarts=3)
+    service.wait_for_line(FULL)
+    without_weights(model)
+    streams = both_kinds(service.url)
+    for running in streams.values():
+        running.wait_for_chunks(4)
+    seen = service.lines
+    service.signal(rank, signal.SIGKILL)
+    service.wait_for_line(rf"recovered:.* ranks \[{rank}\] rejoined", after=seen)
+    for kind, running in streams.items():
+        assert running.join() == unfailed[kind]
+    found = restored(service)
+    assert found["disk"] == 0
+    join = service.status()["last_recovery"]
+    assert join["trigger"] == "join"
+    assert join["bytes_restored"]["vault"] > 0, "what the newcomer took in before it asked"
+    assert join["bytes_restored"]["disk"] == 0
+    assert found["vault"] > join["bytes_restored"]["vault"], "and the survivors before that"
+    for kind, running in both_kinds(service.url).items():
+        assert running.join() == unfailed[kind], "the newcomer has the right weights"
+
+
+def test_the_first_load_reads_each_expert_once_and_the_vault_takes_them_from_the_ranks(serve: Serve) -> None:
+    service = serve(dtype="float32")
+    line = service.wait_for_line(rf"{FULL}: .* MB in .* s \((\S+) MB from ranks, (\S+) MB from disk\)")
+    experts = 3 * 16 * 3 * 64 * 64 * 4 / 1e6
+    assert float(line.group(1)) == pytest.approx(experts, abs=0.06), "all experts, and they alone"
+    vault = service.status()["vault"]
+    assert vault["state"] == "full"
+    assert vault["filled_bytes"] == vault["total_bytes"]
+    assert vault["filled_bytes"] == pytest.approx(1e6 * (float(line.group(1)) + float(line.group(2))), rel=0.1)
+
+
+def test_the_vaults_process_killed_while_serving_disturbs_nobody_and_comes_back(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve()
+    service.wait_for_line(FULL)
+    streams = both_kinds(service.url)
+    for running in streams.values():
+        running.wait_for_chunks(3)
+    seen = service.lines
+    os.kill(service.status()["vault"]["pid"], signal.SIGKILL)
+    service.wait_for_line("the vault's process .* ended: killed by SIGKILL", after=seen)
+    service.wait_for_line("checked the vault: all 48 experts in it are whole", after=seen)
+    service.wait_for_line(FULL, after=seen)
+    for kind, running in streams.items():
+        assert running.join() == unfailed[kind]
+    assert service.status()["last_recovery"] is None
+    assert service.status()["vault"]["restarts"] == 1
+    kill_in_mid_stream(service, unfailed, 1)
+    assert restored(service)["disk"] == 0
+
+
+def test_the_vaults_process_may_be_dead_when_a_rank_dies(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve()
+    service.wait_for_line(FULL)
+    streams = both_kinds(service.url)
+    for running in streams.values():
+        running.wait_for_chunks(5)
+    keeper, rank = service.status()["vault"]["pid"], service.pid(2)
+    os.kill(keeper, signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
+    for kind, running in streams.items():
+        assert running.join() == unfailed[kind]
+    assert restored(service)["disk"] == 0, "its memory is not its own"
+
+
+def test_the_vaults_process_killed_in_the_middle_of_a_restore_changes_no_stream(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve(peer_timeout=30, roll_call_timeout=60)
+    service.wait_for_line(FULL)
+    httpx.post(f"{service.url}/chaos", json={"kind": "stop", "rank": 0, "where": "restore"}).raise_for_status()
+    restoring = service.pid(0)
+    streams = both_kinds(service.url)
+    for running in streams.values():
+        running.wait_for_chunks(3)
+    service.signal(3, signal.SIGKILL)
+    while state_of(restoring) != "T":
+        keeper = service.status()["vault"]["pid"]
+    seen = service.lines
+    os.kill(keeper, signal.SIGKILL)
+    service.wait_for_line("the vault's process .* ended: killed by SIGKILL", after=seen)
+    os.kill(restoring, signal.SIGCONT)
+    for kind, running in streams.items():
+        assert running.join() == unfailed[kind]
+    service.wait_for_line(FULL, after=seen)
+
+
+@pytest.mark.parametrize("point", ["vault_dense", "vault_fill", "vault_torn", "vault_publish"])
+def test_a_fill_that_is_cut_off_anywhere_is_finished_by_the_next_process(
+    serve: Serve, unfailed: Unfailed, point: str
+) -> None:
+    service = serve(faults=f"kill@{point}:incarnation=0:n=7")
+    service.wait_for_line("the vault's process .* ended: killed by SIGKILL")
+    service.wait_for_line(FULL)
+    assert service.status()["vault"]["restarts"] == 1
+    kill_in_mid_stream(service, unfailed, 0)
+    assert restored(service)["disk"] == 0
+
+
+def test_a_vault_whose_process_always_dies_is_given_up_and_the_service_goes_on(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve(faults="kill@vault_dense")
+    service.wait_for_line("5 processes of the vault ended in a row")
+    assert service.status()["vault"]["state"] == "given_up"
+    kill_in_mid_stream(service, unfailed, 3)
+    assert restored(service)["vault"] == 0
+    assert restored(service)["disk"] > 0
+
+
+def test_damaged_experts_are_taken_from_disk_and_then_mended(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve()
+    service.wait_for_line(FULL)
+    assert damage_vault(vault_of(service.process.pid), layer=1) == 16
+    kill_in_mid_stream(service, unfailed, 1)
+    found = restored(service)
+    assert found["disk"] > 0
+    assert found["vault"] == 2 * found["disk"], "two layers of three were whole"
+    service.wait_for_line("the copy from vault is damaged")
+    seen = service.lines
+    os.kill(service.status()["vault"]["pid"], signal.SIGUSR1)
+    service.wait_for_line("16 entries of the vault are damaged", after=seen)
+    service.wait_for_line(FULL, after=seen)
+    kill_in_mid_stream(service, unfailed, 2)
+    assert restored(service)["disk"] == found["disk"], "nothing more"
+
+
+def test_with_backup_on_disk_there_is_no_vault(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(expert_backup="disk")
+    kill_in_mid_stream(service, unfailed, 1)
+    found = restored(service)
+    assert found["vault"] == 0
+    assert found["disk"] > 0
+    assert service.status()["vault"]["state"] == "off"
+    with pytest.raises(LookupError):
+        vault_of(service.process.pid)
+
+
+def test_without_backup_live_replicas_are_enough_as_long_as_there_are_some(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(expert_backup="none", num_redundant_experts=16)
+    kill_in_mid_stream(service, unfailed, 1)
+    found = restored(service)
+    assert found["vault"] == found["disk"] == 0
+
+
+def test_without_backup_an_expert_whose_only_holder_dies_stops_serving_but_not_the_service(serve: Serve) -> None:
+    service = serve(expert_backup="none")
+    service.signal(1, signal.SIGKILL)
+    service.wait_for_line("cannot serve: cannot restore layer 0 expert .* no source has an intact copy")
+    assert httpx.get(f"{service.url}/ready").status_code == 503
+    assert httpx.get(f"{service.url}/health").status_code == 200
