@@ -180,8 +180,3 @@ class Communicator(ABC):
 def empty_view(ep_size: int) -> View:
     """The view before the first meeting: nobody is in."""
     return View(0, ep_size, ())
-
-
-def gathered(rows: Tensor, rank: int) -> list[int]:
-    """One rank's row of an `all_gather` as Python integers. LOCAL."""
-    return [int(v) for v in rows[rank].tolist()]

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
-from phalanx.comm.base import Communicator
+from phalanx.comm.base import Communicator, empty_view
 from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
 from phalanx.elastic.detect import certainly_dead, change_after, merged
 from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
@@ -103,7 +103,7 @@ class Recovery:
     @property
     def view(self) -> View:
         """The last view agreed, whether or not it could be served."""
-        return self._agreed.view if self._agreed else View(0, self._shape.ep_size, ())
+        return self._agreed.view if self._agreed else empty_view(self._shape.ep_size)
 
     def joiners(self) -> tuple[tuple[int, int], ...]:
         """(rank, incarnation) of newcomers that ask to be let in: run(Change("join")) does it. LOCAL."""
