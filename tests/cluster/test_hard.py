@@ -148,7 +148,7 @@ def test_streams_outlive_a_spoilt_disk_once_it_is_mended(
     serve: Serve, tiny: Path, tmp_path: Path, unfailed: dict[str, list[Any]]
 ) -> None:
     model = Path(shutil.copytree(tiny, tmp_path / "tiny"))
-    service = serve(model=model, ep_size=2)
+    service = serve(model=model, ep_size=2, expert_backup="disk")
     streams = Streams(service.url, PROMPTS, **SAMPLING["greedy"]).start()
     streams.wait_for_chunks(3)
     before = spoil_experts(model)
