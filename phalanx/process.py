@@ -10,6 +10,7 @@ import time
 import msgspec
 
 from phalanx.config import ServeConfig
+from phalanx.wire import Site
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_EVICTED = 0, 1, 3
 """A worker's exit codes: asked to stop; an exception; the others went on without it."""
@@ -30,6 +31,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     notices: str
     launcher_pid: int
     host: str = "localhost"
+    site: Site | None = None
+    """Where it stands among several hosts; None: there is only this one, and nothing listens to others."""
     vault: str = ""
     """Where this host's vault is; empty when there is none."""
     faults: str = ""
