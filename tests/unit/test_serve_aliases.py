@@ -19,7 +19,8 @@ OURS_IN_OTHER_VERSIONS = ("--nnodes", "--node-rank", "--dist-init-addr", "--elas
 
 ONE_SERVICE = """--model-path M --trust-remote-code --tp 4 --elastic-ep-backend mooncake
     --mooncake-ib-device mlx5_0,mlx5_1 --moe-a2a-backend mooncake --deepep-mode low_latency --moe-dense-tp-size 1
-    --enable-dp-lm-head --enable-two-batch-overlap --disable-custom-all-reduce --enable-eplb --ep-num-redundant-experts 72
+    --enable-dp-lm-head --enable-two-batch-overlap --disable-custom-all-reduce --enable-eplb
+    --ep-num-redundant-experts 72
     --chunked-prefill-size 512 --cuda-graph-max-bs 128 --max-running-requests 512 --mem-fraction-static 0.5"""
 DOCUMENTED = {
     "one service": ONE_SERVICE,
@@ -32,9 +33,10 @@ DOCUMENTED = {
         --node-rank 0 --dist-init-addr 10.0.0.1:25555""",
     "a host that comes back": """--model-path M --host 127.0.0.1 --port 22000 --trust-remote-code --tp 8 --dp 8
         --nnodes 2 --node-rank 1 --dist-init-addr 127.0.0.1:25555 --random-seed 42 --enable-dp-attention
-        --enable-dp-lm-head --elastic-ep-backend mooncake --mooncake-ib-device mlx5_0 --moe-a2a-backend mooncake --deepep-mode low_latency
-        --moe-dense-tp-size 1 --disable-custom-all-reduce --enable-eplb --ep-num-redundant-experts 72
-        --chunked-prefill-size 512 --cuda-graph-max-bs-decode 16 --mem-fraction-static 0.5 --elastic-ep-rejoin""",
+        --enable-dp-lm-head --elastic-ep-backend mooncake --mooncake-ib-device mlx5_0 --moe-a2a-backend mooncake
+        --deepep-mode low_latency --moe-dense-tp-size 1 --disable-custom-all-reduce --enable-eplb
+        --ep-num-redundant-experts 72 --chunked-prefill-size 512
+        --cuda-graph-max-bs-decode 16 --mem-fraction-static 0.5 --elastic-ep-rejoin""",
     "a service that will grow": """--model-path M --trust-remote-code --tp 4 --dp 4 --enable-dp-attention
         --enable-dp-lm-head --elastic-ep-backend mooncake --mooncake-ib-device mlx5_0 --moe-a2a-backend nixl
         --deepep-mode low_latency --enable-eplb --ep-num-redundant-experts 24 --elastic-ep-initial-size 4
