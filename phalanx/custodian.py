@@ -60,9 +60,8 @@ class Custodian:
         self._awaited, self._pid, self.pidfd = False, pid, pidfd
 
     def nobody_is_born(self) -> None:
-        """No process can be forked any more, so a keeper that was asked for will not come. LOCAL."""
+        """No process can be forked, so a keeper that was asked for will not come until one can be. LOCAL."""
         if self._awaited:
-            self._awaited = False
             self._give_up("the vault's process cannot be started: it stays as it is")
 
     def _give_up(self, reason: str) -> None:

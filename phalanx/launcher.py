@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ from phalanx.process import (
     launcher_endpoint,
     server_endpoint,
 )
-from phalanx.restarts import Restarts
+from phalanx.restarts import Barren, Restarts
 from phalanx.world import Member
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class Launcher:
         """When a dead rank is to be started again. Until the ranks have met for the first time nobody is."""
         self._coming: set[int] = set()
         """Ranks whose next process is asked for and not there yet."""
+        self._barren = Barren()
         self._epoch = 0
         adopt_orphans()
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -238,9 +239,32 @@ class Launcher:
         if self._nursery.fd != before or self._nursery.failed:
             self._poller.unregister(before)
             if self._nursery.failed:
-                self._vault.nobody_is_born()
+                self._nobody_is_born()
             else:
                 self._poller.register(self._nursery.fd, zmq.POLLIN)
+
+    def _nobody_is_born(self) -> None:
+        self._vault.nobody_is_born()
+        owed = {spec.rank: spec for spec in self._nursery.forsake()}
+        self._coming -= owed.keys()
+        for rank, spec in owed.items():
+            if rank not in self._workers:  # the others must not wait for it
+                self._workers[rank] = Worker(rank, spec.incarnation, 0, -1, time.monotonic(), alive=False)
+                self._notices.declare_dead(rank, spec.incarnation, "exit")
+                self._tell(m.Died(rank=rank, incarnation=spec.incarnation, cause="exit", detail="it never started"))
+        self._wait_for_a_nursery(owed.keys())
+
+    def _wait_for_a_nursery(self, ranks: Iterable[int]) -> None:
+        for rank in list(ranks):
+            self._due.pop(rank, None)
+            reason = self._barren.add([rank], time.monotonic())
+            self._give_up(self._workers[rank], reason)
+
+    def _revive_nursery(self) -> None:
+        log.info("trying again to start the process that forks workers")
+        self._nursery.revive()
+        self._poller.register(self._nursery.fd, zmq.POLLIN)
+        self._due |= dict.fromkeys(self._barren.take(), time.monotonic())
 
     def _take_in(self, born: Born) -> None:
         if isinstance(born.spec, VaultSpec):
@@ -252,6 +276,7 @@ class Launcher:
         if incarnation:
             worker.doomed_s = worker.born_s + self.config.warmup_timeout_s + self.config.roll_call_timeout_s
         self._coming.discard(rank)
+        self._barren.born()
         self._workers[rank] = self._by_pidfd[worker.pidfd] = worker
         self._poller.register(worker.pidfd, zmq.POLLIN)
         self._tell(m.Spawned(rank=rank, incarnation=incarnation, pid=born.pid))
@@ -322,6 +347,8 @@ class Launcher:
         log.warning("rank %d is started again by an operator", rank)
         self._restarts.forget(rank)
         self._due[rank] = time.monotonic()
+        if self._nursery.failed:
+            self._revive_nursery()
 
     def _hear_view(self, epoch: int, members: set[tuple[int, int]]) -> None:
         """Who is in, as the ranks agreed. A process that is evicted has no right to anything, and its place is needed.
@@ -341,16 +368,17 @@ class Launcher:
         now = time.monotonic()
         due = [*self._due.values()] if self._epoch else []
         due += [worker.doomed_s for worker in self._by_pidfd.values() if worker.doomed_s is not None]
-        due += [now + BIRTH_TICK_S] if self._nursery.waiting else []
+        due += [now + BIRTH_TICK_S] if self._nursery.waiting and not self._nursery.failed else []
+        due += [self._barren.again_s] if self._barren.again_s is not None else []
         return int(1000 * max(0.0, min(due) - now)) + 1 if due else None
 
     def _do_what_is_due(self, now: float) -> None:
-        if self._nursery.failed:
-            if not self._by_pidfd and not self._stopping:
-                log.error("no worker is left, and none can be started: stopping the service")
-                self._exit_code, self._stopping = 1, True
-            return
-        if self._nursery.waiting:
+        if self._nursery.failed and not self._by_pidfd and not self._stopping:
+            log.error("no worker is left, and none can be started: stopping the service")
+            self._exit_code, self._stopping = 1, True
+        if self._barren.again_s is not None and now >= self._barren.again_s and not self._stopping:
+            self._revive_nursery()
+        if self._nursery.waiting and not self._nursery.failed:
             self._collect()  # also finds a nursery that hangs
         for worker in self._by_pidfd.values():
             if worker.doomed_s is not None and now >= worker.doomed_s:
@@ -358,7 +386,11 @@ class Launcher:
                 why = "was evicted and does not end" if worker.member else "did not come in in time"
                 log.warning("killing rank %d.%d (pid %d): it %s", worker.rank, worker.incarnation, worker.pid, why)
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-        for rank in [rank for rank, at in self._due.items() if now >= at and self._epoch and not self._stopping]:
+        ripe = [rank for rank, at in self._due.items() if now >= at and self._epoch and not self._stopping]
+        if self._nursery.failed:
+            self._wait_for_a_nursery(ripe)
+            return
+        for rank in ripe:
             del self._due[rank]
             incarnation = self._workers[rank].incarnation + 1
             log.info("rank %d is started again, as %d.%d", rank, rank, incarnation)

@@ -39,7 +39,7 @@ PATIENCE_S = 30.0
 """How long a birth may take, imports included, before the nursery counts as hung and is replaced."""
 
 MAX_BARREN = 3
-"""Nurseries that may end in a row, without a single birth, before there will be no more."""
+"""Nurseries that may end in a row, without a single birth, before there is no other one until `revive`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Nursery:
 
     @property
     def failed(self) -> bool:
-        """Whether nobody will be born any more: the nursery itself ends each time."""
+        """Whether nobody is born any more, until `revive`: the nursery itself ends each time."""
         return self._barren >= MAX_BARREN
 
     @property
@@ -96,7 +96,9 @@ class Nursery:
 
     def collect(self) -> list[Born]:
         """Who was born. Replaces a nursery that has died. LOCAL: takes milliseconds."""
-        born = []
+        born: list[Born] = []
+        if self.failed:
+            return born
         try:
             while answer := self._socket.recv(64):
                 born.append(self._welcome(msgspec.msgpack.decode(answer, type=int)))
@@ -108,6 +110,19 @@ class Nursery:
         except OSError:
             self._replace("ended")
         return born
+
+    def forsake(self) -> list[WorkerSpec]:
+        """The workers that are owed and will not come, for it has failed; they are owed no more. LOCAL."""
+        workers = [spec for spec in self._wanted if isinstance(spec, WorkerSpec)]
+        self._wanted = deque(spec for spec in self._wanted if not isinstance(spec, WorkerSpec))
+        return workers
+
+    def revive(self) -> None:
+        """Try once more after it has failed: what was wrong may be over. LOCAL."""
+        assert self.failed
+        self._barren = MAX_BARREN - 1
+        self._start()
+        self._ask_next()
 
     def close(self) -> None:
         """End the nursery, also one that is stopped; workers live on, those still being born do not. LOCAL."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 SHORT_LIFE_S = 5.0
@@ -10,6 +11,11 @@ SHORT_LIFE_S = 5.0
 
 FIRST_DELAY_S = 0.25
 LAST_DELAY_S = 8.0
+
+
+FIRST_PATIENCE_S = 30.0
+LAST_PATIENCE_S = 600.0
+"""How long after no process could be started at all that is tried again: twice as long each time."""
 
 
 @dataclass
@@ -53,3 +59,33 @@ class Restarts:
             f"given up after {self._max} restarts within {self._window_s:.0f} s; the last one: {last_words} "
             '(POST /fault_tolerance/apply {"instruction": "rejoin"} tries again)'
         )
+
+
+class Barren:
+    """Ranks that cannot be started because no process can be: they wait together for another try."""
+
+    def __init__(self) -> None:
+        self.ranks: set[int] = set()
+        self.again_s: float | None = None
+        """When it is tried again; None when nobody waits."""
+        self._patience_s = FIRST_PATIENCE_S
+
+    def add(self, ranks: Iterable[int], now_s: float) -> str:
+        """Have these ranks wait; the reason, for operators. LOCAL."""
+        self.ranks |= set(ranks)
+        if self.again_s is None:
+            self.again_s = now_s + self._patience_s
+        return (
+            "no process can be started: the one that forks workers ends each time (tried again in "
+            f'{max(0.0, self.again_s - now_s):.0f} s, or by POST /fault_tolerance/apply {{"instruction": "rejoin"}})'
+        )
+
+    def take(self) -> set[int]:
+        """It is tried again: who waited. The next wait would be twice as long. LOCAL."""
+        ranks, self.ranks, self.again_s = self.ranks, set(), None
+        self._patience_s = min(LAST_PATIENCE_S, 2 * self._patience_s)
+        return ranks
+
+    def born(self) -> None:
+        """A process was started: what was before no longer counts. LOCAL."""
+        self._patience_s = FIRST_PATIENCE_S

@@ -329,6 +329,8 @@ class Worker:
             self._engine.accept(messages)
             if any(isinstance(message, m.Stop) for message in messages):
                 raise Stopped
+            if any(isinstance(message, m.Pause | m.Resume) for message in messages):
+                self._mail.send(m.Paused(**self._name, paused=self._engine.paused))
             status = self._comm.status()
             if not status.clean:  # a peer that heard of the same retry sooner is answered by the same roll call
                 return self._suspect(PeerLost(status.lost, status.interrupted))

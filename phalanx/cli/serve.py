@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
+from phalanx.cli import aliases
 from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, ServeConfig
 from phalanx.errors import PhalanxError
 
+log = logging.getLogger("phalanx.launcher")
+
 DEFAULT = {name: value for name, value in zip(ServeConfig.__struct_fields__[-len(ServeConfig.__struct_defaults__) :],
                                               ServeConfig.__struct_defaults__, strict=True)}  # fmt: skip
+
+
+DEVICE = click.Choice(list(dict.fromkeys((*get_args(Device), *aliases.DEVICES_ELSEWHERE))))
+"""Those that we do not have are refused with a reason."""
 
 
 def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
@@ -22,12 +31,14 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
     return click.option(flag, field, default=DEFAULT[field], show_default=True, help=help, **kwargs)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(
+    context_settings={"show_default": True},
+    epilog="SGLang's and vLLM's names of flags are understood, too: docs/operations.md has the table.",
+)
 @click.argument("model", type=click.Path(), required=False)
-@click.option("--model-path", type=click.Path(), default="", help="The same as MODEL.", show_default=False)
 @_option("--served-model-name", "The model's name in the API; by default the directory's.")
 @_option("--dtype", "What weights and activations are computed in.", type=click.Choice(get_args(Dtype)))
-@_option("--device", "Where to compute.", type=click.Choice(get_args(Device)))
+@_option("--device", "Where to compute.", type=DEVICE, metavar="|".join(get_args(Device)))
 @_option("--chat-template", "A Jinja file to use instead of the model's chat template.", type=click.Path())
 @_option("--seed", "Seeds the requests that bring no seed of their own (0: each at random).", type=int)
 @_option("--ep-size", "Expert-parallel ranks.", type=int)
@@ -69,19 +80,36 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--log-level", "How much to log.", type=click.Choice(["debug", "info", "warning", "error"]))
 @_option("--log-format", "Lines for people or for machines.", type=click.Choice(["text", "json"]))
 @_option("--events-file", "Append one JSON line for each recovery to this file.", type=click.Path())
-def serve(model: str | None, model_path: str, **options: Any) -> None:
+@aliases.options
+@click.pass_context
+def serve(context: click.Context, /, **options: Any) -> None:
     """Serve MODEL, a Hugging Face checkpoint directory, over an OpenAI-compatible API."""
-    if bool(model) == bool(model_path):
-        raise click.UsageError("name one model directory: phalanx serve MODEL")
     try:
-        sys.exit(_serve(ServeConfig(model=model or model_path, **options)))
+        config, notes = understood(context, options)
+        sys.exit(_serve(config, notes))
     except PhalanxError as error:
         click.echo(f"phalanx serve: {error}", err=True)
         sys.exit(2)
 
 
-def _serve(config: ServeConfig) -> int:
-    """Check all that can be checked before anything listens, then run the launcher. LOCAL, blocks."""
+def understood(context: click.Context, options: dict[str, Any]) -> tuple[ServeConfig, list[str]]:
+    """What a parsed command line asks for, other servers' flags included, and how those were read. Raises BadConfig for
+    what cannot be had. LOCAL."""
+    given = aliases.taken_from(options)
+    unsaid = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    chosen = {name: value for name, value in options.items() if context.get_parameter_source(name) not in unsaid}
+    translated, notes = aliases.translate(given, chosen, options.keys())
+    options |= translated
+    aliases.refuse_device(options["device"], get_args(Device))
+    if not options["model"]:
+        raise click.UsageError("name one model directory: phalanx serve MODEL")
+    return ServeConfig(**options), notes
+
+
+def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
+    """Check all that can be checked before anything listens, then run the launcher. LOCAL, blocks.
+
+    notes: what the log is to say about how the flags were read."""
     from phalanx.observe.log import set_up_logging
 
     config.check()
@@ -90,6 +118,8 @@ def _serve(config: ServeConfig) -> int:
     from phalanx.testing import faults
 
     set_up_logging(config.log_level, config.log_format, "launcher")
+    for note in notes:
+        log.info("%s", note)
     return Launcher(config, bind(config), faults.from_environment() if config.enable_chaos else "").run()
 
 

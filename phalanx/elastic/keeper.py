@@ -42,7 +42,7 @@ CHECK_EVERY_S = 600.0
 """How often every entry of a full vault is checked; SIGUSR1 asks for it at once."""
 
 _LOOK_S = 0.05
-_PAUSE_S = 5.0
+_PAUSE_S = 1.0
 _LOOK_AT_MEMORY_EVERY = 64 << 20
 
 
@@ -69,7 +69,7 @@ class Keeper:
         self._vault = Vault.open_for_writing(spec.vault)
         self._report = Report(spec, self._vault)
         self._checkpoint = Checkpoint.open(config.model)
-        self._since_look = 0
+        self._since_look = _LOOK_AT_MEMORY_EVERY
 
     def run(self) -> None:
         """Check what is there, fill what is missing, and again from time to time. Does not return."""
@@ -137,9 +137,16 @@ class Keeper:
         self._since_look += size
         if self._since_look >= _LOOK_AT_MEMORY_EVERY:
             self._since_look = 0
-            while (available := available_bytes()) < RESERVE_BYTES:
+            while (available := self._available()) < RESERVE_BYTES:
                 self._report.now("short", f"only {gb(available)} of memory are left: the vault waits")
                 time.sleep(_PAUSE_S)
+
+    def _available(self) -> int:
+        try:
+            self._faults.point("vault_memory")
+        except faults.InjectedFault:
+            return 0
+        return available_bytes()
 
 
 class Holders:

@@ -5,7 +5,10 @@ Every line names the process that wrote it ("launcher", "server", "rank 2.0"), b
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import stat
 import sys
 import time
 from typing import Literal, TextIO
@@ -47,6 +50,44 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line, enc_hook=repr).decode()
 
 
+class Unblocked:
+    """A pipe to which lines are written whole or not at all, so that no rank waits for a reader that does not read.
+
+    When there is room again, a line says how many were lost."""
+
+    def __init__(self, pipe: io.RawIOBase, formatter: logging.Formatter) -> None:
+        self._pipe, self._formatter, self._lost = pipe, formatter, 0
+
+    @classmethod
+    def of(cls, stream: TextIO, formatter: logging.Formatter) -> TextIO | Unblocked:
+        """`stream` itself, unless it is a pipe. The pipe is opened anew: not to block is a property that all who share
+        an open file would share. LOCAL, Linux."""
+        try:
+            number = stream.fileno()
+            if not stat.S_ISFIFO(os.fstat(number).st_mode):
+                return stream
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            return cls(io.FileIO(os.open(f"/proc/self/fd/{number}", flags), "w"), formatter)
+        except (OSError, ValueError):
+            return stream
+
+    def write(self, text: str) -> int:
+        """Write a line if there is room for it. LOCAL."""
+        notice = self._notice() + "\n" if self._lost else ""
+        if self._pipe.write((notice + text).encode(errors="replace")) is None:
+            self._lost += 1
+        else:
+            self._lost = 0
+        return len(text)
+
+    def _notice(self) -> str:
+        said = {"name": __name__, "levelname": "WARNING", "msg": f"{self._lost} lines were lost: nobody read them"}
+        return self._formatter.format(logging.makeLogRecord(said))
+
+    def flush(self) -> None:
+        """Nothing is kept back. LOCAL."""
+
+
 class QuietProbes(logging.Filter):
     """Drops access-log lines of endpoints that machines poll, so that a person can read the rest."""
 
@@ -65,9 +106,11 @@ def set_up_logging(
 ) -> None:
     """Log everything of this process to `stream` (stderr by default), replacing earlier handlers. LOCAL.
 
+    A pipe that is full loses lines; the process does not wait.
     Libraries speak at the chosen level, too, but for those that narrate each request they make."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter(process) if style == "json" else TextFormatter(process))
+    formatter = JsonFormatter(process) if style == "json" else TextFormatter(process)
+    handler = logging.StreamHandler(Unblocked.of(stream or sys.stderr, formatter))
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)

@@ -246,22 +246,18 @@ def _rejoin(service: Service, params: dict[str, Any]) -> list[int]:
 
 
 def _pause(service: Service, params: dict[str, Any]) -> list[int]:
-    return _tell(service, params, m.Pause())
+    return service.link.pause(_named(service, params), paused=True)
 
 
 def _retry(service: Service, params: dict[str, Any]) -> list[int]:
-    return _tell(service, params, m.Resume())
+    return service.link.pause(_named(service, params), paused=False)
 
 
-def _tell(service: Service, params: dict[str, Any], message: m.Pause | m.Resume) -> list[int]:
-    """Tell one rank, or all that live when no rank is named."""
-    if params.get("rank") is not None:
-        records = [_living(service, params["rank"], "params.rank")]
-    else:
-        records = service.router.roster.living()
-    for record in records:
-        service.link.tell_rank(record.identity, message)
-    return [record.identity.rank for record in records]
+def _named(service: Service, params: dict[str, Any]) -> int | None:
+    """The living rank that is named; None when none is, which means all."""
+    if params.get("rank") is None:
+        return None
+    return _living(service, params["rank"], "params.rank").identity.rank
 
 
 def _rank(service: Service, rank: object, param: str) -> int:

@@ -87,6 +87,11 @@ class Link:
         self._flush()
         return found
 
+    def pause(self, rank: int | None, *, paused: bool) -> list[int]:
+        told = self.router.pause(rank, paused=paused)
+        self._flush()
+        return told
+
     def fail_all(self, reason: str) -> None:
         self.router.fail_all(reason)
         self._flush()

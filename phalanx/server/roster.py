@@ -115,6 +115,9 @@ class Roster:
         self.last_recovery: Recovery | None = None
         self.balance = Balance()
         self.vault = m.VaultState(state="off")
+        self._all_paused = False
+        self._unlike_all: set[int] = set()
+        """Ranks of which an operator said last something else than of all ranks."""
         self._needed_epoch = 0
         """A member that has not adopted this epoch yet is in recovery."""
 
@@ -217,7 +220,7 @@ class Roster:
         if not 0 <= identity.rank < self.ep_size:
             return None, []
         lost = [] if known is None or known.dead else [known.identity]
-        self.records[identity.rank] = RankRecord(identity)
+        self.records[identity.rank] = RankRecord(identity, paused=self.is_to_pause(identity.rank))
         return self.records[identity.rank], lost
 
     def died(self, message: m.Died) -> list[Identity]:
@@ -308,6 +311,20 @@ class Roster:
             if message.balancedness is not None:
                 self.balance.balancedness = message.balancedness
         return self.balance
+
+    def order(self, rank: int | None, *, paused: bool) -> None:
+        """An operator wants a rank (None: all) paused, or going on, whichever process runs it. LOCAL."""
+        if rank is None:
+            self._all_paused = paused
+            self._unlike_all.clear()
+        elif paused != self._all_paused:
+            self._unlike_all.add(rank)
+        else:
+            self._unlike_all.discard(rank)
+
+    def is_to_pause(self, rank: int) -> bool:
+        """Whether an operator paused the rank: then its next process starts paused. LOCAL."""
+        return self._all_paused != (rank in self._unlike_all)
 
     def paused(self, message: m.Paused) -> None:
         record = self.current(message.rank, message.incarnation)

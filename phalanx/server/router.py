@@ -143,6 +143,15 @@ class Router:
         effects, self._effects = self._effects, []
         return effects
 
+    def pause(self, rank: int | None, *, paused: bool) -> list[int]:
+        """An operator pauses a rank (None: all), or has it go on; whoever comes to run it later, too. Returns the ranks
+        that live and were told. LOCAL."""
+        self.roster.order(rank, paused=paused)
+        told = [record.identity for record in self.roster.living() if rank in (None, record.identity.rank)]
+        for identity in told:
+            self._effects.append(ToRank(identity, m.Pause() if paused else m.Resume()))
+        return [identity.rank for identity in told]
+
     # --- the ranks' side
 
     def handle(self, message: m.ToServer) -> None:
@@ -419,6 +428,8 @@ class Router:
         """After any change of who is there: meet the new, leave the lost, move what they had."""
         for identity in sorted(self._known() - known):
             self._effects.append(Connect(identity))
+            if self.roster.is_to_pause(identity.rank):
+                self._effects.append(ToRank(identity, m.Pause()))
         for identity in lost:
             self._effects.append(Disconnect(identity))
             self.metrics.gone(*identity)

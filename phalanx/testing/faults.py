@@ -50,6 +50,7 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "barrier": "between what a barrier sends and what it waits for",
         "join": "a newcomer asks to be let in",
         "vault_dense": "the vault's process is about to copy a dense tensor in",
+        "vault_memory": "the vault's process looks how much memory is left; a raise stands for too little of it",
         "vault_fill": "the vault's process is about to copy an expert in",
         "vault_torn": "half of an expert's bytes are in the vault",
         "vault_publish": "an expert's bytes are in the vault, and nobody is told yet",

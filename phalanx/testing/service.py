@@ -27,10 +27,13 @@ class ServiceEnded(Exception):
 
 
 class Service:
-    """One service on a port of its own choice. A context manager: leaving it ends every process it started."""
+    """One service on a port of its own choice. A context manager: leaving it ends every process it started.
+
+    model: the checkpoint's directory; "" when the flags name it."""
 
     def __init__(self, model: str, *flags: str, env: dict[str, str] | None = None, echo: bool = False) -> None:
-        self._command = [sys.executable, "-m", "phalanx", "serve", model, "--port", "0", *flags]
+        named = [model] if model else []
+        self._command = [sys.executable, "-m", "phalanx", "serve", *named, "--port", "0", *flags]
         self._env = {**os.environ, **(env or {})}
         self._echo = echo
         self._lines: list[str] = []

@@ -174,13 +174,61 @@ def test_requests_held_below_min_ranks_go_on_when_a_rank_returns(serve: Serve, u
 
 def test_a_rank_returns_though_the_process_that_forks_ranks_was_killed(serve: Serve) -> None:
     service = serve(ep_size=2, max_restarts=3)
-    nursery = next(pid for pid in children(service.process.pid) if "phalanx.nursery" in command(pid))
+    nursery = nursery_of(service)
     seen = service.lines
     os.kill(nursery, signal.SIGKILL)
     service.wait_for_line("the process that forks workers ended: starting another", after=seen)
     service.signal(1, signal.SIGKILL)
     back(service, 1, after=seen)
     assert incarnations(service) == [0, 1]
+
+
+def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_back(serve: Serve) -> None:
+    service = serve(ep_size=2, max_restarts=3)
+    seen = service.lines
+    nursery = nursery_of(service)
+    os.kill(nursery, signal.SIGSTOP)
+    service.signal(1, signal.SIGKILL)
+    service.wait_for_line(r"rank 1 is started again, as 1\.1", after=seen)
+    os.kill(nursery, signal.SIGKILL)
+    for _ in range(2):  # its successors die before they have imported anything
+        service.wait_for_line("the process that forks workers ended: starting another", after=seen)
+        seen = service.lines
+        nursery = nursery_of(service, other_than=nursery)
+        os.kill(nursery, signal.SIGKILL)
+    service.wait_for_line("the process that forks workers ended: no more", after=seen)
+    service.wait_for_line("rank 1 is not started again: no process can be started", after=seen)
+    assert "no process can be started" in httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
+    assert httpx.get(f"{service.url}/ready").status_code == 200
+    assert instruct(service, "rejoin", 1) == 202
+    back(service, 1, after=seen)
+    assert incarnations(service) == [0, 1]
+
+
+def test_a_rank_that_returns_to_a_paused_service_is_paused(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(ep_size=2, max_restarts=3)
+    everybody = {"instruction": "pause"}
+    assert httpx.post(f"{service.url}/fault_tolerance/apply", json=everybody).status_code == 202
+    service.wait_for_line(r"rank 1\.0 is paused")
+    streams = {kind: Streams(service.url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
+    seen = service.lines
+    service.signal(1, signal.SIGKILL)
+    back(service, 1, after=seen)
+    service.wait_for_line(r"rank 1\.1 is paused", after=seen)
+    assert {rank["state"] for rank in service.status()["ranks"]} == {"paused"}
+    assert not any(stream.at for kind in streams.values() for stream in kind.seen)
+    assert httpx.post(f"{service.url}/fault_tolerance/apply", json={"instruction": "retry"}).status_code == 202
+    check(streams, unfailed)
+
+
+def nursery_of(service: Service, other_than: int = 0) -> int:
+    """The process that forks workers; there must be one in a moment. Whom it forked has the same command line."""
+    status = service.status()
+    forked = {other_than, status["vault"]["pid"], *(rank["pid"] for rank in status["ranks"])}
+    while True:
+        for pid in children(service.process.pid):
+            if pid not in forked and "phalanx.nursery" in command(pid):
+                return pid
 
 
 def children(pid: int) -> list[int]:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from streams import PROMPTS, SAMPLING, Streams
 
+from phalanx.elastic.room import available_bytes
 from phalanx.testing.damage import damage_vault, vault_of
 from phalanx.testing.service import Service
 
@@ -219,6 +220,34 @@ def test_damaged_experts_are_taken_from_disk_and_then_mended(serve: Serve, unfai
     service.wait_for_line(FULL, after=seen)
     kill_in_mid_stream(service, unfailed, 2)
     assert restored(service)["disk"] == found["disk"], "nothing more"
+
+
+def test_a_vault_that_runs_short_of_memory_waits_and_the_service_goes_on_with_disk(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve(faults=",".join(["raise@vault_memory:incarnation=0"] * 1000))
+    service.wait_for_line(r"only \S+ MB of memory are left: the vault waits")
+    vault = service.status()["vault"]
+    assert vault["state"] == "short"
+    assert "the vault waits" in vault["reason"]
+    kill_in_mid_stream(service, unfailed, 2)
+    found = restored(service)
+    assert (found["vault"], found["disk"] > 0) == (0, True)
+    os.kill(vault["pid"], signal.SIGKILL)  # the next one finds memory enough
+    service.wait_for_line(FULL)
+    kill_in_mid_stream(service, unfailed, 0)
+    assert restored(service)["disk"] == found["disk"]
+
+
+def test_a_vault_that_does_not_fit_is_said_to_and_the_service_goes_on_with_disk(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    too_much = available_bytes() // 3 >> 20  # of KV cache for each of four ranks: it is never touched
+    service = serve(kv_cache_memory_mb=too_much, block_size=1024)
+    service.wait_for_line(r"--expert-backup dram does not fit: the vault takes \S+ MB; .* going on with disk")
+    assert service.status()["vault"]["state"] == "off"
+    kill_in_mid_stream(service, unfailed, 1)
+    assert restored(service)["disk"] > 0
 
 
 def test_with_backup_on_disk_there_is_no_vault(serve: Serve, unfailed: Unfailed) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,20 @@ def test_a_recovery_reads_as_one_line() -> None:
         "restore 0.050, replay 0.018), 5 requests moved, 1000000000 bytes from peer at 2.00 GB/s a rank, 24 bytes "
         "from disk restored"
     )
+
+
+def test_a_pipe_that_nobody_reads_loses_lines_and_stops_nobody() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", buffering=0) as far, os.fdopen(writer, "w") as near:
+        set_up_logging("info", "text", "rank 0.0", near)
+        log = logging.getLogger("phalanx.test")
+        for number in range(3000):  # a pipe holds 64 KiB
+            log.info("line %d %s", number, "x" * 60)
+        held = far.read(1 << 20)
+        log.info("there is room again")
+        rest = far.read(1 << 20).decode()
+    lines = held.decode().splitlines()
+    assert all(f"line {number} " in line for number, line in enumerate(lines)), "whole lines, from the first on"
+    assert len(lines) < 3000
+    assert f"{3000 - len(lines)} lines were lost" in rest
+    assert rest.endswith("there is room again\n")

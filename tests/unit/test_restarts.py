@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phalanx.restarts import LAST_DELAY_S, Restarts
+from phalanx.restarts import FIRST_PATIENCE_S, LAST_DELAY_S, LAST_PATIENCE_S, Barren, Restarts
 
 
 def test_a_rank_that_had_served_is_started_again_at_once_every_time() -> None:
@@ -46,3 +46,22 @@ def test_the_reason_for_giving_up_names_the_count_the_cause_and_the_way_back() -
     assert "3 restarts within 60 s" in reason
     assert "ValueError: no" in reason
     assert "rejoin" in reason
+
+
+def test_ranks_that_no_process_can_be_started_for_wait_together_and_longer_each_time() -> None:
+    barren = Barren()
+    assert barren.again_s is None
+    assert "30 s" in barren.add([2], now_s=100.0)
+    assert "20 s" in barren.add([0], now_s=110.0)
+    assert barren.again_s == 100.0 + FIRST_PATIENCE_S
+    assert barren.take() == {0, 2}
+    assert (barren.again_s, barren.take()) == (None, set())
+    for _ in range(20):
+        barren.add([1], now_s=0.0)
+        assert barren.take() == {1}
+    barren.add([1], now_s=0.0)
+    assert barren.again_s == LAST_PATIENCE_S
+    barren.take()
+    barren.born()
+    barren.add([1], now_s=5.0)
+    assert barren.again_s == 5.0 + FIRST_PATIENCE_S

@@ -433,6 +433,39 @@ def test_the_gap_that_a_recovery_made_is_a_stall_and_no_other_gap_is(desk: Desk)
     assert desk.value("phalanx_stream_stall_seconds_sum") == pytest.approx(0.5)
 
 
+def test_whoever_comes_to_a_paused_rank_is_paused_until_it_is_told_to_go_on(desk: Desk) -> None:
+    def told(rank: int, incarnation: int) -> list[m.ToWorker]:
+        sent = [e.message for e in desk.sent if isinstance(e, ToRank) and e.identity == (rank, incarnation)]
+        return [message for message in sent if isinstance(message, m.Pause | m.Resume)]
+
+    def back(rank: int, incarnation: int) -> None:
+        desk.hear(m.Died(rank=rank, incarnation=incarnation - 1, cause="signal"))
+        desk.hear(m.Spawned(rank=rank, incarnation=incarnation, pid=1))
+        members = {r.identity for r in desk.router.roster.living()}
+        desk.meet(*sorted(members), trigger="join")
+
+    assert desk.router.pause(None, paused=True) == [0, 1, 2]
+    for rank in range(3):
+        desk.hear(m.Paused(rank=rank, incarnation=0, paused=True))
+    back(1, 1)
+    assert told(1, 1) == [m.Pause()]
+    assert desk.router.roster.state(1) == "paused"
+    stream = desk.submit()
+    assert desk.router.pause(1, paused=False) == [1]
+    desk.sent += desk.router.take()
+    assert told(1, 1) == [m.Pause(), m.Resume()]
+    desk.hear(m.Paused(rank=1, incarnation=1, paused=False))
+    assert [e.identity for e in desk.sent if isinstance(e, ToRank) and isinstance(e.message, m.Submit)] == [(1, 1)]
+    back(1, 2)
+    assert told(1, 2) == []
+    back(2, 1)
+    assert told(2, 1) == [m.Pause()]
+    desk.router.pause(None, paused=False)
+    back(0, 1)
+    assert told(0, 1) == []
+    assert stream.error is None
+
+
 def test_paused_ranks_get_nothing_and_held_requests_start_when_one_goes_on(desk: Desk) -> None:
     for rank in range(3):
         desk.hear(m.Paused(rank=rank, incarnation=0, paused=True))
