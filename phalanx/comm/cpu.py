@@ -30,6 +30,7 @@ from torch import Tensor
 
 from phalanx.comm import rows, tags
 from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status
+from phalanx.comm.frames import header
 from phalanx.comm.links import Links
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.segment import (
@@ -103,7 +104,7 @@ class CpuCommunicator(Communicator):
         self._raw_dtype = torch.int16 if dtype.itemsize == 2 else torch.int32
         self._own = OwnSegment(self._layout, rank, incarnation)
         shape = (ep_size, max_tokens, hidden, top_k, dtype.itemsize)
-        self._links = Links(site, rank, incarnation, shape, self._own.wake) if site else None
+        self._links = Links(site, rank, incarnation, shape, self._own.wake, self._greeting) if site else None
         self._peers: dict[int, Peer] = {}
         self._members: dict[int, Member] = {}
         self._notices = notices
@@ -236,6 +237,10 @@ class CpuCommunicator(Communicator):
         self._fence()
         for peer in self._peers.values():
             self._tell(peer)
+
+    def _greeting(self) -> bytes:
+        """What a connection begins with: our roll call, or the epoch that we are in. Called in other threads."""
+        return header(tags.tag_of(self._own.words[ROLL_CALL], 0, tags.ROLL_CALL), 0)
 
     def _tell(self, peer: Peer) -> None:
         """Have a peer read our words, even behind a frame that is only half sent."""
@@ -472,6 +477,9 @@ class CpuCommunicator(Communicator):
         for which a peer's life lock, or the end of its stream, is looked at too."""
         for stream in self._streams:
             stream.pump()
+        for peer in self._live:  # before deaths: what a peer said last counts
+            if peer.words[ROLL_CALL] > self._epoch:
+                self._hear_roll_call(peer.words[ROLL_CALL])
         if since_ns is not None:
             for peer in list(self._live):
                 if peer.died:
@@ -487,9 +495,6 @@ class CpuCommunicator(Communicator):
                 else:
                     cause = "operator" if self._notices.cause(rank) == "operator" else "notice"
                     self._lose(rank, cause, (now - self._notices.stamp_ns(rank)) / 1e9, operation)
-        for peer in self._live:
-            if peer.words[ROLL_CALL] > self._epoch:
-                self._hear_roll_call(peer.words[ROLL_CALL])
 
     def _look_for_hangups(self, operation: str, since_ns: int) -> None:
         """Ask the kernel which peers' processes have ended."""

@@ -44,11 +44,14 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Line:
-    """A connection that is being made. `take` it once `done`; `refused`: the peer's process is gone."""
+    """A connection that is being made. `done`: it is there to be taken, or never will be.
 
-    def __init__(self) -> None:
+    greeting: what is sent first, asked for at the moment when the connection is there. So a word that this rank wrote
+    before it took the connection gets through even if it never looks for the connection."""
+
+    def __init__(self, greeting: Callable[[], bytes]) -> None:
         self.done = threading.Event()
-        self.refused = False
+        self._greeting = greeting
         self._socket: socket.socket | None = None
         self._dropped = False
         self._lock = threading.Lock()
@@ -59,16 +62,16 @@ class Line:
             if connection is not None and (self._dropped or self.done.is_set()):
                 connection.close()
             elif connection is not None:
+                with contextlib.suppress(OSError):  # whoever reads from it finds out
+                    connection.send(self._greeting())
                 self._socket = connection
-            else:
-                self.refused = True
             self.done.set()
 
-    def take(self) -> socket.socket | None:
-        """The connection, once. LOCAL."""
+    def take(self) -> tuple[bool, socket.socket | None]:
+        """Whether it is done, and the connection, once. LOCAL."""
         with self._lock:
             connection, self._socket = self._socket, None
-        return connection
+            return self.done.is_set(), connection
 
     def drop(self) -> None:
         """Nobody wants it any more. LOCAL."""
@@ -84,12 +87,20 @@ class Links:
     """One rank's door and its calls to others. LOCAL throughout."""
 
     def __init__(
-        self, site: wire.Site, rank: int, incarnation: int, shape: tuple[int, ...], arrived: Callable[[], None]
+        self,
+        site: wire.Site,
+        rank: int,
+        incarnation: int,
+        shape: tuple[int, ...],
+        arrived: Callable[[], None],
+        greeting: Callable[[], bytes],
     ) -> None:
-        """arrived: called, in another thread, when some line is done. Raises OSError when site.host is not ours."""
+        """arrived, called when some line is done, and greeting (`Line`) are called in other threads. Raises OSError
+        when site.host is not ours."""
         self._token, self.rank, self.incarnation, self._shape, self._arrived = (
             site.token, rank, incarnation, shape, arrived,
         )  # fmt: skip
+        self._greeting = greeting
         self._listener = wire.listen(site.host)
         self.address = _SCHEME + wire.address_of(self._listener)
         self._lock = threading.Lock()
@@ -101,7 +112,7 @@ class Links:
 
     def open(self, rank: int, incarnation: int, address: str) -> Line:
         """A line to a peer: dial it, or wait for its call. `address`: the peer's `Links.address`."""
-        line = Line()
+        line = Line(self._greeting)
         if rank > self.rank:
             hello = Hello(self.rank, self.incarnation, rank, incarnation, self._shape)
             self._start(self._dial, line, address, hello)

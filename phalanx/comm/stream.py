@@ -172,10 +172,10 @@ class StreamPeer(Segment):
             self._end(str(error))
 
     def _connected(self) -> bool:
-        if self.died or self._line is None or not self._line.done.is_set():
+        if self.died or self._line is None:
             return False
-        self._socket = self._line.take()
-        if self._socket is None:
+        done, self._socket = self._line.take()
+        if done and self._socket is None:
             self._end()
         return self._socket is not None
 
