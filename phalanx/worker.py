@@ -126,6 +126,7 @@ class Worker:
             notices=notices,
             elastic=config.elastic,
             fault_point=self._faults.point if chaos else None,
+            site=spec.site,
         )
         self._me = Member(spec.rank, spec.incarnation, spec.host, os.getpid(), self._comm.address, bank.address)
         routes = RouteTable(model.num_moe_layers, model.num_experts, ROUTE_WIDTH)

@@ -1,4 +1,4 @@
-"""The communicator on CPUs of one host, over shared memory: the reference for every other one.
+"""The communicator on CPUs, over shared memory within a host and TCP between hosts: the reference for every other one.
 
 A rank writes what it has to say once, into its own segment (`comm.segment`), and then tells each reader by a word of
 its own that it is there. Readers take what concerns them: in a dispatch the tokens that want one of their slots, in a
@@ -8,6 +8,9 @@ others write, and a rank that is stopped in the middle of anything leaves nothin
 A wait spins with `sched_yield` (4 ranks on 2 cores need each other's CPU), and naps while others compute. Only a wait
 looks for trouble: notices of death, open roll calls, peers whose process ended, time-outs. What is ready when a rank
 looks costs it no check but one: after copying, that the peer has not reused the buffer.
+
+To a peer on another host (`comm.stream`) the same parts are sent as frames, and its words and areas are local memory
+that is filled from them. A wait then sends and receives in each round, and also lasts until everything is sent.
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from phalanx.comm import rows, tags
 from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status
+from phalanx.comm.frames import header
+from phalanx.comm.links import Links
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.segment import (
     GATHER_WORDS,
@@ -41,16 +46,13 @@ from phalanx.comm.segment import (
     memory_fence,
 )
 from phalanx.comm.silence import Silence
+from phalanx.comm.stream import Part, StreamPeer
+from phalanx.comm.tags import KINDS
 from phalanx.errors import Evicted
+from phalanx.wire import Site
 from phalanx.world import Member, View
 
-Int64Array = npt.NDArray[np.int64]
-
-# A tag names one message: epoch, number of the collective within it, kind. Equal tags, and only those, are the same.
-_KINDS = ("", "barrier", "all_gather", "dispatch", "combine")
-_BARRIER, _ALL_GATHER, _DISPATCH, _COMBINE = 1, 2, 3, 4
-_NUMBER_SHIFT = 3
-_EPOCH_SHIFT = 40
+Peer = PeerSegment | StreamPeer
 
 _SPIN_NS = 2_000_000
 """A wait this long is no longer about latency: look for trouble in each round."""
@@ -59,33 +61,23 @@ _TURN_NS = 300_000
 _NAP_S = 50e-6
 _ROUNDS_PER_LOOK = 16
 """While it spins, a wait looks for trouble every so many rounds (some 10 us)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Handle:
-    """What `combine` must know of its dispatch.
-
-    order_P: int64 [T*K], own pairs sorted by destination rank; bounds: where each rank's begin, by rank.
-    cuts: for each source rank that was heard, the range of its pairs in y_MD.
-    """
-
-    epoch: int
-    tokens: int
-    order_P: Int64Array
-    bounds: list[int]
-    cuts: dict[int, tuple[int, int]]
+_LINGER_S = 0.05
+"""How long an interrupt waits for a frame that is on its way, so that what it says gets through behind it."""
 
 
 class CpuCommunicator(Communicator):
-    """Shared-memory mailboxes between the ranks of one host. One thread at a time may use it.
+    """Shared-memory mailboxes between the ranks of one host, streams between hosts. One thread at a time may use it.
 
     max_tokens: the most tokens a rank dispatches at once. slots_per_rank: slot s stands on rank s // slots_per_rank.
     peer_timeout_s: a silence this long masks a peer; time in which this rank, or the peer, was runnable but had no CPU,
     or in which this rank was stopped, does not count. notices: the launcher's board. elastic: False turns a lost peer
     into an error (CollectiveTimeout, PeerDied) and leaves the guards out, so that their price can be measured.
+    site: where this rank stands among several hosts; it then listens there, and members whose `host` is not its own are
+    reached over TCP. None: all members are on this host.
     fault_point: called with a name at each point where a test or an operator may want this rank to fail: the
     collective's name (dispatch, combine, all_gather, barrier) between what it sends and what it waits for, `half_sent`
-    between its first and its second peer, `received` when it has everything.
+    between its first and its second peer, `half_framed` in the middle of what it sends to a peer on another host,
+    `received` when it has everything.
     """
 
     def __init__(
@@ -103,6 +95,7 @@ class CpuCommunicator(Communicator):
         notices: NoticeBoard | None = None,
         elastic: bool = True,
         fault_point: Callable[[str], None] | None = None,
+        site: Site | None = None,
     ) -> None:
         assert 0 <= rank < ep_size, f"rank {rank} outside ep_size {ep_size}"
         self.rank, self.ep_size, self.incarnation = rank, ep_size, incarnation
@@ -110,7 +103,9 @@ class CpuCommunicator(Communicator):
         self._layout = Layout(ep_size, max_tokens, hidden, top_k, dtype.itemsize)
         self._raw_dtype = torch.int16 if dtype.itemsize == 2 else torch.int32
         self._own = OwnSegment(self._layout, rank, incarnation)
-        self._peers: dict[int, PeerSegment] = {}
+        shape = (ep_size, max_tokens, hidden, top_k, dtype.itemsize)
+        self._links = Links(site, rank, incarnation, shape, self._own.wake, self._greeting) if site else None
+        self._peers: dict[int, Peer] = {}
         self._members: dict[int, Member] = {}
         self._notices = notices
         self._notices_seen = -1
@@ -121,15 +116,16 @@ class CpuCommunicator(Communicator):
         self._lost: dict[int, tuple[str, float]] = {}
         self._failed = False
         self._parity = self._area = self._tag = 0
-        self._live: list[PeerSegment] = []
-        self._sources: list[PeerSegment | None] = []  # the live peers and None, for this rank itself, in rank order
+        self._live: list[Peer] = []
+        self._streams: list[StreamPeer] = []  # those of the live ones that are on other hosts
+        self._sources: list[Peer | None] = []  # the live peers and None, for this rank itself, in rank order
         self._regroup()
 
     # --- who is in
 
     @property
     def address(self) -> str:
-        return self._own.address
+        return f"{self._own.address} {self._links.address}" if self._links else self._own.address
 
     @property
     def failed(self) -> bool:
@@ -137,7 +133,7 @@ class CpuCommunicator(Communicator):
 
     def adopt(self, view: View) -> None:
         assert view.ep_size == self.ep_size, f"ep_size {self.ep_size} cannot serve a view of {view.ep_size} ranks"
-        assert self._epoch < view.epoch < 1 << (63 - _EPOCH_SHIFT), f"epochs grow: {self._epoch} -> {view.epoch}"
+        assert self._epoch < view.epoch <= tags.MAX_EPOCH, f"epochs grow: {self._epoch} -> {view.epoch}"
         me = view.member(self.rank)
         if me is None or me.incarnation != self.incarnation:
             raise Evicted(self.rank, self.incarnation, view.epoch)
@@ -147,39 +143,57 @@ class CpuCommunicator(Communicator):
         # Whoever still waits under an earlier epoch learns from this word that it waits in vain.
         self._own.words[ROLL_CALL] = max(self._own.words[ROLL_CALL], view.epoch)
         self._members = {m.rank: m for m in view.members}
-        unreachable = self._map(view)
+        unreachable = self._map(view, me.host)
         self._regroup()
         self._notices_seen = -1
         self._look("adopt")
         for rank in unreachable:
             self._lose(rank, "notice", 0.0, "adopt")
 
-    def _map(self, view: View) -> list[int]:
+    def _map(self, view: View, here: str) -> list[int]:
         """Unmap who is gone, map who is new; returns the ranks that died before they could be mapped."""
         wanted = {m.rank: m for m in view.members if m.rank != self.rank}
         for rank, peer in list(self._peers.items()):
             member = wanted.get(rank)
-            if member and (member.incarnation, member.comm_address) == (peer.incarnation, peer.address):
+            same = member and (member.incarnation, member.comm_address) == (peer.incarnation, peer.address)
+            if same and not peer.broken:
                 continue
-            self._live, self._sources = [], []
+            self._live, self._sources, self._streams = [], [], []
             del self._peers[rank]
+            if isinstance(peer, StreamPeer):  # the last that it hears: which epoch it is not in
+                self._tell(peer)
             peer.close()
         unreachable = []
         for rank, member in wanted.items():
             if rank not in self._peers:
                 try:
-                    self._peers[rank] = PeerSegment(member.comm_address, self._layout, rank, member.incarnation)
+                    self._peers[rank] = self._reach(member, here)
                 except Unreachable:
                     unreachable.append(rank)
+        for peer in self._peers.values():
+            if isinstance(peer, StreamPeer):
+                peer.adopt(view.epoch)
+                peer.wake()
         return unreachable
+
+    def _reach(self, member: Member, here: str) -> Peer:
+        if self._links is None or member.host == here:
+            return PeerSegment(member.comm_address, self._layout, member.rank, member.incarnation)
+        return StreamPeer(
+            self._links, self._own.words, self._layout, member.rank, member.incarnation, member.comm_address
+        )
 
     def _regroup(self) -> None:
         """Write down who is sent to and awaited, after any change of the mask."""
         self._live = [peer for rank, peer in sorted(self._peers.items()) if rank not in self._lost]
         self._sources = sorted([*self._live, None], key=lambda peer: peer.rank if peer else self.rank)
+        self._streams = [peer for peer in self._live if isinstance(peer, StreamPeer)]
         self._hangups = select.poll()
         for peer in self._live:
-            self._hangups.register(peer.pidfd, select.POLLIN)
+            if isinstance(peer, PeerSegment):
+                self._hangups.register(peer.pidfd, select.POLLIN)
+        for stream in self._streams:
+            stream.number = self._number
         self._failed = bool(self._lost or self._roll_call)
 
     def _lose(self, rank: int, cause: str, seconds: float, operation: str) -> None:
@@ -222,7 +236,17 @@ class CpuCommunicator(Communicator):
         words[ROLL_CALL] = max(words[ROLL_CALL], epoch)
         self._fence()
         for peer in self._peers.values():
-            peer.wake()
+            self._tell(peer)
+
+    def _greeting(self) -> bytes:
+        """What a connection begins with: our roll call, or the epoch that we are in. Called in other threads."""
+        return header(tags.tag_of(self._own.words[ROLL_CALL], 0, tags.ROLL_CALL), 0)
+
+    def _tell(self, peer: Peer) -> None:
+        """Have a peer read our words, even behind a frame that is only half sent."""
+        peer.wake()
+        if peer.unsent and isinstance(peer, StreamPeer):
+            peer.linger(_LINGER_S)
 
     def _hear_roll_call(self, epoch: int) -> None:
         self._roll_call = max(self._roll_call, epoch)
@@ -237,10 +261,12 @@ class CpuCommunicator(Communicator):
             self._timeout_ns = before
 
     def close(self) -> None:
-        self._live, self._sources = [], []
+        self._live, self._sources, self._streams = [], [], []
         for peer in self._peers.values():
             peer.close()
         self._peers = {}
+        if self._links is not None:
+            self._links.close()
         self._own.close()
 
     # --- collectives
@@ -250,7 +276,7 @@ class CpuCommunicator(Communicator):
         assert len(x_TD) <= self._layout.max_tokens, f"{T} tokens are more than max_tokens={self._layout.max_tokens}"
         assert (x_TD.shape, x_TD.dtype) == ((T, D), self.dtype), (x_TD.shape, x_TD.dtype)
         assert (slots_TK.shape, slots_TK.dtype) == ((T, K), torch.int32), (slots_TK.shape, slots_TK.dtype)
-        if not self._begin(_DISPATCH):
+        if not self._begin(tags.DISPATCH):
             return self._nothing(T)
         x, slots = self._raw(x_TD), slots_TK.numpy().reshape(-1)
         if self._live:
@@ -258,64 +284,49 @@ class CpuCommunicator(Communicator):
             np.copyto(self._own.x[parity][:T], x)
             self._own.slots[parity][: T * K] = slots
             self._own.words[self._area + Layout.TOKENS] = T
+        if self._streams:
+            order_P, bounds = rows.sort_by_rank(slots, self.ep_size, self.slots_per_rank)
+            wants = {peer.rank: rows.wanted_by(peer.rank, order_P, bounds, K) for peer in self._streams}
+            self._send({rank: (x[tokens], slots.reshape(T, K)[tokens]) for rank, tokens in wants.items()})
+        else:
             self._send()
-        order_P, bounds = self._sort_by_rank(slots)
+            order_P, bounds = rows.sort_by_rank(slots, self.ep_size, self.slots_per_rank)
         if not self._receive():
             return self._nothing(T)
         return self._take(x, slots, order_P, bounds)
 
-    def _sort_by_rank(self, slots: npt.NDArray[np.int32]) -> tuple[Int64Array, list[int]]:
-        """Own pairs by destination rank, within one in the order of (token, k), and where each rank's begin."""
-        rank_P = slots // self.slots_per_rank
-        count = np.bincount(rank_P + 1, minlength=self.ep_size + 1)
-        assert count.size == self.ep_size + 1, f"slot {slots.max()} is on no rank"
-        return rank_P.argsort(kind="stable"), count.cumsum().tolist()
-
-    def _take(self, x: Raw, slots: npt.NDArray[np.int32], order_P: Int64Array, bounds: list[int]) -> Dispatched:
+    def _take(self, x: Raw, slots: rows.Int32Array, order_P: rows.Int64Array, bounds: list[int]) -> Dispatched:
         """Copy from every source the tokens that want one of our slots."""
-        K, parity, tokens_word = self._layout.top_k, self._parity, self._area + Layout.TOKENS
-        starts, flats, rows = [0], [], []
+        layout, parity, tokens_word = self._layout, self._parity, self._area + Layout.TOKENS
+        sources: list[rows.Tokens] = []
         for peer in self._sources:
+            if peer is None:
+                sources.append((self.rank, x, slots))
+                continue
             # A count that is no count can only come from a peer that went on without us: see `_check_overtaken`.
-            T = min(peer.words[tokens_word], self._layout.max_tokens) if peer else len(x)
-            starts.append(starts[-1] + T)
-            flats.append(peer.slots[parity][: T * K] if peer else slots)
-            rows.append(peer.x[parity] if peer else x)
-        local_P = (np.concatenate(flats) if len(flats) > 1 else slots) - self.rank * self.slots_per_rank
-        # As unsigned numbers, -1 and the slots of lower ranks lie above all of ours. Methods cost half of functions.
-        hit_M = (local_P.view(np.uint32) < self.slots_per_rank).nonzero()[0]
-        token_M = hit_M // K
-        first_M = np.ones(len(hit_M), bool)
-        np.not_equal(token_M[1:], token_M[:-1], out=first_M[1:])
-        token_N = token_M[first_M]
-        x_ND = np.empty((len(token_N), self._layout.hidden), self._layout.raw)
-        at_N, at_M = token_N.searchsorted(starts).tolist(), token_M.searchsorted(starts).tolist()
-        cuts = {}
-        for i, peer in enumerate(self._sources):
-            a, b = at_N[i], at_N[i + 1]
-            if a < b:
-                rows[i].take(token_N[a:b] - starts[i], 0, x_ND[a:b], "clip")
-            cuts[peer.rank if peer else self.rank] = (at_M[i], at_M[i + 1])
+            T = min(peer.words[tokens_word], layout.max_tokens)
+            sources.append((peer.rank, peer.x[parity], peer.slots[parity][: T * layout.top_k]))
+        taken = rows.take(sources, self.rank, self.slots_per_rank, layout.top_k, layout.hidden, layout.raw)
         self._check_overtaken()
         return Dispatched(
-            x_ND=torch.from_numpy(x_ND).view(self.dtype),
-            row_M=torch.from_numpy(first_M.cumsum() - 1),
-            slot_M=torch.from_numpy(local_P[hit_M].astype(np.int64)),
-            handle=_Handle(self._epoch, len(x), order_P, bounds, cuts),
+            x_ND=torch.from_numpy(taken.x_ND).view(self.dtype),
+            row_M=torch.from_numpy(taken.row_M),
+            slot_M=torch.from_numpy(taken.slot_M),
+            handle=rows.Handle(self._epoch, len(x), order_P, bounds, taken.cuts),
         )
 
     def _nothing(self, tokens: int) -> Dispatched:
         """What an interrupted dispatch received."""
         none = torch.empty(0, dtype=torch.int64)
         x_ND = torch.empty(0, self._layout.hidden, dtype=self.dtype)
-        return Dispatched(x_ND, none, none, _Handle(0, tokens, np.empty(0, np.int64), [], {}))
+        return Dispatched(x_ND, none, none, rows.Handle(0, tokens, np.empty(0, np.int64), [], {}))
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
-        handle = cast(_Handle, dispatched.handle)
+        handle = cast(rows.Handle, dispatched.handle)
         K, D = self._layout.top_k, self._layout.hidden
         M = dispatched.row_M.numel()
         assert (y_MD.shape, y_MD.dtype) == ((M, D), self.dtype), (y_MD.shape, y_MD.dtype, M)
-        if handle.epoch != self._epoch or not self._begin(_COMBINE):
+        if handle.epoch != self._epoch or not self._begin(tags.COMBINE):
             return torch.zeros(handle.tokens, K, D, dtype=self.dtype)
         y = self._raw(y_MD)
         own_a, own_b = handle.cuts[self.rank]
@@ -327,33 +338,28 @@ class CpuCommunicator(Communicator):
             for peer in self._live:
                 a, b = handle.cuts.get(peer.rank, (0, 0))
                 words[start + peer.rank], words[count + peer.rank] = a, b - a
-            self._send()
+            frames = {peer.rank: handle.cuts.get(peer.rank, (0, 0)) for peer in self._streams}
+            self._send({rank: (np.ascontiguousarray(y[a:b]),) for rank, (a, b) in frames.items()})
         if not self._receive():
             return torch.zeros(handle.tokens, K, D, dtype=self.dtype)
         out = self._place(y[own_a:own_b], handle)
         return torch.from_numpy(out).view(self.dtype).view(handle.tokens, K, D)
 
-    def _place(self, y_own: Raw, handle: _Handle) -> Raw:
+    def _place(self, y_own: Raw, handle: rows.Handle) -> Raw:
         """Copy each rank's rows to where their pairs stand: [T*K, D]."""
-        area = self._area
-        start_word = area + self._layout.START + self.rank
-        count_word = area + self._layout.COUNT + self.rank
+        area, layout = self._area, self._layout
+        start_word, count_word = area + layout.START + self.rank, area + layout.COUNT + self.rank
         parts = []
-        placed = 0
         for peer in self._sources:
             rank = peer.rank if peer else self.rank
             at = handle.order_P[handle.bounds[rank] : handle.bounds[rank + 1]]
             n = len(at)
             if peer:
-                start = min(peer.words[start_word], self._layout.max_pairs - n)
+                start = min(peer.words[start_word], layout.max_pairs - n)
                 n = n if peer.words[count_word] == n else 0  # it did not hear our dispatch
             if n:
                 parts.append((at, peer.y[self._parity][start : start + n] if peer else y_own))
-                placed += n
-        shape = (len(handle.order_P), self._layout.hidden)
-        out: Raw = (np.empty if placed == shape[0] else np.zeros)(shape, self._layout.raw)
-        for at, rows in parts:
-            out[at] = rows
+        out = rows.place(parts, len(handle.order_P), layout.hidden, layout.raw)
         self._check_overtaken()
         return out
 
@@ -361,24 +367,24 @@ class CpuCommunicator(Communicator):
         n = row.numel()
         assert n <= GATHER_WORDS, f"a row of {n} is longer than {GATHER_WORDS}"
         assert row.dtype == torch.int64, row.dtype
-        rows = np.zeros((self.ep_size, n), np.int64)
-        if self._begin(_ALL_GATHER):
+        rows_Rn = np.zeros((self.ep_size, n), np.int64)
+        if self._begin(tags.ALL_GATHER):
             own = row.numpy().reshape(-1)
             if self._live:
                 self._own.gather[self._parity][:n] = own
                 self._own.words[self._area + Layout.TOKENS] = n
-                self._send()
+                self._send({peer.rank: (np.ascontiguousarray(own),) for peer in self._streams})
             if self._receive():
                 for peer in self._sources:
                     if peer:
-                        rows[peer.rank] = peer.gather[self._parity][:n]
+                        rows_Rn[peer.rank] = peer.gather[self._parity][:n]
                     else:
-                        rows[self.rank] = own
+                        rows_Rn[self.rank] = own
                 self._check_overtaken()
-        return torch.from_numpy(rows)
+        return torch.from_numpy(rows_Rn)
 
     def barrier(self) -> None:
-        if self._begin(_BARRIER):
+        if self._begin(tags.BARRIER):
             self._send()
             self._receive()
 
@@ -391,29 +397,32 @@ class CpuCommunicator(Communicator):
         self._number += 1
         self._parity = self._number & 1
         self._area = self._layout.areas[self._parity]
-        self._tag = self._epoch << _EPOCH_SHIFT | self._number << _NUMBER_SHIFT | kind
+        self._tag = tags.tag_of(self._epoch, self._number, kind)
         self._own.words[self._area + Layout.BEGUN] = self._tag
+        for peer in self._streams:
+            peer.number = self._number
         self._fence()
         return True
 
-    def _send(self) -> None:
-        """Tell each unmasked peer that everything is written."""
+    def _send(self, frames: Mapping[int, Sequence[Part]] = MappingProxyType({})) -> None:
+        """Tell each unmasked peer that everything is written. frames: what goes to those on other hosts, by rank."""
         self._fence()
-        words, sent, tag = self._own.words, self._area + Layout.SENT, self._tag
-        if self._fault_point is None:
-            for peer in self._live:
-                words[sent + peer.rank] = tag
-            return
+        words, sent, tag, point = self._own.words, self._area + Layout.SENT, self._tag, self._fault_point
+        cut = None if point is None else lambda: point("half_framed")
         for i, peer in enumerate(self._live):
-            if i == 1:
-                self._fault_point("half_sent")
-            words[sent + peer.rank] = tag
-        self._fault_point(_KINDS[tag & 7])
+            if i == 1 and point is not None:
+                point("half_sent")
+            if isinstance(peer, StreamPeer):
+                peer.send(tag, frames.get(peer.rank, ()), cut)
+            else:
+                words[sent + peer.rank] = tag
+        if point is not None:
+            point(KINDS[tag & tags.KIND_MASK])
 
     def _receive(self) -> bool:
         """Wait for every unmasked peer; False when a roll call ended the wait."""
         at, tag = self._area + Layout.SENT + self.rank, self._tag
-        pending = [peer for peer in self._live if peer.words[at] != tag]
+        pending = self._missing(self._live, at, tag)
         if pending:
             self._wait(pending, at, tag)
         self._fence()
@@ -421,14 +430,21 @@ class CpuCommunicator(Communicator):
             self._fault_point("received")
         return not self._roll_call
 
-    def _wait(self, pending: list[PeerSegment], at: int, tag: int) -> None:
+    def _missing(self, peers: list[Peer], at: int, tag: int) -> list[Peer]:
+        """Those whose part is not here yet, or who do not have ours in full."""
+        for stream in self._streams:
+            if stream.unsent or stream.words[at] != tag:
+                stream.pump()
+        return [peer for peer in peers if peer.words[at] != tag or peer.unsent]
+
+    def _wait(self, pending: list[Peer], at: int, tag: int) -> None:
         start = now = time.monotonic_ns()
         rounds = 0
         crowded = False
         silence: Silence | None = None
         while True:
             time.sleep(_NAP_S) if crowded else os.sched_yield()
-            pending = [peer for peer in pending if peer.words[at] != tag]
+            pending = self._missing(pending, at, tag)
             if not pending:
                 return
             rounds += 1
@@ -443,13 +459,13 @@ class CpuCommunicator(Communicator):
             if any(peer.words[ROLL_CALL] > self._epoch for peer in self._live):
                 # Who opened it may have finished this very collective: then all parts are here, or will be at once.
                 os.sched_yield()
-                if all(peer.words[at] == tag for peer in pending):
+                if not self._missing(pending, at, tag):
                     return
-            self._look(_KINDS[tag & 7], start)
+            self._look(KINDS[tag & tags.KIND_MASK], start)
             for peer in pending:
                 self._check_word(peer, peer.words[at], tag)
             if silence is not None:
-                self._look_for_hangups(_KINDS[tag & 7], start)
+                self._look_for_hangups(KINDS[tag & tags.KIND_MASK], start)
                 if silence.longest_ns >= self._timeout_ns:
                     self._time_out(pending, silence, (time.monotonic_ns() - start) / 1e9)
             if self._roll_call:
@@ -458,7 +474,12 @@ class CpuCommunicator(Communicator):
 
     def _look(self, operation: str, since_ns: int | None = None) -> None:
         """Read what the launcher and the peers' segments say: deaths and open roll calls. since_ns: when a wait began,
-        for which a peer's life lock, too, is looked at."""
+        for which a peer's life lock, or the end of its stream, is looked at too."""
+        for stream in self._streams:
+            stream.pump()
+        for peer in self._live:  # before deaths: what a peer said last counts
+            if peer.words[ROLL_CALL] > self._epoch:
+                self._hear_roll_call(peer.words[ROLL_CALL])
         if since_ns is not None:
             for peer in list(self._live):
                 if peer.died:
@@ -474,32 +495,33 @@ class CpuCommunicator(Communicator):
                 else:
                     cause = "operator" if self._notices.cause(rank) == "operator" else "notice"
                     self._lose(rank, cause, (now - self._notices.stamp_ns(rank)) / 1e9, operation)
-        for peer in self._live:
-            if peer.words[ROLL_CALL] > self._epoch:
-                self._hear_roll_call(peer.words[ROLL_CALL])
 
     def _look_for_hangups(self, operation: str, since_ns: int) -> None:
         """Ask the kernel which peers' processes have ended."""
         if self._hangups.poll(0):
             seconds = (time.monotonic_ns() - since_ns) / 1e9
             for peer in list(self._live):
-                if gone(peer.pidfd):
+                if isinstance(peer, PeerSegment) and gone(peer.pidfd):
                     self._lose(peer.rank, "notice", seconds, operation)
 
-    def _time_out(self, pending: list[PeerSegment], silence: Silence, waited_s: float) -> None:
+    def _time_out(self, pending: list[Peer], silence: Silence, waited_s: float) -> None:
         for peer in pending:
             silent_ns = silence.of_ns(peer.pid)
+            if silent_ns is not None and isinstance(peer, StreamPeer):  # a long message on a slow line is no silence
+                silent_ns = min(silent_ns, time.monotonic_ns() - peer.heard_ns)
             if silent_ns is not None and silent_ns >= self._timeout_ns:
-                self._lose(peer.rank, "timeout", waited_s, _KINDS[self._tag & 7])
+                self._lose(peer.rank, "timeout", waited_s, KINDS[self._tag & tags.KIND_MASK])
 
-    def _check_word(self, peer: PeerSegment, word: int, tag: int) -> None:
+    def _check_word(self, peer: Peer, word: int, tag: int) -> None:
         """A word beyond ours: the peer stopped waiting for us. Another kind under our number: a bug of the caller."""
-        if word >> _EPOCH_SHIFT != self._epoch or word == tag:
+        if word >> tags.EPOCH_SHIFT != self._epoch or word == tag:
             return
-        ours, theirs = tag >> _NUMBER_SHIFT, word >> _NUMBER_SHIFT
-        assert ours != theirs, f"rank {peer.rank} runs {_KINDS[word & 7]} while this rank runs {_KINDS[tag & 7]}"
+        ours, theirs = tag >> tags.NUMBER_SHIFT, word >> tags.NUMBER_SHIFT
+        assert ours != theirs, (
+            f"rank {peer.rank} runs {KINDS[word & tags.KIND_MASK]} while this rank runs {KINDS[tag & tags.KIND_MASK]}"
+        )
         if theirs > ours:
-            self._lose(peer.rank, "timeout", 0.0, _KINDS[tag & 7])
+            self._lose(peer.rank, "timeout", 0.0, KINDS[tag & tags.KIND_MASK])
 
     def _check_overtaken(self) -> None:
         """After the copies: a peer that reuses this buffer already has masked us, and what we copied may be torn."""
@@ -512,7 +534,7 @@ class CpuCommunicator(Communicator):
                 if peer.words[ROLL_CALL] > self._epoch:
                     self._hear_roll_call(peer.words[ROLL_CALL])
                 else:
-                    self._lose(peer.rank, "timeout", 0.0, _KINDS[tag & 7])
+                    self._lose(peer.rank, "timeout", 0.0, KINDS[tag & tags.KIND_MASK])
 
     def _raw(self, rows: Tensor) -> Raw:
         return cast(Raw, rows.view(self._raw_dtype).numpy())
@@ -520,28 +542,37 @@ class CpuCommunicator(Communicator):
     # --- sleeping together
 
     def ring(self) -> None:
-        self._own.words[RINGING] = self._epoch << _EPOCH_SHIFT | (self._number + 1) << _NUMBER_SHIFT
+        self._own.words[RINGING] = tags.tag_of(self._epoch, self._number + 1)
         self._fence()
         for peer in self._live:
             peer.wake()
 
     def sleep(self, timeout_s: float, wake_fds: tuple[int, ...] = ()) -> bool:
         deadline = time.monotonic() + timeout_s
-        finished = self._epoch << _EPOCH_SHIFT | self._number << _NUMBER_SHIFT
-        poller = select.poll()
-        for fd in (self._own.wake_read, *wake_fds, *(peer.pidfd for peer in self._live)):
-            poller.register(fd, select.POLLIN)
+        finished = tags.tag_of(self._epoch, self._number)
         ready: set[int] = set()
         while True:
             self._own.drain()
             self._fence()
             self._look("sleep", time.monotonic_ns())
             for peer in list(self._live):
-                if peer.pidfd in ready:
+                if isinstance(peer, PeerSegment) and peer.pidfd in ready:
                     self._lose(peer.rank, "notice", 0.0, "sleep")
             if self._failed or any(peer.words[RINGING] > finished for peer in self._live):
                 return True
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not ready.isdisjoint(wake_fds):
                 return False
-            ready = {fd for fd, _ in poller.poll(math.ceil(remaining * 1000))}
+            ready = {fd for fd, _ in self._poller(wake_fds).poll(math.ceil(remaining * 1000))}
+
+    def _poller(self, wake_fds: tuple[int, ...]) -> select.poll:
+        """Everything that may end a sleep."""
+        poller = select.poll()
+        for fd in (self._own.wake_read, *wake_fds):
+            poller.register(fd, select.POLLIN)
+        for peer in self._live:
+            if isinstance(peer, StreamPeer):
+                peer.register(poller)
+            else:
+                poller.register(peer.pidfd, select.POLLIN)
+        return poller

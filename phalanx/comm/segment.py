@@ -10,7 +10,8 @@ everyone sent n + 1 only after it had read all of n. A rank that masked a slow r
 reader looks after its copy whether the owner has begun to use the buffer again (`BEGUN`).
 
 Every message is named by a tag (epoch, number, kind), and is there when the word for its reader equals the tag.
-No torch here: the launcher, too, uses this module, to wake a rank that sleeps.
+An address may go on, after a blank, with how ranks of other hosts reach the same rank (`comm.links`): what is read here
+is the part before it. No torch here: the launcher, too, uses this module, to wake a rank that sleeps.
 """
 
 from __future__ import annotations
@@ -184,6 +185,10 @@ class OwnSegment(Segment):
         self.words[_MAGIC] = header[_MAGIC]
         self.address = f"/proc/{os.getpid()}/fd/{self._fd}"
 
+    def wake(self) -> None:
+        """Make this rank's own `sleep` look at its words: for another thread of this process."""
+        poke_pipe(self._wake_write)
+
     def drain(self) -> None:
         """Take every pending wake-up out of the pipe; look at the words after it, never before."""
         with contextlib.suppress(BlockingIOError):
@@ -243,6 +248,11 @@ class PeerSegment(Segment):
 
     __slots__ = ("_wake", "address", "incarnation", "pid", "pidfd", "rank")
 
+    unsent = False
+    """Whether something is still on its way to this peer: never, in shared memory."""
+    broken = False
+    """Whether the way to this peer must be made anew."""
+
     def __init__(self, address: str, layout: Layout, rank: int, incarnation: int) -> None:
         """Raises Unreachable when the process is gone, whatever has its number by now."""
         self.address, self.rank, self.incarnation, self.pid = address, rank, incarnation, pid_of(address)
@@ -282,6 +292,11 @@ def gone(pidfd: int) -> bool:
     return bool(poller.poll(0))
 
 
+def path_of(address: str) -> str:
+    """The segment's path in an address. LOCAL."""
+    return address.partition(" ")[0]
+
+
 def pid_of(address: str) -> int:
     """The process number in an address. LOCAL."""
     return int(address.split("/")[2])
@@ -301,7 +316,7 @@ def find_address(pid: int, rank: int, incarnation: int) -> str | None:
 def wake_address(address: str) -> None:
     """Wake whoever owns the segment at `address`; nothing happens when it is gone. LOCAL."""
     with contextlib.suppress(OSError, Unreachable):
-        fd = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path_of(address), os.O_RDONLY | os.O_CLOEXEC)
         try:
             words = memoryview(os.pread(fd, PAGE, 0)).cast("Q")
         finally:
@@ -349,7 +364,7 @@ def _no_fence() -> None:
 
 
 def _map_readonly(address: str, header: list[int], size: int) -> mmap.mmap:
-    fd = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path_of(address), os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = list(memoryview(os.pread(fd, 8 * len(header), 0).ljust(8 * len(header), b"\0")).cast("Q"))
         if found[: _INCARNATION + 1] != header[: _INCARNATION + 1]:

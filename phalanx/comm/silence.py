@@ -4,6 +4,8 @@ On a loaded machine a healthy peer may be silent for seconds because it waits fo
 while must not suspect everyone when it wakes up. Neither needs a guess: the kernel counts how long a process wanted a
 CPU and had none (`schedstat`: ns spent running, ns spent runnable but not running, turns), and a waiter that was
 stopped sees the gap in its own loop. A stopped, sleeping or dead process wants no CPU: its silence counts.
+
+Of a process on another host nothing is known but what comes: there only the waiter's own hunger is taken off.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ _FROZEN_NS = 50_000_000
 class Silence:
     """Counts from its construction. `tick` in each round of the wait; `of_ns` costs some microseconds. LOCAL."""
 
-    def __init__(self, pids: Iterable[int]) -> None:
+    def __init__(self, pids: Iterable[int | None]) -> None:
         self._own = _delay_ns(_schedstat("thread-self"))
-        self._peers = {pid: _delay_ns(_schedstat(pid)) for pid in pids}
+        self._peers = {pid: _delay_ns(_schedstat(pid)) for pid in pids if pid is not None}
         self._seen: dict[int, bytes] = {}
         self._began = self._now = time.monotonic_ns()
         self._frozen = 0
@@ -37,11 +39,14 @@ class Silence:
         """No silence can be longer than this."""
         return self._now - self._began - self._frozen
 
-    def of_ns(self, pid: int) -> int | None:
+    def of_ns(self, pid: int | None) -> int | None:
         """Nanoseconds for which process `pid` was silent though it and the waiter could run; None: unknown just now.
+        pid None: a process of another host, silent though the waiter could run.
 
         The kernel adds a wait for a CPU to its count when that wait ends. So the count of a process that is runnable
         can be trusted only when it has moved since it was last asked for: ask again in the next round."""
+        if pid is None:
+            return self._now - self._began - max(self._frozen, _delay_ns(_schedstat("thread-self")) - self._own)
         count = _schedstat(pid)
         moved = count != self._seen.get(pid, count)
         self._seen[pid] = count

@@ -39,6 +39,7 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "combine": "between what a combine sends and what it waits for",
         "all_gather": "between what an all_gather sends and what it waits for",
         "half_sent": "a collective of any kind has told one peer and not yet the others",
+        "half_framed": "half of a collective's part for a rank of another host is sent",
         "received": "a collective of any kind has heard everyone and is about to take what came",
         "commit": "the step was checked and is about to be committed",
         "roll_call": "this rank is about to answer a roll call",

@@ -16,12 +16,20 @@ import torch
 
 from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.notices import NoticeBoard
+from phalanx.wire import Site
 from phalanx.world import Member, View
 
 PATIENCE_S = 30.0
 """No test waits longer than this for an event that should come."""
 
 HIDDEN, TOP_K, SLOTS, MAX_TOKENS = 24, 3, 4, 17
+
+SHAPE = {"hidden": HIDDEN, "top_k": TOP_K, "slots_per_rank": SLOTS, "max_tokens": MAX_TOKENS}
+
+TOKEN = b"what only the ranks of this test know"
+
+Hosts = Callable[[int], str]
+"""The name of the host that a rank pretends to be on."""
 
 
 class Channel:
@@ -56,7 +64,7 @@ class Node:
         """Adopt the view that the test sends next."""
         epoch, members = self.hear()
         ep_size = self.comm.ep_size
-        self.comm.adopt(View(epoch, ep_size, tuple(Member(r, i, comm_address=a) for r, i, a in members)))
+        self.comm.adopt(View(epoch, ep_size, tuple(Member(r, i, host, comm_address=a) for r, i, host, a in members)))
 
     def tell_status(self) -> None:
         status = self.comm.status()
@@ -86,9 +94,14 @@ class Ranks:
         elastic: bool = True,
         board: bool = True,
         dtype: torch.dtype = torch.bfloat16,
+        hosts: Hosts | None = None,
+        shape: dict[str, int] = SHAPE,
     ) -> None:
-        self.ep_size, self.dtype = ep_size, dtype
-        self._options: dict[str, Any] = {"peer_timeout_s": peer_timeout_s, "elastic": elastic}
+        """hosts: None: all ranks know of one host only. shape: of what they exchange."""
+        self.ep_size, self.dtype, self._hosts = ep_size, dtype, hosts
+        self._options: dict[str, Any] = {"peer_timeout_s": peer_timeout_s, "elastic": elastic, **shape}
+        if hosts:
+            self._options["site"] = Site(node_rank=0, host="127.0.0.1", token=TOKEN)
         self.board = NoticeBoard.create(ep_size) if board else None
         self._board_address = self.board.address if self.board else ""
         self.pids: dict[int, int] = {}
@@ -118,7 +131,8 @@ class Ranks:
         theirs.close()
         self._all_pids.append(pid)
         self.pids[rank], self.channels[rank] = pid, Channel(ours)
-        self.members[rank] = Member(rank, incarnation, pid=pid, comm_address=self.channels[rank].hear())
+        host = self._hosts(rank) if self._hosts else "localhost"
+        self.members[rank] = Member(rank, incarnation, host, pid, self.channels[rank].hear())
 
     def _run(self, rank: int, incarnation: int, body: Body, channel: Channel, fault_point: Any) -> None:
         try:
@@ -127,10 +141,6 @@ class Ranks:
                 rank,
                 self.ep_size,
                 incarnation=incarnation,
-                max_tokens=MAX_TOKENS,
-                hidden=HIDDEN,
-                top_k=TOP_K,
-                slots_per_rank=SLOTS,
                 dtype=self.dtype,
                 notices=board,
                 fault_point=(lambda name: fault_point(channel, name)) if fault_point else None,
@@ -146,7 +156,7 @@ class Ranks:
     def meet(self, epoch: int, ranks: list[int] | None = None, tell: list[int] | None = None) -> None:
         """Send `ranks` (or only those in `tell`) the view of all of them."""
         ranks = sorted(self.members) if ranks is None else ranks
-        members = [(r, self.members[r].incarnation, self.members[r].comm_address) for r in ranks]
+        members = [(m.rank, m.incarnation, m.host, m.comm_address) for m in (self.members[r] for r in ranks)]
         for rank in ranks if tell is None else tell:
             self.channels[rank].tell([epoch, members])
 

@@ -6,12 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comm_ranks import Hosts
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.testing.service import Service, flags_of
 from phalanx.testing.tiny import make_tiny
 
 Result = tuple[str, str | None, str, bool]
+
+LINKS: dict[str, Hosts | None] = {
+    "shm": None,
+    "tcp": lambda rank: f"host {rank}",
+    "mixed": lambda rank: f"host {rank // 2}",
+}
+
+
+@pytest.fixture(params=LINKS)
+def hosts(request: pytest.FixtureRequest) -> Hosts | None:
+    """Which ranks share a host: all; none does, so that all links are TCP; each two."""
+    return LINKS[request.param]
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def pair_hosts(request: pytest.FixtureRequest) -> Hosts | None:
+    """The same for two ranks."""
+    return LINKS[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comm_ranks import CLEAN, HIDDEN, TOP_K, Channel, Node, Ranks
+from comm_ranks import CLEAN, HIDDEN, TOP_K, Channel, Hosts, Node, Ranks
 from comm_reference import check_all_gather, check_exchange
 
 from phalanx.errors import Evicted
@@ -65,8 +65,10 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("op", "passes", "name"), POINTS, ids=[f"{op}-{name}" for op, _, name in POINTS])
-def test_the_others_go_on_masked_when_a_rank_is_killed_in_any_collective(op: str, passes: int, name: str) -> None:
-    with Ranks(4) as ranks:
+def test_the_others_go_on_masked_when_a_rank_is_killed_in_any_collective(
+    hosts: Hosts | None, op: str, passes: int, name: str
+) -> None:
+    with Ranks(4, hosts=hosts) as ranks:
         victim = (passes + len(name)) % 4
         for rank in range(4):
             ranks.spawn(rank, survive({victim}), fault_point=die_at(name, passes) if rank == victim else None)
@@ -81,9 +83,9 @@ def test_the_others_go_on_masked_when_a_rank_is_killed_in_any_collective(op: str
 
 
 @pytest.mark.parametrize("dead", [{0, 3}, {0, 1, 2}])
-def test_several_ranks_killed_at_once_leave_the_others_exact_down_to_one(dead: set[int]) -> None:
+def test_several_ranks_killed_at_once_leave_the_others_exact_down_to_one(hosts: Hosts | None, dead: set[int]) -> None:
     points = [("half_sent", 5), ("combine", 2), ("received", 7), ("dispatch", 2)]
-    with Ranks(4) as ranks:
+    with Ranks(4, hosts=hosts) as ranks:
         for rank in range(4):
             ranks.spawn(rank, survive(dead), fault_point=die_at(*points[rank]) if rank in dead else None)
         ranks.meet(1)
@@ -94,8 +96,8 @@ def test_several_ranks_killed_at_once_leave_the_others_exact_down_to_one(dead: s
             assert ranks.hear(rank)["lost"] == sorted(dead)
 
 
-def test_a_death_is_seen_without_a_launcher_long_before_the_time_out() -> None:
-    with Ranks(3, board=False) as ranks:
+def test_a_death_is_seen_without_a_launcher_long_before_the_time_out(hosts: Hosts | None) -> None:
+    with Ranks(3, board=False, hosts=hosts) as ranks:
         for rank in range(3):
             ranks.spawn(rank, survive({1}), fault_point=die_at("combine", 2) if rank == 1 else None)
         ranks.meet(1)
@@ -106,7 +108,7 @@ def test_a_death_is_seen_without_a_launcher_long_before_the_time_out() -> None:
             assert status["detect_s"]["1"] < 2.0
 
 
-def test_a_notice_alone_masks_a_rank_and_tells_it_to_stop() -> None:
+def test_a_notice_alone_masks_a_rank_and_tells_it_to_stop(hosts: Hosts | None) -> None:
     """An operator takes rank 2 out while it lives: the others mask it at once, it leaves its own wait."""
 
     def body(node: Node) -> None:
@@ -116,7 +118,7 @@ def test_a_notice_alone_masks_a_rank_and_tells_it_to_stop() -> None:
             node.tell_status()
         node.hear()
 
-    with Ranks(3) as ranks:
+    with Ranks(3, hosts=hosts) as ranks:
         for rank in range(3):
             ranks.spawn(rank, body)
         ranks.meet(1)
@@ -128,7 +130,7 @@ def test_a_notice_alone_masks_a_rank_and_tells_it_to_stop() -> None:
         assert ranks.hear(1)["causes"] == {"0": "notice", "2": "operator"}
 
 
-def test_a_notice_for_an_earlier_incarnation_harms_nobody() -> None:
+def test_a_notice_for_an_earlier_incarnation_harms_nobody(pair_hosts: Hosts | None) -> None:
     def body(node: Node) -> None:
         node.adopt()
         for round_ in range(3):
@@ -136,7 +138,7 @@ def test_a_notice_for_an_earlier_incarnation_harms_nobody() -> None:
         node.tell_status()
         node.hear()
 
-    with Ranks(2) as ranks:
+    with Ranks(2, hosts=pair_hosts) as ranks:
         assert ranks.board
         ranks.board.declare_dead(1, 4, "signal")
         ranks.spawn(0, body)
@@ -153,8 +155,8 @@ def barriers(node: Node) -> None:
         node.tell_status()
 
 
-def test_a_pause_shorter_than_the_time_out_evicts_nobody() -> None:
-    with Ranks(3, peer_timeout_s=5.0) as ranks:
+def test_a_pause_shorter_than_the_time_out_evicts_nobody(hosts: Hosts | None) -> None:
+    with Ranks(3, peer_timeout_s=5.0, hosts=hosts) as ranks:
         for rank in range(3):
             ranks.spawn(rank, barriers)
         ranks.meet(1)
@@ -165,8 +167,8 @@ def test_a_pause_shorter_than_the_time_out_evicts_nobody() -> None:
         assert [ranks.hear(rank) for rank in range(3)] == [CLEAN] * 3
 
 
-def test_a_waiter_that_was_stopped_for_longer_than_the_time_out_suspects_nobody() -> None:
-    with Ranks(2, peer_timeout_s=0.5) as ranks:
+def test_a_waiter_that_was_stopped_for_longer_than_the_time_out_suspects_nobody(pair_hosts: Hosts | None) -> None:
+    with Ranks(2, peer_timeout_s=0.5, hosts=pair_hosts) as ranks:
         for rank in range(2):
             ranks.spawn(rank, barriers)
         ranks.meet(1)
@@ -179,7 +181,7 @@ def test_a_waiter_that_was_stopped_for_longer_than_the_time_out_suspects_nobody(
         assert [ranks.hear(rank) for rank in range(2)] == [CLEAN] * 2
 
 
-def test_patience_gives_a_slow_peer_more_time_and_then_takes_it_back() -> None:
+def test_patience_gives_a_slow_peer_more_time_and_then_takes_it_back(pair_hosts: Hosts | None) -> None:
     def patient(node: Node) -> None:
         node.adopt()
         with node.comm.patience(20.0):
@@ -188,7 +190,7 @@ def test_patience_gives_a_slow_peer_more_time_and_then_takes_it_back() -> None:
         node.comm.barrier()
         node.tell_status()
 
-    with Ranks(2, peer_timeout_s=0.2) as ranks:
+    with Ranks(2, peer_timeout_s=0.2, hosts=pair_hosts) as ranks:
         ranks.spawn(0, patient)
         ranks.spawn(1, barriers)
         ranks.meet(1)
@@ -250,7 +252,7 @@ def zombie(node: Node) -> None:
     node.hear()
 
 
-def test_a_rank_stopped_for_longer_than_the_time_out_is_masked_and_later_harms_nobody() -> None:
+def test_a_rank_stopped_for_longer_than_the_time_out_is_masked_and_later_harms_nobody(hosts: Hosts | None) -> None:
     """It sleeps through two epochs and the birth of its own successor, wakes up, writes, and is heard by nobody."""
 
     def member(node: Node) -> None:
@@ -280,7 +282,8 @@ def test_a_rank_stopped_for_longer_than_the_time_out_is_masked_and_later_harms_n
             node.tell_status()
         node.hear()
 
-    with Ranks(3, peer_timeout_s=0.3) as ranks:
+    timeout_s = 2.0 if hosts else 0.3  # of a peer on another host nobody here knows that it only waits for a CPU
+    with Ranks(3, peer_timeout_s=timeout_s, hosts=hosts) as ranks:
         for rank, body in enumerate((member, member, zombie)):
             ranks.spawn(rank, body)
         ranks.meet(1)
@@ -289,7 +292,7 @@ def test_a_rank_stopped_for_longer_than_the_time_out_is_masked_and_later_harms_n
         for rank in (0, 1):
             status = ranks.hear(rank)
             assert status["causes"] == {"2": "timeout"}
-            assert status["detect_s"]["2"] >= 0.3
+            assert status["detect_s"]["2"] >= timeout_s
         old = ranks.pids[2], ranks.channels[2]
         ranks.spawn(2, successor, incarnation=1)
         for epoch, members in ((2, [0, 1]), (3, [0, 1]), (4, [0, 1, 2])):
@@ -303,7 +306,9 @@ def test_a_rank_stopped_for_longer_than_the_time_out_is_masked_and_later_harms_n
         assert [ranks.hear(rank) for rank in range(3)] == [CLEAN] * 3
 
 
-def test_an_interrupt_ends_every_wait_and_every_later_collective_until_its_epoch_is_adopted() -> None:
+def test_an_interrupt_ends_every_wait_and_every_later_collective_until_its_epoch_is_adopted(
+    hosts: Hosts | None,
+) -> None:
     def body(node: Node) -> None:
         node.adopt()
         comm = node.comm
@@ -326,7 +331,7 @@ def test_an_interrupt_ends_every_wait_and_every_later_collective_until_its_epoch
         node.tell_status()
         node.hear()
 
-    with Ranks(3) as ranks:
+    with Ranks(3, hosts=hosts) as ranks:
         for rank in range(3):
             ranks.spawn(rank, body)
         ranks.meet(1)
@@ -337,7 +342,7 @@ def test_an_interrupt_ends_every_wait_and_every_later_collective_until_its_epoch
         assert [ranks.hear(rank) for rank in range(3)] == [CLEAN] * 3
 
 
-def test_an_interrupt_for_a_later_epoch_outlives_the_adoption_of_an_earlier_one() -> None:
+def test_an_interrupt_for_a_later_epoch_outlives_the_adoption_of_an_earlier_one(pair_hosts: Hosts | None) -> None:
     def body(node: Node) -> None:
         node.adopt()
         if node.rank == 0:
@@ -354,7 +359,7 @@ def test_an_interrupt_for_a_later_epoch_outlives_the_adoption_of_an_earlier_one(
         node.tell_status()
         node.hear()
 
-    with Ranks(2) as ranks:
+    with Ranks(2, hosts=pair_hosts) as ranks:
         for rank in range(2):
             ranks.spawn(rank, body)
         for epoch, interrupted in ((1, 3), (2, 3), (3, 0)):
@@ -362,8 +367,8 @@ def test_an_interrupt_for_a_later_epoch_outlives_the_adoption_of_an_earlier_one(
             assert [ranks.hear(rank)["interrupted"] for rank in range(2)] == [interrupted] * 2
 
 
-def test_a_member_that_died_before_it_could_be_mapped_is_masked_by_notice() -> None:
-    with Ranks(3, board=False) as ranks:
+def test_a_member_that_died_before_it_could_be_mapped_is_masked_by_notice(hosts: Hosts | None) -> None:
+    with Ranks(3, board=False, hosts=hosts) as ranks:
         for rank in range(3):
             ranks.spawn(rank, barriers)
         ranks.kill(1)
@@ -413,7 +418,7 @@ def test_a_rank_that_the_others_masked_learns_so_from_a_buffer_in_use_again() ->
         assert status["detect_s"] == {"1": 0.0}, "found by waiting, not by looking at the buffer"
 
 
-def test_nothing_is_sent_to_a_masked_rank_and_a_cleared_one_is_heard_again() -> None:
+def test_nothing_is_sent_to_a_masked_rank_and_a_cleared_one_is_heard_again(pair_hosts: Hosts | None) -> None:
     def body(node: Node) -> None:
         node.adopt()
         comm, other = node.comm, 1 - node.rank
@@ -429,7 +434,7 @@ def test_nothing_is_sent_to_a_masked_rank_and_a_cleared_one_is_heard_again() -> 
         node.tell_status()
         node.hear()
 
-    with Ranks(2) as ranks:
+    with Ranks(2, hosts=pair_hosts) as ranks:
         for rank in range(2):
             ranks.spawn(rank, body)
         ranks.meet(1)
@@ -440,7 +445,7 @@ def test_nothing_is_sent_to_a_masked_rank_and_a_cleared_one_is_heard_again() -> 
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["silent", "dead"])
-def test_without_elasticity_a_lost_peer_is_an_error_that_names_it(kill: bool) -> None:
+def test_without_elasticity_a_lost_peer_is_an_error_that_names_it(pair_hosts: Hosts | None, kill: bool) -> None:
     def body(node: Node) -> None:
         node.adopt()
         node.hear()
@@ -450,7 +455,7 @@ def test_without_elasticity_a_lost_peer_is_an_error_that_names_it(kill: bool) ->
             node.tell([type(error).__name__, str(error)])
         node.hear()
 
-    with Ranks(2, peer_timeout_s=0.2, elastic=False, board=False) as ranks:
+    with Ranks(2, peer_timeout_s=0.2, elastic=False, board=False, hosts=pair_hosts) as ranks:
         for rank in range(2):
             ranks.spawn(rank, body)
         ranks.meet(1)

@@ -7,12 +7,13 @@ import random
 import time
 
 import pytest
-from comm_ranks import CLEAN, PATIENCE_S, Node, Ranks
+from comm_ranks import CLEAN, PATIENCE_S, Hosts, Node, Ranks
 from comm_reference import check_all_gather
 
 pytestmark = pytest.mark.cluster
 
 ROUNDS = 1200
+ROUNDS_BETWEEN_HOSTS = 300
 
 
 def dawdle(rng: random.Random) -> None:
@@ -21,15 +22,17 @@ def dawdle(rng: random.Random) -> None:
         os.sched_yield()
 
 
-def test_thousands_of_random_rings_sleeps_and_steps_lose_no_wake_up_and_invent_none() -> None:
+def test_thousands_of_random_rings_sleeps_and_steps_lose_no_wake_up_and_invent_none(hosts: Hosts | None) -> None:
     """In each round every rank either rings, or sleeps until someone rings, or nobody rings and nobody may wake."""
+
+    rounds = ROUNDS_BETWEEN_HOSTS if hosts else ROUNDS
 
     def body(node: Node) -> None:
         node.adopt()
         comm = node.comm
         plan, own = random.Random(1), random.Random(100 + node.rank)  # the plan is everybody's
         slept = 0
-        for round_ in range(ROUNDS):
+        for round_ in range(rounds):
             ringers = {r for r in range(comm.ep_size) if plan.random() < 0.3}
             dawdle(own)
             if node.rank in ringers:
@@ -48,16 +51,16 @@ def test_thousands_of_random_rings_sleeps_and_steps_lose_no_wake_up_and_invent_n
         node.tell_status()
         node.hear()
 
-    with Ranks(4) as ranks:
+    with Ranks(4, hosts=hosts) as ranks:
         for rank in range(4):
             ranks.spawn(rank, body)
         ranks.meet(1)
         for rank in range(4):
-            assert ranks.hear(rank) > ROUNDS / 4
+            assert ranks.hear(rank) > rounds / 4
             assert ranks.hear(rank) == CLEAN
 
 
-def test_a_ring_before_the_sleep_counts_and_a_ring_of_a_finished_collective_does_not() -> None:
+def test_a_ring_before_the_sleep_counts_and_a_ring_of_a_finished_collective_does_not(pair_hosts: Hosts | None) -> None:
     def ringer(node: Node) -> None:
         node.adopt()
         node.comm.ring()
@@ -73,7 +76,7 @@ def test_a_ring_before_the_sleep_counts_and_a_ring_of_a_finished_collective_does
         node.tell(node.comm.sleep(0.01))
         node.hear()
 
-    with Ranks(2) as ranks:
+    with Ranks(2, hosts=pair_hosts) as ranks:
         ranks.spawn(0, ringer)
         ranks.spawn(1, sleeper)
         ranks.meet(1)
@@ -83,7 +86,7 @@ def test_a_ring_before_the_sleep_counts_and_a_ring_of_a_finished_collective_does
         assert ranks.hear(1) is False
 
 
-def test_a_ring_under_the_next_epoch_wakes_a_rank_that_adopts_it_later() -> None:
+def test_a_ring_under_the_next_epoch_wakes_a_rank_that_adopts_it_later(pair_hosts: Hosts | None) -> None:
     def ringer(node: Node) -> None:
         node.adopt()
         node.comm.barrier()
@@ -99,7 +102,7 @@ def test_a_ring_under_the_next_epoch_wakes_a_rank_that_adopts_it_later() -> None
         node.tell(node.comm.sleep(PATIENCE_S))
         node.hear()
 
-    with Ranks(2) as ranks:
+    with Ranks(2, hosts=pair_hosts) as ranks:
         ranks.spawn(0, ringer)
         ranks.spawn(1, sleeper)
         ranks.meet(1)
@@ -126,7 +129,7 @@ def test_a_readable_descriptor_ends_a_sleep_but_does_not_count_as_a_ring() -> No
 
 
 @pytest.mark.parametrize("board", [False, True], ids=["kernel", "launcher"])
-def test_the_death_of_a_peer_wakes_sleepers_and_is_in_their_status(board: bool) -> None:
+def test_the_death_of_a_peer_wakes_sleepers_and_is_in_their_status(hosts: Hosts | None, board: bool) -> None:
     def body(node: Node) -> None:
         node.adopt()
         node.comm.barrier()
@@ -135,7 +138,7 @@ def test_the_death_of_a_peer_wakes_sleepers_and_is_in_their_status(board: bool) 
         node.tell_status()
         node.hear()
 
-    with Ranks(3, board=board) as ranks:
+    with Ranks(3, board=board, hosts=hosts) as ranks:
         for rank in range(3):
             ranks.spawn(rank, body)
         ranks.meet(1)
@@ -146,7 +149,9 @@ def test_the_death_of_a_peer_wakes_sleepers_and_is_in_their_status(board: bool) 
 
 
 @pytest.mark.parametrize("by_address", [False, True], ids=["pid", "address"])
-def test_the_launcher_wakes_sleepers_to_a_notice_about_a_living_rank(by_address: bool) -> None:
+def test_the_launcher_wakes_sleepers_to_a_notice_about_a_living_rank(
+    pair_hosts: Hosts | None, by_address: bool
+) -> None:
     def body(node: Node) -> None:
         node.adopt()
         node.comm.barrier()
@@ -155,7 +160,7 @@ def test_the_launcher_wakes_sleepers_to_a_notice_about_a_living_rank(by_address:
         node.tell_status()
         node.hear()
 
-    with Ranks(2) as ranks:
+    with Ranks(2, hosts=pair_hosts) as ranks:
         for rank in range(2):
             ranks.spawn(rank, body)
         ranks.meet(1)
@@ -173,7 +178,7 @@ def test_the_launcher_wakes_sleepers_to_a_notice_about_a_living_rank(by_address:
         assert ranks.hear(1)["interrupted"] == 2
 
 
-def test_an_interrupt_wakes_sleepers() -> None:
+def test_an_interrupt_wakes_sleepers(pair_hosts: Hosts | None) -> None:
     def body(node: Node) -> None:
         node.adopt()
         if node.rank == 0:
@@ -185,7 +190,7 @@ def test_an_interrupt_wakes_sleepers() -> None:
         node.tell(node.comm.status().interrupted)
         node.hear()
 
-    with Ranks(2) as ranks:
+    with Ranks(2, hosts=pair_hosts) as ranks:
         for rank in range(2):
             ranks.spawn(rank, body)
         ranks.meet(1)
