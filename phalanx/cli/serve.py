@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from phalanx.cli import aliases
-from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, ServeConfig
+from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, ServeConfig, VaultTransport
 from phalanx.errors import PhalanxError
 
 log = logging.getLogger("phalanx.launcher")
@@ -50,6 +50,9 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--eplb-interval", "Steps from one plan of --enable-eplb to the next (0: none).", type=int)
 @_option("--eplb-min-gain", "Part of the experts' time that a plan must save to be carried out.", type=float)
 @_option("--expert-backup", "Where lost experts are restored from.", type=click.Choice(get_args(Backup)))
+@_option("--vault-copies", "Hosts whose vaults hold an expert, with several hosts.", type=int)
+@_option("--vault-transport", "How other hosts' vaults are read.", type=click.Choice(get_args(VaultTransport)))
+@_option("--ib-device", "RDMA devices for --vault-transport mooncake, separated by commas.")
 @click.option("--elastic/--no-elastic", default=True, help="Go on without a rank that dies, or end with an error.")
 @_option("--max-restarts", "Times a dead rank is started again within --restart-window (0: never).", type=int)
 @_option("--restart-window", "Seconds over which the restarts of a rank are counted.", type=float)
