@@ -51,7 +51,7 @@ class VaultSpec(msgspec.Struct, frozen=True, kw_only=True, tag="vault"):
     notices: str
     launcher_pid: int
     vault: str
-    """"" when there is none; there is a process nevertheless where other hosts may ask for what this one's ranks hold."""
+    """"" when there is none: then the process only gives other hosts what this one's ranks hold."""
     site: Site | None = None
     faults: str = ""
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from phalanx.config import ELEMENT_BYTES, ServeConfig
-from phalanx.elastic.shares import Share
+from phalanx.elastic.shares import EVERYTHING, Share
 from phalanx.elastic.vault import VaultShape
 from phalanx.model.loader import Checkpoint
 
@@ -40,11 +40,9 @@ class Room:
         )
 
 
-ALL = Share()
-"""Everything, on the only host."""
-
-
-def room_for(config: ServeConfig, checkpoint: Checkpoint, available: int | None = None, share: Share = ALL) -> Room:
+def room_for(
+    config: ServeConfig, checkpoint: Checkpoint, available: int | None = None, share: Share = EVERYTHING
+) -> Room:
     """The room there is for this host's vault of a service that is about to start, and whose ranks are spread evenly
     over the hosts. Opens no weights. LOCAL."""
     model = checkpoint.config

@@ -16,7 +16,8 @@ import numpy.typing as npt
 def hosts_of(layer: int, expert: int, num_experts: int, nnodes: int, copies: int) -> tuple[int, ...]:
     """The hosts (by number) whose vaults hold an expert, the first copy's first: `copies` different ones, or all
     `nnodes` when they are fewer. Hosts' shares differ by no more than `copies` experts. LOCAL, pure."""
-    assert nnodes >= 1 and copies >= 1, (nnodes, copies)
+    assert nnodes >= 1, nnodes
+    assert copies >= 1, copies
     block, first = divmod(layer * num_experts + expert, nnodes)
     further = ((block + i) % (nnodes - 1) + 1 for i in range(min(copies, nnodes) - 1))
     return (first, *((first + step) % nnodes for step in further))
@@ -41,8 +42,12 @@ class Share:
             return np.ones((num_layers, num_experts), np.bool_)
         number = np.arange(num_layers * num_experts).reshape(num_layers, num_experts)
         block, first = np.divmod(number, self.nnodes)
-        mine = first == self.node_rank
+        mine: npt.NDArray[np.bool_] = first == self.node_rank
         for i in range(self.copies - 1):
             step = (block + i) % (self.nnodes - 1) + 1
             mine |= (first + step) % self.nnodes == self.node_rank
         return mine
+
+
+EVERYTHING = Share()
+"""What a host alone holds."""

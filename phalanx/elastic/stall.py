@@ -23,7 +23,16 @@ import msgspec
 
 from phalanx import wire
 from phalanx.elastic.store import Store, TcpStore
-from phalanx.elastic.transport import CONNECT_S, Greeting, Request, Stall, chosen, encoded_shape, rdma_devices, stall_key
+from phalanx.elastic.transport import (
+    CONNECT_S,
+    Greeting,
+    Request,
+    Stall,
+    chosen,
+    encoded_shape,
+    rdma_devices,
+    stall_key,
+)
 from phalanx.elastic.vault import Vault, VaultGone
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import PeerBank, StaleAddress
@@ -39,44 +48,44 @@ MAX_REQUEST_BYTES = 4 << 20
 PATIENCE_S = 30.0
 """How long a caller may take none of the bytes that it asked for."""
 
-RESTART_S = 1.0
-"""The least time between two starts of the process."""
+RESTART_S = 0.5
+"""From the end of the process to its next start."""
 
 _LOOK_S = 0.5
 
 
-class StallProcess:
-    """The keeper's hold on the process: starts it, and starts it again."""
+class StallProcess(threading.Thread):
+    """The keeper's hold on the process: starts it, and starts it again. A thread, to be started before the keeper takes
+    a low priority: what this thread forks has the thread's own, and dies with it."""
 
     def __init__(self, spec: VaultSpec) -> None:
         """Listens from now on. OSError when the host's address is not this host's."""
+        super().__init__(name="stall-process", daemon=True)
         assert spec.site is not None, "nobody to serve"
-        self._spec, self._pid = spec, 0
-        self._started = 0.0
+        self._spec = spec
         self._listener = wire.listen(spec.site.host)
 
-    def look(self) -> None:
-        """Start the process unless it runs. LOCAL, does not wait."""
-        if self._pid:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            if pid:
-                self._pid = 0
-                log.warning("the process that serves this vault to other hosts ended (status %d)", status)
-        if self._pid or time.monotonic() - self._started < RESTART_S:
-            return
-        self._started = time.monotonic()
+    def run(self) -> None:
+        """For as long as the keeper lives."""
         keeper = os.getpid()
-        self._pid = os.fork()
-        if self._pid:
-            return
+        while True:
+            pid = os.fork()
+            if pid == 0:
+                self._become(keeper)
+            _, status = os.waitpid(pid, 0)
+            log.warning("the process that serves this host's memory to the others ended: starting it again")
+            log.debug("its wait status was %d", status)
+            time.sleep(RESTART_S)
+
+    def _become(self, keeper: int) -> None:
         code = 1
         try:
             die_with_parent(keeper)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGCHLD})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
             serve(self._spec, self._listener)
             code = 0
-        except Exception:
-            log.exception("the process that serves this vault to other hosts fails")
+        except Exception as error:
+            log.error("serving this host's memory to the others fails: %s", error, exc_info=True)
         finally:
             os._exit(code)
 

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx.comm.segment import memory_fence
-from phalanx.elastic.shares import Share
+from phalanx.elastic.shares import EVERYTHING, Share
 from phalanx.errors import PhalanxError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class VaultShape:
     expert_bytes: int
     dense_bytes: int
     dense_tensors: int
-    share: Share = Share()
+    share: Share = EVERYTHING
 
     @cached_property
     def share_LE(self) -> npt.NDArray[np.bool_]:
@@ -101,8 +101,12 @@ class VaultShape:
         return _PAGE
 
     @property
+    def index_bytes(self) -> int:
+        return self.num_layers * self.num_experts * 16
+
+    @property
     def table_start(self) -> int:
-        return self.index_start + _up(self.num_layers * self.num_experts * 16, _PAGE)
+        return self.index_start + _up(self.index_bytes, _PAGE)
 
     @property
     def dense_start(self) -> int:
