@@ -128,6 +128,7 @@ def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
 
 def _check_model(config: ServeConfig) -> None:
     """Raise for all that ranks and server would find wrong with the model, or with these flags for it. LOCAL."""
+    from phalanx.elastic.fabric import chosen
     from phalanx.model.loader import Checkpoint
     from phalanx.observe.events import EventLog
     from phalanx.server.text import ModelText
@@ -136,5 +137,6 @@ def _check_model(config: ServeConfig) -> None:
     config.expert_slots(model.num_experts)
     config.context_length(model.max_position)
     config.kv_blocks(model.kv_bytes(config.block_size, ELEMENT_BYTES[config.dtype]))
+    chosen(config)
     ModelText(config.model, config.chat_template)
     EventLog(config.events_file).close()

@@ -318,7 +318,9 @@ def _shelf_of(copy: _Copy, stall: Stall, timeout_s: float) -> _Shelf:
 def _read_small(copy: _Copy, start: int, size: int, timeout_s: float) -> Bytes:
     out = np.empty(size, np.uint8)
     came: list[int] = []
-    copy.transport.read(copy.node_rank, [Piece(start, out)], timeout_s, came.append, Gate(), copy.slots)
+    gate = Gate()
+    copy.transport.read(copy.node_rank, [Piece(start, out)], timeout_s, came.append, gate, copy.slots)
+    gate.shut()
     if not came:
         raise HostFails("it does not say what it has")
     return out

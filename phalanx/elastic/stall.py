@@ -22,17 +22,9 @@ import time
 import msgspec
 
 from phalanx import wire
+from phalanx.elastic.fabric import chosen, rdma_devices
 from phalanx.elastic.store import Store, TcpStore
-from phalanx.elastic.transport import (
-    CONNECT_S,
-    Greeting,
-    Request,
-    Stall,
-    chosen,
-    encoded_shape,
-    rdma_devices,
-    stall_key,
-)
+from phalanx.elastic.transport import CONNECT_S, Greeting, Request, Stall, encoded_shape, stall_key
 from phalanx.elastic.vault import Vault, VaultGone
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import PeerBank, StaleAddress

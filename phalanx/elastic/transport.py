@@ -10,8 +10,6 @@ told did not come, and nothing will write into its buffer any more. No torch her
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import select
 import socket
 import struct
@@ -19,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,14 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx import wire
-from phalanx.config import ServeConfig
 from phalanx.elastic.shares import Share
 from phalanx.elastic.vault import VaultShape
-from phalanx.errors import BadConfig, PhalanxError
+from phalanx.errors import PhalanxError
 
 Bytes = npt.NDArray[np.uint8]
-
-RDMA_DEVICES = "/sys/class/infiniband"
 
 CONNECT_S = 2.0
 """How long another host may take to accept a connection and prove who it is."""
@@ -149,25 +144,6 @@ def encoded_shape(shape: VaultShape) -> tuple[int, ...]:
         shape.num_layers, shape.num_experts, shape.expert_bytes, shape.dense_bytes, shape.dense_tensors,
         share.node_rank, share.nnodes, share.copies,
     )  # fmt: skip
-
-
-def rdma_devices() -> list[str]:
-    """The names of this host's RDMA devices. LOCAL."""
-    with suppress(OSError):
-        return sorted(os.listdir(RDMA_DEVICES))
-    return []
-
-
-def chosen(config: ServeConfig) -> str:
-    """tcp | mooncake: what vaults of other hosts are read by on this host. BadConfig when it cannot be had. LOCAL."""
-    if config.vault_transport == "tcp":
-        return "tcp"
-    installed = importlib.util.find_spec("mooncake") is not None
-    if config.vault_transport == "mooncake" and not installed:
-        raise BadConfig(
-            "--vault-transport mooncake needs the Transfer Engine: pip install 'phalanx[mooncake]', or choose tcp"
-        )
-    return "mooncake" if installed and (config.vault_transport == "mooncake" or rdma_devices()) else "tcp"
 
 
 def send_request(connection: socket.socket, request: Request) -> None:
