@@ -18,6 +18,7 @@ from phalanx.errors import BadConfig
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["cpu"]
 Backup = Literal["dram", "disk", "none"]
+VaultTransport = Literal["auto", "mooncake", "tcp"]
 
 ELEMENT_BYTES: Mapping[Dtype, int] = MappingProxyType({"bfloat16": 2, "float32": 4})
 
@@ -51,6 +52,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     expert_backup: Backup = "dram"
     """What a recovery restores experts from when no live replica is left: a copy of all weights in host memory (the
     vault; disk when it does not fit), the checkpoint on disk, or nothing."""
+    vault_copies: int = 2
+    """With several hosts: on how many of them each expert is kept; on all of them when they are fewer."""
+    vault_transport: VaultTransport = "auto"
+    """How another host's vault is read; auto: by mooncake where there are RDMA devices and the package, else by tcp."""
+    ib_device: str = ""
+    """The RDMA devices for mooncake, separated by commas; empty: all of them."""
     elastic: bool = True
     max_restarts: int = 3
     """How often a rank that died is started again within `restart_window_s`; 0: never."""
@@ -149,7 +156,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Raise BadConfig for values that contradict themselves. LOCAL."""
         at_least_one = (
             "ep_size", "min_ranks", "threads_per_rank", "max_num_seqs", "max_num_batched_tokens", "block_size",
-            "max_queued_requests", "eplb_window",
+            "max_queued_requests", "eplb_window", "vault_copies",
         )  # fmt: skip
         for field in at_least_one:
             if getattr(self, field) < 1:

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from phalanx import messages as m
 from phalanx.config import ServeConfig
 from phalanx.elastic.room import room_for
+from phalanx.elastic.shares import EVERYTHING, Share
 from phalanx.elastic.vault import VaultMemory
 from phalanx.model.loader import Checkpoint
 from phalanx.process import VaultSpec
+from phalanx.wire import Site
 
 log = logging.getLogger("phalanx.launcher")
 
@@ -26,10 +28,11 @@ MAX_FAILURES = 5
 class Custodian:
     """Owns the vault of this host, if there is one."""
 
-    def __init__(self, config: ServeConfig, tell: Callable[[m.VaultState], None]) -> None:
-        """tell: hands a message to the server."""
+    def __init__(self, config: ServeConfig, tell: Callable[[m.VaultState], None], site: Site | None = None) -> None:
+        """tell: hands a message to the server. site: where this host stands among several; None: it is alone."""
         self._tell = tell
-        self._memory = _make(config)
+        share = Share(site.node_rank, site.nnodes, config.vault_copies) if site is not None else EVERYTHING
+        self._memory = _make(config, share)
         self._spec: VaultSpec | None = None
         self._pid, self._awaited = 0, False
         self._failures, self._incarnation = 0, 0
@@ -47,8 +50,8 @@ class Custodian:
         self._spec, self._ask = spec, ask
         if self._memory is None:
             self._tell(m.VaultState(state="off", reason="there is no vault: see --expert-backup"))
-            return
-        self._start()
+        if self._memory is not None or spec.site is not None:  # other hosts may ask for what the ranks here hold
+            self._start()
 
     def _start(self) -> None:
         assert self._spec is not None
@@ -70,13 +73,12 @@ class Custodian:
 
     def buried(self) -> None:
         """The keeper has ended: start another one, unless several ended one after the other to no effect. LOCAL."""
-        assert self._memory is not None
         os.close(self.pidfd)
         self.pidfd = -1
         _, status = os.waitpid(self._pid, 0)
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        progress = self._memory.progress
+        progress = self._memory.progress if self._memory is not None else (0, 0)
         self._failures = 1 if progress != self._progress else self._failures + 1
         self._progress = progress
         if self._failures >= MAX_FAILURES:
@@ -98,10 +100,10 @@ class Custodian:
             self._memory = None
 
 
-def _make(config: ServeConfig) -> VaultMemory | None:
+def _make(config: ServeConfig, share: Share) -> VaultMemory | None:
     if config.expert_backup != "dram":
         return None
-    room = room_for(config, Checkpoint.open(config.model))
+    room = room_for(config, Checkpoint.open(config.model), share=share)
     if not room.fits:
         log.warning("--expert-backup dram does not fit: %s; going on with disk", room)
         return None

@@ -51,6 +51,8 @@ class VaultSpec(msgspec.Struct, frozen=True, kw_only=True, tag="vault"):
     notices: str
     launcher_pid: int
     vault: str
+    """"" when there is none: then the process only gives other hosts what this one's ranks hold."""
+    site: Site | None = None
     faults: str = ""
 
     def of(self, incarnation: int) -> VaultSpec:

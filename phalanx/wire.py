@@ -43,12 +43,13 @@ class Refused(PhalanxError):
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a process stands among the hosts of a cluster. node_rank: its host's number; host: the address under which
-    the other hosts reach it; token: the cluster's secret."""
+    """Where a process stands among the hosts of a cluster. node_rank: its host's number, of `nnodes`; host: the address
+    under which the other hosts reach it; token: the cluster's secret."""
 
     node_rank: int
     host: str
     token: bytes
+    nnodes: int = 1
 
 
 def read_token(path: str) -> bytes:

@@ -23,7 +23,9 @@ from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStor
 from phalanx.elastic.balance import REBALANCE, Balancer, Rules
 from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
+from phalanx.elastic.remote import Remote
 from phalanx.elastic.restore import DiskSource, PeerSource, Source, VaultSource
+from phalanx.elastic.transports import transports
 from phalanx.elastic.vault import Follower, Vault, VaultGone
 from phalanx.engine.runner import Runner, limits_for
 from phalanx.engine.step import Engine, StepResult
@@ -132,9 +134,14 @@ class Worker:
         routes = RouteTable(model.num_moe_layers, model.num_experts, ROUTE_WIDTH)
         vault = _open_vault(spec.vault)
         disk = DiskSource(checkpoint, dtype, first_load_only=config.expert_backup == "none")
-        sources: list[Source] = [PeerSource(self._me), disk]
+        store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
+        sources: list[Source | Remote] = [PeerSource(self._me), disk]
         if vault is not None:
             sources.insert(0, VaultSource(vault))  # the fastest: it lends, the others copy
+        if (site := spec.site) is not None:
+            ways = transports(config, site)
+            other = Remote(self._me, site.node_rank, site.nnodes, store, ways, config.peer_timeout_s)
+            sources.insert(-1, other)
         parts = vault.dense_parts() if vault is not None else None
         weights = DenseWeights.of(parts) if parts else checkpoint.dense_weights(dtype)
         transformer = Transformer(model, weights, bank, routes, self._comm, dtype)
@@ -143,7 +150,6 @@ class Worker:
         self._runner = Runner(transformer, kv, routes, model.vocab_size)
         self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
         shape = Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts)
-        store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
         self._balancer = Balancer(
             self._me,
             shape,

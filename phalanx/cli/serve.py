@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from phalanx.cli import aliases
-from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, ServeConfig
+from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, ServeConfig, VaultTransport
 from phalanx.errors import PhalanxError
 
 log = logging.getLogger("phalanx.launcher")
@@ -50,6 +50,9 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--eplb-interval", "Steps from one plan of --enable-eplb to the next (0: none).", type=int)
 @_option("--eplb-min-gain", "Part of the experts' time that a plan must save to be carried out.", type=float)
 @_option("--expert-backup", "Where lost experts are restored from.", type=click.Choice(get_args(Backup)))
+@_option("--vault-copies", "Hosts whose vaults hold an expert, with several hosts.", type=int)
+@_option("--vault-transport", "How other hosts' vaults are read.", type=click.Choice(get_args(VaultTransport)))
+@_option("--ib-device", "RDMA devices for --vault-transport mooncake, separated by commas.")
 @click.option("--elastic/--no-elastic", default=True, help="Go on without a rank that dies, or end with an error.")
 @_option("--max-restarts", "Times a dead rank is started again within --restart-window (0: never).", type=int)
 @_option("--restart-window", "Seconds over which the restarts of a rank are counted.", type=float)
@@ -125,6 +128,7 @@ def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
 
 def _check_model(config: ServeConfig) -> None:
     """Raise for all that ranks and server would find wrong with the model, or with these flags for it. LOCAL."""
+    from phalanx.elastic.fabric import chosen
     from phalanx.model.loader import Checkpoint
     from phalanx.observe.events import EventLog
     from phalanx.server.text import ModelText
@@ -133,5 +137,6 @@ def _check_model(config: ServeConfig) -> None:
     config.expert_slots(model.num_experts)
     config.context_length(model.max_position)
     config.kv_blocks(model.kv_bytes(config.block_size, ELEMENT_BYTES[config.dtype]))
+    chosen(config)
     ModelText(config.model, config.chat_template)
     EventLog(config.events_file).close()

@@ -28,6 +28,7 @@ import numpy as np
 from phalanx.elastic.agree import Agreed, Answer, Digests, Loads, Shape
 from phalanx.elastic.planning import Planner
 from phalanx.elastic.recover import Adoption
+from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import LoadWindow, diff
 from phalanx.elastic.restore import Bank, Restore, Source
 from phalanx.elastic.rounds import Outcome, Problem
@@ -100,7 +101,7 @@ class Balancer:
         store: Store,
         clock: Clock,
         bank: Bank,
-        sources: Sequence[Source],
+        sources: Sequence[Source | Remote],
         counter: Callable[[], Loads],
         planner: Planner,
         faults: Faults = NO_FAULTS,
@@ -199,7 +200,8 @@ class Balancer:
         when nothing is under way. LOCAL."""
         if self._piece():
             return 0.0
-        waits = self._awaits or self._absent or self._planning or self._unstaged
+        stages = self._job is not None and self._job.remaining
+        waits = self._awaits or self._absent or self._planning or self._unstaged or stages
         return LOOK_S if waits else math.inf
 
     def take_report(self) -> Report | None:
@@ -250,7 +252,7 @@ class Balancer:
         elif self._publishes:
             self._publish()
         elif self._job is not None and self._job.remaining:
-            self._stage()
+            return self._stage()
         elif self._job is not None and not self._told:
             self._tell()
         else:
@@ -290,19 +292,21 @@ class Balancer:
             return True
         return False
 
-    def _stage(self) -> None:
-        """One expert."""
+    def _stage(self) -> bool:
+        """One expert; false when all that is left is still on its way from other hosts."""
         assert self._job is not None
+        left = self._job.remaining
         once = iter((True, False))
         self._faults.point("stage")
         before, before_s = dict(self._job.bytes_by_source), dict(self._job.seconds_by_source)
-        self._job.advance(lambda: next(once))
+        self._job.advance(lambda: next(once), wait_s=0)
         for source, count in self._job.bytes_by_source.items():
             if count > before.get(source, 0):
                 self._moves += 1
                 self.bytes_by_source[source] = self.bytes_by_source.get(source, 0) + count - before.get(source, 0)
                 seconds = self._job.seconds_by_source[source] - before_s.get(source, 0.0)
                 self.seconds_by_source[source] = self.seconds_by_source.get(source, 0.0) + seconds
+        return self._job.remaining < left
 
     def _tell(self) -> None:
         """Say that this rank's part is staged, or cannot be."""

@@ -1,8 +1,9 @@
 """The keeper: the process that fills the vault, and looks after what is in it.
 
 It reads no expert that a rank has read already: it waits until the first load is over and copies each from the slots
-of a rank that holds it, by the digest that rank left in the store. Only what nobody can give comes from disk. Then it
-checks every entry from time to time, and fills again what is damaged.
+of a rank of this host that holds it, by the digest that rank left in the store. What no rank here has it asks of other
+hosts' vaults, as long as those still fill. Only what nobody can give comes from disk. Then it checks every entry from
+time to time, and fills again what is damaged.
 
 Nobody waits for it. It runs at the lowest ordinary priority. It may be killed at any time: the memory is the
 launcher's, the index says what is whole, and the next keeper goes on from there.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -24,14 +26,18 @@ import zmq
 from phalanx import messages as m
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Answer, TcpStore
+from phalanx.elastic.remote import BATCH_BYTES, Remote, Want
 from phalanx.elastic.restore import TROUBLE, Bytes
 from phalanx.elastic.room import RESERVE_BYTES, available_bytes, gb
+from phalanx.elastic.stall import StallProcess
+from phalanx.elastic.transports import transports
 from phalanx.elastic.vault import Vault
 from phalanx.model.loader import Checkpoint
 from phalanx.moe.experts import PeerBank, digest
 from phalanx.observe.log import set_up_logging
 from phalanx.process import VaultSpec, server_endpoint
 from phalanx.testing import faults
+from phalanx.wire import Site
 from phalanx.world import Member
 
 log = logging.getLogger("phalanx.vault")
@@ -41,7 +47,11 @@ LOG_EVERY_S = 5.0
 CHECK_EVERY_S = 600.0
 """How often every entry of a full vault is checked; SIGUSR1 asks for it at once."""
 
+OTHER_HOSTS_S = 10.0
+"""How long after the last expert that another host's vault could give the rest is taken from disk."""
+
 _LOOK_S = 0.05
+_PAUSE_BETWEEN_LOOKS_S = 0.25
 _PAUSE_S = 1.0
 _LOOK_AT_MEMORY_EVERY = 64 << 20
 
@@ -49,10 +59,16 @@ _LOOK_AT_MEMORY_EVERY = 64 << 20
 def run(spec: VaultSpec) -> int:
     """The keeper's whole life, until it is killed. LOCAL, blocks."""
     set_up_logging(spec.config.log_level, spec.config.log_format, "vault")
-    os.nice(19)
+    if spec.site is not None:
+        StallProcess(spec).start()
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread alone
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    if not spec.vault:
+        log.info("no vault to fill: only serving what the ranks of this host hold")
+        while True:
+            signal.pause()
     Keeper(spec).run()
     return 0
 
@@ -113,24 +129,69 @@ class Keeper:
         self._vault.publish_dense(writer.table)
 
     def _fill_experts(self, holders: Holders) -> None:
-        """Fill what is missing, one expert's bytes in hand at a time."""
+        """Fill what is missing, from the nearest who has it."""
         holders.wait_for_the_first_load(self._config.warmup_timeout_s)
         out = np.empty(self._vault.shape.expert_bytes, np.uint8)
-        for layer, expert in np.argwhere(~self._vault.filled_LE).tolist():
-            self._faults.point("vault_fill")
-            source = "peer" if holders.read(layer, expert, out) else "disk"
-            if source == "disk":
-                self._checkpoint.read_expert(layer, expert, out, self._dtype)
-            found = digest(out.data)
-            start = self._vault.shape.expert_start(layer, expert)
-            middle = len(out) // 2
-            self._vault.write(start, out[:middle])
-            self._faults.point("vault_torn")
-            self._vault.write(start + middle, out[middle:])
-            self._faults.point("vault_publish")
-            self._vault.publish(layer, expert, found)
-            self._took(source, len(out))
+        for layer, expert in self._missing():
+            if holders.read(layer, expert, out):
+                self._put(layer, expert, out, "peer")
+            elif self._spec.site is None:
+                self._put_from_disk(layer, expert, out)
         holders.close()
+        if self._spec.site is not None:
+            self._fill_from_other_hosts(self._spec.site)
+            for layer, expert in self._missing():
+                self._put_from_disk(layer, expert, out)
+
+    def _fill_from_other_hosts(self, site: Site) -> None:
+        """Fill what other hosts' vaults have. They may be filling, too: what they do not have yet is asked again for
+        as long as more comes, and a little longer."""
+        vault = self._vault
+        me = Member(-1, self._spec.incarnation, site.host, os.getpid())
+        store = TcpStore(self._spec.store_host, self._spec.store_port)
+        config = self._config
+        remote = Remote(me, site.node_rank, site.nnodes, store, transports(config, site), config.peer_timeout_s)
+        size = vault.shape.expert_bytes
+        buffers = np.empty((max(1, min(BATCH_BYTES // size, vault.shape.share_count)), size), np.uint8)
+        end = time.monotonic() + OTHER_HOSTS_S
+        while (missing := self._missing()) and time.monotonic() < end:
+            came = 0
+            for first in range(0, len(missing), len(buffers)):
+                part = missing[first : first + len(buffers)]
+                remote.begin([Want(*place, out, 0) for place, out in zip(part, buffers, strict=False)])
+                left = len(part)
+                while left:
+                    if (arrival := remote.poll(_LOOK_S)) is None:
+                        continue
+                    left -= 1
+                    if arrival.source:
+                        came += 1
+                        want = arrival.want
+                        self._put(want.layer, want.expert, want.out, "vault")
+            if came:
+                end = time.monotonic() + OTHER_HOSTS_S
+            remote.stop()
+            time.sleep(_PAUSE_BETWEEN_LOOKS_S if missing else 0)
+
+    def _missing(self) -> list[tuple[int, int]]:
+        return [(layer, expert) for layer, expert in np.argwhere(self._vault.missing_LE).tolist()]
+
+    def _put_from_disk(self, layer: int, expert: int, out: Bytes) -> None:
+        self._checkpoint.read_expert(layer, expert, out, self._dtype)
+        self._put(layer, expert, out, "disk")
+
+    def _put(self, layer: int, expert: int, data: Bytes, source: str) -> None:
+        """An expert's bytes are in hand: write them, and say that they are there."""
+        self._faults.point("vault_fill")
+        found = digest(data.data)
+        start = self._vault.shape.expert_start(layer, expert)
+        middle = len(data) // 2
+        self._vault.write(start, data[:middle])
+        self._faults.point("vault_torn")
+        self._vault.write(start + middle, data[middle:])
+        self._faults.point("vault_publish")
+        self._vault.publish(layer, expert, found)
+        self._took(source, len(data))
 
     def _took(self, source: str, size: int) -> None:
         self._report.took(source, size)
@@ -154,6 +215,7 @@ class Holders:
 
     def __init__(self, spec: VaultSpec) -> None:
         self._ep_size = spec.config.ep_size
+        self._host = spec.site.host if spec.site is not None else None
         self._notices = NoticeBoard.open(spec.notices)
         self._store = TcpStore(spec.store_host, spec.store_port)
         self._where: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
@@ -189,7 +251,8 @@ class Holders:
         if not value:
             return False
         answer = msgspec.msgpack.decode(value, type=Answer)
-        bank = self._bank(answer.member.weights_address)
+        here = self._host is None or answer.member.host == self._host
+        bank = self._bank(answer.member.weights_address) if here else None
         if bank is not None:
             held_LS = np.frombuffer(answer.held, np.int32).reshape(bank.num_layers, bank.slots_per_rank)
             digest_LS = np.frombuffer(answer.digests, np.uint64).reshape(held_LS.shape)
@@ -223,7 +286,7 @@ class Report:
     def __init__(self, spec: VaultSpec, vault: Vault) -> None:
         self._vault, self._restarts = vault, spec.incarnation
         shape = vault.shape
-        self._total = shape.dense_bytes + shape.num_layers * shape.num_experts * shape.expert_bytes
+        self._total = shape.weight_bytes
         self._filled = vault.filled_bytes
         self._by_source: dict[str, int] = {}
         self._began = self._said = self._logged = time.monotonic()
@@ -259,7 +322,7 @@ class Report:
         self._send(state, reason)
 
     def _sources(self) -> Iterator[str]:
-        names = {"peer": "from ranks", "disk": "from disk"}
+        names = {"vault": "from other hosts", "peer": "from ranks", "disk": "from disk"}
         return (f"{gb(size)} {names[source]}" for source, size in sorted(self._by_source.items(), reverse=True))
 
     def _send(self, state: m.VaultPhase, reason: str = "") -> None:

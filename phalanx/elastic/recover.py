@@ -19,6 +19,7 @@ from phalanx.comm.base import Communicator, empty_view
 from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
 from phalanx.elastic.detect import certainly_dead, change_after, merged
 from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
+from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import diff, replan, routes
 from phalanx.elastic.restore import Bank, Restore, Source
 from phalanx.elastic.store import Clock, Store
@@ -68,7 +69,7 @@ class Recovery:
         clock: Clock,
         comm: Communicator,
         bank: Bank,
-        sources: Sequence[Source],
+        sources: Sequence[Source | Remote],
         notices: Notices,
         route_width: int,
         load: Callable[[], Loads] | None = None,

@@ -1,7 +1,9 @@
 """Filling slots with experts, each checked by its digest: the only I/O on weights.
 
-Sources are asked in the order of their speed: the vault, whose bytes a slot borrows without a copy; a live replica on
-a peer, which is copied; the checkpoint on disk. A copy that is missing, damaged or gone costs no more than the next.
+Sources are asked in the order of their speed: the vault of this host, whose bytes a slot borrows without a copy; a live
+replica on a peer of this host, which is copied; other hosts (`elastic.remote`), of which everything that nobody here
+has is asked at once, and comes while the rest is filled; the checkpoint on disk. A copy that is missing, damaged or
+gone costs no more than the next.
 
 A slot says what it holds at every moment: it is cleared before it is overwritten and marked after the check. So a
 restore that is cut off anywhere leaves slots that hold what they say, and the next one starts from there.
@@ -10,6 +12,7 @@ restore that is cut off anywhere leaves slots that hold what they say, and the n
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx.elastic.agree import Agreed
+from phalanx.elastic.remote import Arrival, Remote, Want
 from phalanx.elastic.replan import Move
 from phalanx.elastic.store import Clock, MonotonicClock
 from phalanx.errors import PhalanxError
@@ -30,6 +34,10 @@ Fetch = Callable[[Bytes], None]
 """Reads one copy of an expert into uint8 [expert_bytes]. Raises OSError or PhalanxError when it cannot."""
 
 log = logging.getLogger("phalanx.elastic")
+
+ARRIVAL_WAIT_S = 0.01
+"""How long at most a restore that has nothing else to do looks for what comes from other hosts before it asks again
+whether it is to go on."""
 
 TROUBLE = (OSError, PhalanxError)
 """What a source may raise: it means "take the next copy"."""
@@ -84,7 +92,7 @@ class Source(Protocol):
 
 
 class PeerSource:
-    """Live replicas on other ranks, read out of their memory.
+    """Live replicas on other ranks of this host, read out of their memory.
 
     Only slots that keep their expert under the new placement are read, so that nobody reads what its owner overwrites.
     Should it happen nevertheless (the owner is an epoch ahead), the digest tells."""
@@ -112,7 +120,7 @@ class PeerSource:
         turn = mine % max(1, len(slots))  # each rank starts at another replica, so that not all read from one
         for slot in slots[turn:] + slots[:turn]:
             member = view.member(slot // width)
-            if member is not None and member != self._me:
+            if member is not None and member != self._me and member.host == self._me.host:
                 yield self._fetch(member, layer, slot % width)
 
     def close(self) -> None:
@@ -186,46 +194,109 @@ class Restore:
         moves: Sequence[Move],
         agreed: Agreed,
         bank: Bank,
-        sources: Sequence[Source],
+        sources: Sequence[Source | Remote],
         *,
         clock: Clock | None = None,
         progress: Callable[[int, int], None] | None = None,
         faults: Faults = NO_FAULTS,
     ) -> None:
-        """progress: called with (done, total) after each expert. sources: the fastest first."""
+        """progress: called with (done, total) after each expert. sources: the fastest first, other hosts at most once
+        among them."""
         self._clock = clock or MonotonicClock()
-        self._moves, self._agreed, self._bank, self._sources = moves, agreed, bank, sources
+        self._agreed, self._bank = agreed, bank
         self._progress, self._faults = progress, faults
-        self._next = 0
+        self._total, self._done, self._begun = len(moves), 0, False
+        self._due = deque(moves)
+        self._awaited: dict[Want, Move] = {}
+        at = next((i for i, source in enumerate(sources) if isinstance(source, Remote)), len(sources))
+        self._before = [source for source in sources[:at] if not isinstance(source, Remote)]
+        self._remote = next((source for source in sources if isinstance(source, Remote)), None)
+        self._after = [source for source in sources[at:] if not isinstance(source, Remote)]
         self.lost: list[tuple[int, int]] = []
         """(layer, expert) that no source could give."""
         self.learned = 0
         """How many digests this restore was the first to know."""
         self.bytes_by_source: dict[str, int] = {}
         self.seconds_by_source: dict[str, float] = {}
-        """What that took, the check of the digest included."""
+        """What that took, the check of the digest included. What comes from several hosts at once adds up."""
         for source in sources:
             source.adopt(agreed)
 
     @property
     def remaining(self) -> int:
-        return len(self._moves) - self._next
+        return self._total - self._done
 
-    def advance(self, goes_on: Callable[[], bool]) -> None:
-        """Restore expert by expert until all are done, or until `goes_on()`, asked before each, is false. LOCAL."""
+    def advance(self, goes_on: Callable[[], bool], wait_s: float = ARRIVAL_WAIT_S) -> None:
+        """Restore expert by expert until all are done, or until `goes_on()`, asked before each, is false. LOCAL.
+
+        With wait_s 0 it also returns when all that is left is still under way from other hosts."""
         while self.remaining and goes_on():
-            move = self._moves[self._next]
-            self._faults.point("restore")
-            if not self._fill(move):
-                self.lost.append((move.layer, move.expert))
-            self._next += 1
-            if self._progress is not None:
-                self._progress(self._next, len(self._moves))
+            if not self._begun:
+                self._begin()
+            if self._due:
+                self._restore_here(self._due.popleft())
+            elif self._remote is not None and (arrival := self._remote.poll(wait_s)) is not None:
+                self._take_in(arrival)
+            elif wait_s == 0:
+                return
 
-    def _fill(self, move: Move) -> bool:
+    def _begin(self) -> None:
+        """Ask other hosts for all that nobody on this one has."""
+        self._begun = True
+        if self._remote is not None:
+            absent = [move for move in self._due if not self._is_here(move)]
+            self._due = deque(move for move in self._due if move not in set(absent))
+            self._ask(absent)
+
+    def _is_here(self, move: Move) -> bool:
+        return any(True for source in self._before for _ in source.copies(move.layer, move.expert))
+
+    def _ask(self, moves: Sequence[Move]) -> None:
+        assert self._remote is not None
+        wants: list[Want] = []
+        for move in moves:
+            layer, slot, expert = move
+            self._bank.clear(layer, slot)
+            wanted = int(self._agreed.digest_LE[layer, expert])
+            wants.append(Want(layer, expert, self._bank.slot_bytes(layer, slot), wanted))
+            self._awaited[wants[-1]] = move
+        if wants:
+            self._remote.begin(wants)
+
+    def _restore_here(self, move: Move) -> None:
+        self._faults.point("restore")
+        if self._fill(move, self._before):
+            self._finish(move, filled=True)
+        elif self._remote is not None:
+            self._ask([move])
+        else:
+            self._finish(move, self._fill(move, self._after))
+
+    def _take_in(self, arrival: Arrival) -> None:
+        self._faults.point("restore")
+        want = arrival.want
+        move = self._awaited.pop(want)
+        if arrival.source:
+            self._bank.mark(move.layer, move.slot, move.expert, arrival.digest)
+            self.learned += want.wanted == 0
+            self._count(arrival.source, want.out.nbytes, arrival.seconds)
+        self._finish(move, bool(arrival.source) or self._fill(move, self._after))
+
+    def _finish(self, move: Move, filled: bool) -> None:
+        if not filled:
+            self.lost.append((move.layer, move.expert))
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def _count(self, source: str, size: int, seconds: float) -> None:
+        self.bytes_by_source[source] = self.bytes_by_source.get(source, 0) + size
+        self.seconds_by_source[source] = self.seconds_by_source.get(source, 0.0) + seconds
+
+    def _fill(self, move: Move, sources: Sequence[Source]) -> bool:
         layer, slot, expert = move
         self._bank.clear(layer, slot)
-        for source in self._sources:
+        for source in sources:
             for copy in source.copies(layer, expert):
                 began = self._clock.now()
                 try:
@@ -234,9 +305,7 @@ class Restore:
                     log.info("layer %d expert %d cannot be had from %s: %s", layer, expert, source.name, error)
                     continue
                 if size:
-                    seconds = self._clock.now() - began
-                    self.bytes_by_source[source.name] = self.bytes_by_source.get(source.name, 0) + size
-                    self.seconds_by_source[source.name] = self.seconds_by_source.get(source.name, 0.0) + seconds
+                    self._count(source.name, size, self._clock.now() - began)
                     return True
                 log.warning("layer %d expert %d: the copy from %s is damaged", layer, expert, source.name)
         return False

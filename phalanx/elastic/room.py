@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from phalanx.config import ELEMENT_BYTES, ServeConfig
+from phalanx.elastic.shares import EVERYTHING, Share
 from phalanx.elastic.vault import VaultShape
 from phalanx.model.loader import Checkpoint
 
@@ -39,8 +40,11 @@ class Room:
         )
 
 
-def room_for(config: ServeConfig, checkpoint: Checkpoint, available: int | None = None) -> Room:
-    """The room there is for the vault of a service that is about to start. Opens no weights. LOCAL."""
+def room_for(
+    config: ServeConfig, checkpoint: Checkpoint, available: int | None = None, share: Share = EVERYTHING
+) -> Room:
+    """The room there is for this host's vault of a service that is about to start, and whose ranks are spread evenly
+    over the hosts. Opens no weights. LOCAL."""
     model = checkpoint.config
     itemsize = ELEMENT_BYTES[config.dtype]
     dense = checkpoint.dense_elements()
@@ -50,13 +54,14 @@ def room_for(config: ServeConfig, checkpoint: Checkpoint, available: int | None 
         3 * model.hidden * model.expert_width * itemsize,
         sum(dense) * itemsize,
         len(dense),
+        share,
     )
     copies = 2 if config.dtype == "bfloat16" else 1  # plain, and in the layout that oneDNN computes from
     experts = model.num_moe_layers * (model.num_experts + config.num_redundant_experts) * shape.stride
     block_bytes = model.kv_bytes(config.block_size, itemsize)
     kv = config.kv_blocks(block_bytes) * block_bytes
     a_rank = copies * shape.dense_bytes + kv + PROCESS_BYTES
-    ranks = copies * experts + config.ep_size * a_rank
+    ranks = copies * -(-experts // share.nnodes) + -(-config.ep_size // share.nnodes) * a_rank
     return Room(shape, available_bytes() if available is None else available, ranks)
 
 

@@ -1,4 +1,5 @@
-"""The vault: every weight of the model in host memory, one copy a host, so that no recovery reads from disk.
+"""The vault: the model's weights in host memory, so that no recovery reads from disk. A host alone holds all of them;
+of several each holds the dense weights and its share of the experts (`elastic.shares`).
 
 It is one memory file. The launcher makes it and holds it, without ever mapping its contents; a process of its own (the
 keeper, `elastic.keeper`) fills it; workers map it read-only. So it outlives every worker, and the keeper too: one that
@@ -8,7 +9,7 @@ is killed loses nothing but the expert it was writing.
     index       for each (layer, expert): state, digest    uint64 [L, E, 2]
     table       where each dense tensor lies, MessagePack
     dense       dense weights, each on a cache line
-    experts     [L, E], in slot layout and run dtype, each on pages of its own
+    experts     those of the share, by layer and number, in slot layout and run dtype, each on pages of its own
 
 An entry's state is written after its bytes and its digest: what the index calls filled is whole. A reader checks the
 digest nevertheless, each time. Pages that nothing was written to take no memory. No torch here, but in `dense_weights`.
@@ -24,6 +25,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -31,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx.comm.segment import memory_fence
+from phalanx.elastic.shares import EVERYTHING, Share
 from phalanx.errors import PhalanxError
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ _MADV_POPULATE_READ = 22
 _TOKEN_WORDS = 2
 _FIELDS = 4
 _FILLED_WORD, _DENSE_WORD, _FULL_WORD, _TABLE_WORD = (1 + _TOKEN_WORDS + _FIELDS + i for i in range(4))
+_MORE_FIELDS = 4
+_WORDS = _TABLE_WORD + 1 + _MORE_FIELDS
 _TABLE_BYTES_A_TENSOR = 160
 
 
@@ -60,13 +65,31 @@ class VaultGone(PhalanxError):
 
 @dataclass(frozen=True)
 class VaultShape:
-    """L, E, bytes of an expert, and bytes of all dense tensors together with how many they are at most."""
+    """L, E, bytes of an expert, bytes of all dense tensors together with how many they are at most, and which of the
+    L x E experts have a place."""
 
     num_layers: int
     num_experts: int
     expert_bytes: int
     dense_bytes: int
     dense_tensors: int
+    share: Share = EVERYTHING
+
+    @cached_property
+    def share_LE(self) -> npt.NDArray[np.bool_]:
+        """bool [L, E]: the experts that have a place."""
+        mask = self.share.mask_LE(self.num_layers, self.num_experts)
+        mask.flags.writeable = False
+        return mask
+
+    @cached_property
+    def share_count(self) -> int:
+        """How many experts have a place, in all layers."""
+        return int(self.share_LE.sum())
+
+    @cached_property
+    def _place_LE(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.share_LE).reshape(self.share_LE.shape) - 1
 
     @property
     def stride(self) -> int:
@@ -78,8 +101,12 @@ class VaultShape:
         return _PAGE
 
     @property
+    def index_bytes(self) -> int:
+        return self.num_layers * self.num_experts * 16
+
+    @property
     def table_start(self) -> int:
-        return self.index_start + _up(self.num_layers * self.num_experts * 16, _PAGE)
+        return self.index_start + _up(self.index_bytes, _PAGE)
 
     @property
     def dense_start(self) -> int:
@@ -92,13 +119,19 @@ class VaultShape:
     @property
     def total_bytes(self) -> int:
         """The file's length: what the vault takes when it is full."""
-        return self.experts_start + self.num_layers * self.num_experts * self.stride
+        return self.experts_start + self.share_count * self.stride
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights when it is full."""
+        return self.dense_bytes + self.share_count * self.expert_bytes
 
     def expert_start(self, layer: int, expert: int) -> int:
-        """Where an expert's bytes begin. LOCAL."""
+        """Where an expert's bytes begin, which must be one of the share. LOCAL."""
         assert 0 <= layer < self.num_layers, layer
         assert 0 <= expert < self.num_experts, expert
-        return self.experts_start + (layer * self.num_experts + expert) * self.stride
+        assert self.share_LE[layer, expert], f"layer {layer} expert {expert} has no place in {self.share}"
+        return self.experts_start + int(self._place_LE[layer, expert]) * self.stride
 
 
 class DenseTensor(msgspec.Struct, frozen=True, array_like=True):
@@ -122,7 +155,8 @@ class VaultMemory:
         token = os.urandom(8 * _TOKEN_WORDS)
         header = np.array(
             [_MAGIC, *np.frombuffer(token, np.uint64), shape.num_layers, shape.num_experts, shape.expert_bytes,
-             shape.dense_bytes, 0, 0, 0, 0, shape.dense_tensors], np.uint64,
+             shape.dense_bytes, 0, 0, 0, 0, shape.dense_tensors, shape.share.node_rank, shape.share.nnodes,
+             shape.share.copies], np.uint64,
         )  # fmt: skip
         os.pwrite(self._fd, header.tobytes(), 0)
         # Nobody can cut it short under a reader, which would then die of SIGBUS.
@@ -174,13 +208,14 @@ class Vault:
         except OSError as error:
             raise VaultGone(f"{path}: {error.strerror}") from error
         try:
-            words = np.frombuffer(os.pread(fd, 8 * (_TABLE_WORD + 2), 0), np.uint64).tolist()
+            words = np.frombuffer(os.pread(fd, 8 * _WORDS, 0), np.uint64).tolist()
             expected = [_MAGIC, *np.frombuffer(bytes.fromhex(token), np.uint64).tolist()]
             if words[: 1 + _TOKEN_WORDS] != expected:
                 raise VaultGone(f"{path} leads to something else")
             first = 1 + _TOKEN_WORDS
             layers, experts, expert_bytes, dense_bytes = words[first : first + _FIELDS]
-            shape = VaultShape(layers, experts, expert_bytes, dense_bytes, words[_TABLE_WORD + 1])
+            dense_tensors, *share = words[_TABLE_WORD + 1 : _WORDS]
+            shape = VaultShape(layers, experts, expert_bytes, dense_bytes, dense_tensors, Share(*share))
             memory = mmap.mmap(fd, shape.total_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
             os.close(fd)
@@ -211,6 +246,11 @@ class Vault:
         return np.asarray(self._index_LE2[:, :, 0] == FILLED)
 
     @property
+    def missing_LE(self) -> npt.NDArray[np.bool_]:
+        """bool [L, E]: which experts of the share are not there. A copy. LOCAL."""
+        return np.asarray(self.shape.share_LE & (self._index_LE2[:, :, 0] != FILLED))
+
+    @property
     def has_dense(self) -> bool:
         """Whether the dense weights are there. LOCAL."""
         return bool(self._header[_DENSE_WORD])
@@ -218,7 +258,7 @@ class Vault:
     @property
     def is_full(self) -> bool:
         """Whether everything is there. LOCAL."""
-        return self.has_dense and bool((self._index_LE2[:, :, 0] == FILLED).all())
+        return self.has_dense and not self.missing_LE.any()
 
     @property
     def filled_bytes(self) -> int:
@@ -259,6 +299,17 @@ class Vault:
         data = self.expert_bytes(layer, expert)
         # Linux 5.14. An older kernel refuses, and the first access pays. A call by ctypes lets other threads run.
         self._madvise(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(self.shape.stride), _MADV_POPULATE_READ)
+
+    # --- serving it to other hosts
+
+    @property
+    def everything(self) -> Bytes:
+        """uint8 [total_bytes]: the whole file, as it is mapped. LOCAL."""
+        return self._bytes
+
+    def fileno(self) -> int:
+        """The memory file's descriptor, for as long as this is open. LOCAL."""
+        return self._fd
 
     # --- writing, by the keeper alone
 
@@ -356,12 +407,12 @@ class Follower(threading.Thread):
         """Ends when everything is there and within reach."""
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         shape = self._vault.shape
-        seen_LE = np.zeros((shape.num_layers, shape.num_experts), np.bool_)
+        seen_LE = ~shape.share_LE
         while True:
             new_LE = self._vault.filled_LE & ~seen_LE
             for layer, expert in np.argwhere(new_LE).tolist():
                 self._vault.prefault(layer, expert)
-            seen_LE |= new_LE
+            seen_LE = seen_LE | new_LE
             if seen_LE.all():
                 return
             time.sleep(self._interval_s)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ _MAGIC = b"PHXSLOTS"
 _HEADER = struct.Struct("=8s16s")
 _PAGE = mmap.PAGESIZE
 _EMPTY = -1
+_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+")
 
 
 class StaleAddress(PhalanxError):
@@ -185,6 +188,40 @@ class SlotBank:
         _unmap(self._map)
 
 
+@dataclass(frozen=True)
+class SlotLayout:
+    """How a rank's memory file of slots is laid out, for whoever reads it from afar. Bytes."""
+
+    num_layers: int
+    slots_per_rank: int
+    expert_bytes: int
+
+    @classmethod
+    def at(cls, address: str) -> SlotLayout:
+        """The layout of what is behind `SlotBank.address`. Raises StaleAddress for anything else. LOCAL."""
+        try:
+            _, layers, slots, expert_bytes, _ = address.rsplit(":", 4)
+            return cls(int(layers), int(slots), int(expert_bytes))
+        except ValueError:
+            raise StaleAddress(f"{address!r} is no address of expert slots") from None
+
+    @property
+    def borrowed_start(self) -> int:
+        """Where a byte a slot says, by layer and slot, whether it borrows what it holds."""
+        return _PAGE
+
+    @property
+    def borrowed_bytes(self) -> int:
+        return self.num_layers * self.slots_per_rank
+
+    def slot_start(self, layer: int, slot: int) -> int:
+        """Where a slot's bytes begin. LOCAL."""
+        assert 0 <= layer < self.num_layers, layer
+        assert 0 <= slot < self.slots_per_rank, slot
+        stride = -(-self.expert_bytes // _PAGE) * _PAGE
+        return _slots_start(self.num_layers, self.slots_per_rank) + (layer * self.slots_per_rank + slot) * stride
+
+
 class PeerBank:
     """Another rank's slots, read-only. It stays readable after its owner died, as long as it is mapped."""
 
@@ -199,21 +236,33 @@ class PeerBank:
     @classmethod
     def open(cls, address: str) -> PeerBank:
         """Map the slots behind `SlotBank.address`. Raises StaleAddress when their owner is gone. LOCAL."""
-        path, layers, slots, expert_bytes, token = address.rsplit(":", 4)
+        layout = SlotLayout.at(address)
+        fd = cls.file(address)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            memory = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise StaleAddress(f"{address} leads to something that cannot be mapped: {error}") from error
+        finally:
+            os.close(fd)
+        return cls(memory, layout.num_layers, layout.slots_per_rank, layout.expert_bytes)
+
+    @classmethod
+    def file(cls, address: str) -> int:
+        """A descriptor, read-only, of the memory file behind `SlotBank.address`, for the caller to close. Raises
+        StaleAddress. LOCAL."""
+        path, token = _path_and_token(address)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise StaleAddress(f"{path}: {error.strerror}") from error
         try:
-            memory = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # the number belongs to something that cannot be mapped
-            raise StaleAddress(f"{path} leads to something else: {error}") from error
-        finally:
-            os.close(fd)
-        if memory[: _HEADER.size] != _HEADER.pack(_MAGIC, bytes.fromhex(token)):
-            memory.close()
-            raise StaleAddress(f"{path} leads to another process's memory")
-        return cls(memory, int(layers), int(slots), int(expert_bytes))
+            if os.pread(fd, _HEADER.size, 0) == _HEADER.pack(_MAGIC, token):
+                return fd
+            reason = "another process's memory"
+        except OSError as error:
+            reason = f"something that cannot be mapped: {error}"
+        os.close(fd)
+        raise StaleAddress(f"{path} leads to {reason}")
 
     def slot_bytes(self, layer: int, slot: int) -> Bytes:
         """uint8 [expert_bytes], read-only. Raises BorrowedSlot when the owner's bytes lie elsewhere. LOCAL."""
@@ -226,6 +275,17 @@ class PeerBank:
         """Unmap. LOCAL."""
         del self._bytes, self._borrowed_LS
         _unmap(self._map)
+
+
+def _path_and_token(address: str) -> tuple[str, bytes]:
+    """Where the memory file of an address is, in /proc and nowhere else, and how it begins."""
+    path, *_, token = address.rsplit(":", 4)
+    if not _PATH.fullmatch(path):
+        raise StaleAddress(f"{address!r} is no address of expert slots")
+    try:
+        return path, bytes.fromhex(token)
+    except ValueError:
+        raise StaleAddress(f"{address!r} is no address of expert slots") from None
 
 
 def _start(bank: SlotBank | PeerBank, layer: int, slot: int, stride: int) -> int:

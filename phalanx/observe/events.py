@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import IO, Any, TypeVar
 
 import msgspec
 
@@ -16,8 +17,11 @@ from phalanx.errors import BadConfig
 
 log = logging.getLogger("phalanx.events")
 
+Number = TypeVar("Number", int, float)
+
 PHASES = ("detect", "agree", "mask", "replan", "restore", "replay", "total")
-SOURCES = ("peer", "vault", "disk")
+SOURCES = ("peer", "vault", "peer_remote", "vault_remote", "disk")
+"""Where experts were restored from: memory of this host or, `_remote`, of another one; disk."""
 
 
 class Recovery(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +49,9 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
         """The line that an operator reads. LOCAL."""
         phases = ", ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name != "total")
         restored = ", ".join(
-            f"{count} bytes from {source}{self._rate(source)}" for source, count in self.bytes_restored.items() if count
+            f"{count} bytes from {_words(source)}{self._rate(source)}"
+            for source, count in self.bytes_restored.items()
+            if count
         )
         return (
             f"recovered: {self._who()}, epoch {self.previous_epoch} -> {self.epoch}, "
@@ -61,6 +67,20 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
         parts = [f"lost ranks {self.lost}"] if self.lost else []
         parts += [f"ranks {self.joined} rejoined"] if self.joined else []
         return ", ".join(parts) or f"trigger {self.trigger}"
+
+
+def by_kind(by_source: Mapping[str, Number]) -> dict[str, Number]:
+    """Sums over peer, vault and disk, whichever host they are on. LOCAL."""
+    found: dict[str, Number] = {}
+    for source, value in by_source.items():
+        kind = source.removesuffix("_remote")
+        found[kind] = found[kind] + value if kind in found else value
+    return found
+
+
+def _words(source: str) -> str:
+    kind = source.removesuffix("_remote")
+    return kind if kind == source else f"{kind} of another host"
 
 
 class EventLog:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from phalanx import __version__
 from phalanx import messages as m
+from phalanx.elastic.fabric import chosen
 from phalanx.errors import BadConfig
 from phalanx.server.chat import prompt_of
 from phalanx.server.generate import RETRY_AFTER_S, Service, check_ids, check_model, encode
@@ -94,6 +95,7 @@ def _observation(router: APIRouter) -> None:
                 "ranks_alive": roster.alive,
                 "rank_problems": roster.reasons(),
                 "expert_balance": _balance(service),
+                "vault_transport": chosen(service.config),
                 "requests_in_flight": service.router.in_flight,
                 "requests_held": service.router.held,
                 "eos_token_ids": sorted(service.text.eos_ids),

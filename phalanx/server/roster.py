@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from phalanx import messages as m
-from phalanx.observe.events import PHASES, SOURCES, Recovery
+from phalanx.observe.events import PHASES, SOURCES, Recovery, by_kind
 
 
 class Identity(NamedTuple):
@@ -187,7 +187,7 @@ class Roster:
             "ranks": [self._rank_status(rank) for rank in range(self.ep_size)],
             "last_recovery": None if last is None else {
                 "trigger": last.trigger, "lost": last.lost, "epoch": last.epoch, "seconds": last.seconds,
-                "bytes_restored": last.bytes_restored, "seconds_restored": last.seconds_restored,
+                "bytes_restored": by_kind(last.bytes_restored), "seconds_restored": by_kind(last.seconds_restored),
                 "requests_moved": last.requests_moved,
             },
         }  # fmt: skip

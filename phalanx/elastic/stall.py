@@ -1,0 +1,207 @@
+"""A host's stall: the process that gives other hosts what lies in this host's vault and in its ranks' expert slots.
+
+It is a child of the keeper, at ordinary priority and with nothing else to do, so that filling the vault never makes
+another host's recovery wait, nor the other way round. It only reads. It says in the store where it is.
+
+After the handshake of `phalanx.wire` a caller sends requests, `transport.Request` behind its length (uint32), and gets
+the bytes of the ranges, one after the other, with nothing between them. A request that makes no sense ends the
+connection. Bytes go from the page cache to the socket by sendfile: this process copies none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+
+import msgspec
+
+from phalanx import wire
+from phalanx.elastic.fabric import chosen, rdma_devices
+from phalanx.elastic.store import Store, TcpStore
+from phalanx.elastic.transport import CONNECT_S, Greeting, Request, Stall, encoded_shape, stall_key
+from phalanx.elastic.vault import Vault, VaultGone
+from phalanx.errors import PhalanxError
+from phalanx.moe.experts import PeerBank, StaleAddress
+from phalanx.process import VaultSpec, die_with_parent
+
+log = logging.getLogger("phalanx.vault")
+
+MAX_CALLERS = 256
+"""Connections at a time; more are hung up on."""
+
+MAX_REQUEST_BYTES = 4 << 20
+
+PATIENCE_S = 30.0
+"""How long a caller may take none of the bytes that it asked for."""
+
+RESTART_S = 0.5
+"""From the end of the process to its next start."""
+
+_LOOK_S = 0.5
+
+
+class StallProcess(threading.Thread):
+    """The keeper's hold on the process: starts it, and starts it again. A thread, to be started before the keeper takes
+    a low priority: what this thread forks has the thread's own, and dies with it."""
+
+    def __init__(self, spec: VaultSpec) -> None:
+        """Listens from now on. OSError when the host's address is not this host's."""
+        super().__init__(name="stall-process", daemon=True)
+        assert spec.site is not None, "nobody to serve"
+        self._spec = spec
+        self._listener = wire.listen(spec.site.host)
+
+    def run(self) -> None:
+        """For as long as the keeper lives."""
+        keeper = os.getpid()
+        while True:
+            pid = os.fork()
+            if pid == 0:
+                self._become(keeper)
+            _, status = os.waitpid(pid, 0)
+            log.warning("the process that serves this host's memory to the others ended: starting it again")
+            log.debug("its wait status was %d", status)
+            time.sleep(RESTART_S)
+
+    def _become(self, keeper: int) -> None:
+        code = 1
+        try:
+            die_with_parent(keeper)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+            serve(self._spec, self._listener)
+            code = 0
+        except Exception as error:
+            log.error("serving this host's memory to the others fails: %s", error, exc_info=True)
+        finally:
+            os._exit(code)
+
+
+def serve(spec: VaultSpec, listener: socket.socket) -> None:
+    """The process's life: publish where it is, and serve whoever knows the cluster's token. Does not return."""
+    site = spec.site
+    assert site is not None
+    vault: Vault | None = None
+    with contextlib.suppress(VaultGone):
+        vault = Vault.open_for_writing(spec.vault) if spec.vault else None  # RDMA cannot register read-only pages
+    host, port = listener.getsockname()[:2]
+    stall = Stall(
+        node_rank=site.node_rank,
+        host=site.host,
+        life=f"{spec.incarnation}.{os.getpid()}",
+        tcp=wire.join_address(host, port),
+        memory=spec.vault.rsplit(":", 1)[1] if vault is not None else "",
+        shape=encoded_shape(vault.shape) if vault is not None else (),
+    )
+    Callers(listener, site.token, stall.memory, vault).start()
+    _publish(TcpStore(spec.store_host, spec.store_port), stall)
+    log.info("serving this host's memory to the other hosts at %s", stall.tcp)
+    if vault is not None and chosen(spec.config) == "mooncake":
+        _offer_mooncake(spec, vault, stall)
+    while True:
+        signal.pause()
+
+
+def _publish(store: Store, stall: Stall) -> None:
+    store.set(stall_key(stall.node_rank), msgspec.msgpack.encode(stall))
+
+
+def _offer_mooncake(spec: VaultSpec, vault: Vault, stall: Stall) -> None:
+    """Once the vault is full, register it with the Transfer Engine, too (which takes all its pages at once)."""
+    from phalanx.elastic.mooncake import Segment  # late: the package is optional
+
+    while not vault.is_full:
+        time.sleep(_LOOK_S)
+    assert spec.site is not None
+    try:
+        segment = Segment(spec.site.host, "rdma" if rdma_devices() else "tcp", spec.config.ib_device, vault.everything)
+    except PhalanxError as error:
+        log.warning("other hosts read this vault by tcp: %s", error)
+        return
+    found = msgspec.structs.replace(stall, mooncake=segment.name, base=segment.base)
+    _publish(TcpStore(spec.store_host, spec.store_port), found)
+    log.info("serving the vault by the Transfer Engine, too, as %s", segment.name)
+    while True:
+        signal.pause()
+
+
+class Callers(threading.Thread):
+    """Takes connections in, and gives each a thread: what one caller does holds no other up."""
+
+    def __init__(self, listener: socket.socket, token: bytes, memory: str, vault: Vault | None) -> None:
+        super().__init__(name="stall", daemon=True)
+        self._listener, self._token, self._memory, self._vault = listener, token, memory, vault
+        self._places = threading.BoundedSemaphore(MAX_CALLERS)
+
+    def run(self) -> None:
+        """Until the listener is closed."""
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except ConnectionAbortedError:
+                continue
+            except OSError:
+                return
+            if self._places.acquire(blocking=False):
+                threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
+            else:
+                connection.close()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            greeting = wire.welcome(connection, self._token, Greeting, CONNECT_S)
+            if greeting.memory == self._memory:  # otherwise it means one that was here before
+                _harden(connection)
+                while request := _next_request(connection):
+                    self._answer(connection, request)
+        except (OSError, PhalanxError, msgspec.DecodeError, struct.error) as error:
+            log.debug("a caller is hung up on: %s", error)
+        finally:
+            connection.close()
+            self._places.release()
+
+    def _answer(self, connection: socket.socket, request: Request) -> None:
+        if request.slots:
+            fd = PeerBank.file(request.slots)
+            try:
+                _send(connection, fd, request.ranges)
+            finally:
+                os.close(fd)
+        elif self._vault is not None:
+            _send(connection, self._vault.fileno(), request.ranges)
+        else:
+            raise StaleAddress("there is no vault here")
+
+
+def _next_request(connection: socket.socket) -> Request | None:
+    head = connection.recv(4, socket.MSG_WAITALL)
+    if len(head) < 4:
+        return None
+    (size,) = struct.unpack("<I", head)
+    if size > MAX_REQUEST_BYTES:
+        raise StaleAddress(f"a request of {size} bytes")
+    body = connection.recv(size, socket.MSG_WAITALL)
+    return msgspec.msgpack.decode(body, type=Request)
+
+
+def _send(connection: socket.socket, fd: int, ranges: list[tuple[int, int]]) -> None:
+    end = os.fstat(fd).st_size
+    for start, size in ranges:
+        if not 0 <= start <= start + size <= end:
+            raise StaleAddress(f"{size} bytes from {start} on are not in {end}")
+        while size:
+            sent = os.sendfile(connection.fileno(), fd, start, size)
+            if not sent:
+                raise StaleAddress("the file is shorter than it was")
+            start, size = start + sent, size - sent
+
+
+def _harden(connection: socket.socket) -> None:
+    """A caller that is gone without a word, or takes nothing, does not keep its thread."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(PATIENCE_S), 0))
