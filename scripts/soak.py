@@ -12,6 +12,7 @@ moments are compared. Exit code 0: all is well; 1: it is not, and the table says
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import os
@@ -346,6 +347,8 @@ def draw(path: Path, story: Story, title: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default="build/soak", help="Where log, figures and picture go.")
 def main(out: Path, **options: Any) -> None:
     """Hurt a service for a while, and see that it loses and leaks nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     console = Console(highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as place:
