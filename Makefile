@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := passive
+export SOAK_SECONDS SOAK_SEED
 
-.PHONY: demo test check serve compat format clean
+.PHONY: demo test check serve soak compat format clean
 
 demo: $(VENV)/.demo  ## build a real model, serve it on 4 ranks, kill one in mid-stream, watch the streams go on
 	$(BIN)/python scripts/demo.py
@@ -23,6 +24,9 @@ EP_SIZE ?= 4
 serve: $(VENV)/.demo  ## serve MODEL on EP_SIZE ranks
 	@test -f $(MODEL)/config.json || $(BIN)/phalanx make-model $(MODEL) --upcycle
 	$(BIN)/phalanx serve $(MODEL) --ep-size $(EP_SIZE) --enable-chaos
+
+soak: $(VENV)/.dev  ## hurt a service for SOAK_SECONDS (600), as SOAK_SEED says, and see that it loses and leaks nothing
+	$(BIN)/python scripts/soak.py
 
 compat: $(VENV)/.dev  ## lm-eval and guidellm against a real service (installs some hundred megabytes)
 	test -x build/compat/bin/python || $(PYTHON) -m venv build/compat

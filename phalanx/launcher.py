@@ -78,6 +78,8 @@ class Worker:
     born_s: float
     alive: bool = True
     masked: bool = False
+    called_back: bool = False
+    """It is out, its process has not ended yet, and an operator wants another one in its place."""
     member: bool = False
     """It was in a view."""
     doomed_s: float | None = None
@@ -319,6 +321,8 @@ class Launcher:
         elif not self.config.elastic:
             log.error("a rank is gone and --no-elastic is set: stopping the service")
             self._exit_code, self._stopping = 1, True
+        elif worker.called_back:
+            self._start_by_hand(worker.rank)
         elif worker.masked:
             self._give_up(worker, 'taken out by an operator: {"instruction": "rejoin"} brings it back')
         else:
@@ -341,6 +345,10 @@ class Launcher:
 
     def _start_by_hand(self, rank: int) -> None:
         worker = self._workers.get(rank)
+        if worker is not None and worker.alive and (worker.masked or (worker.member and worker.doomed_s is not None)):
+            log.warning("rank %d will be started again by an operator when its process has ended", rank)
+            worker.called_back = True
+            return
         if worker is None or worker.alive or rank in self._coming:
             log.warning("rank %d is not dead: nothing to do", rank)
             return

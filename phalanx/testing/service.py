@@ -84,6 +84,11 @@ class Service:
         """The last lines of the service's log."""
         return "\n".join(self._lines[-60:])
 
+    @property
+    def whole_log(self) -> str:
+        """All that the service has said."""
+        return "".join(f"{line}\n" for line in self._lines)
+
     def status(self) -> dict[str, Any]:
         """GET /fault_tolerance/status."""
         answer: dict[str, Any] = httpx.get(f"{self.url}/fault_tolerance/status", timeout=30).raise_for_status().json()

@@ -161,6 +161,20 @@ def test_a_masked_rank_stays_out_until_an_operator_wants_it_back(serve: Serve, u
     assert instruct(service, "rejoin", 1) == 400
 
 
+def test_a_masked_rank_may_be_called_back_before_its_process_has_ended(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(ep_size=2, max_restarts=3)
+    running = both_kinds(service.url)
+    seen = service.lines
+    service.signal(1, signal.SIGSTOP)  # so that it cannot end by itself
+    assert instruct(service, "mask_rank", 1) == 202
+    while service.status()["ranks"][1]["state"] != "dead":
+        assert service.process.poll() is None
+    assert instruct(service, "rejoin", 1) == 202
+    back(service, 1, after=seen)
+    check(running, unfailed)
+    assert incarnations(service) == [0, 1]
+
+
 def test_requests_held_below_min_ranks_go_on_when_a_rank_returns(serve: Serve, unfailed: Unfailed) -> None:
     service = serve(ep_size=2, min_ranks=2, max_restarts=3)
     running = both_kinds(service.url)

@@ -15,6 +15,7 @@ from phalanx.testing.service import Service
 pytestmark = pytest.mark.cluster
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.py"
+SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -64,3 +65,18 @@ def test_chaos_kills_the_rank_it_names_and_status_shows_it(serve: Callable[..., 
     again = run("-m", "phalanx", "chaos", "kill", "--rank", "1", "--url", service.url)
     assert again.returncode == 2
     assert "not alive" in again.stderr
+
+
+def test_a_short_soak_ends_well_and_leaves_its_figures(tiny: Path, tmp_path: Path) -> None:
+    ended = run(
+        str(SOAK), "--seconds", "10", "--only", "raise in a step", "--ep-size", "3", "--streams", "4",
+        "--model", str(tiny), "--out", str(tmp_path),
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "nothing lost, nothing doubled, all flat" in ended.stdout
+    figures = json.loads((tmp_path / "soak.json").read_text())
+    assert figures["passed"]
+    assert figures["clients"]["requests"] > 0
+    assert figures["story"]["events"]
+    assert (tmp_path / "soak.png").stat().st_size > 0
+    assert "InjectedFault" in (tmp_path / "service.log").read_text()
