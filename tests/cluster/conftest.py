@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from comm_ranks import Hosts
+from standing import Standing
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.testing.service import Service, flags_of
@@ -42,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def serve(tiny: Path) -> Iterator[Callable[..., Service]]:
     """Starts services, and ends them after the test. Unless told otherwise four ranks, chaos enabled, and the dead stay
-    dead."""
+    dead. A test whose dead may come back uses one of the standing services, which cost no start."""
     with ExitStack() as stack:
 
         def start(faults: str = "", model: Path = tiny, **options: Any) -> Service:
@@ -55,7 +56,37 @@ def serve(tiny: Path) -> Iterator[Callable[..., Service]]:
 
 
 @pytest.fixture(scope="session")
-def unfailed(tiny: Path) -> dict[str, list[Result]]:
-    """What an unfailed service of one rank streams for PROMPTS, by kind of sampling."""
+def standing(tiny: Path) -> Iterator[Standing]:
+    """With the time-outs that everybody has."""
+    service = Standing(tiny)
+    yield service
+    service.end()
+
+
+@pytest.fixture(scope="session")
+def quick(tiny: Path) -> Iterator[Standing]:
+    """With short time-outs: ranks that are stopped are evicted soon."""
+    service = Standing(tiny, peer_timeout=1, roll_call_timeout=2, heartbeat_interval=0.5)
+    yield service
+    service.end()
+
+
+@pytest.fixture(scope="session")
+def patient(tiny: Path) -> Iterator[Standing]:
+    """With long time-outs: ranks may be stopped for a while and stay in."""
+    service = Standing(tiny, peer_timeout=30, roll_call_timeout=60)
+    yield service
+    service.end()
+
+
+@pytest.fixture(scope="session")
+def alone(tiny: Path) -> Iterator[Service]:
+    """A service of one rank, which nothing ever happens to."""
     with Service(str(tiny), "--ep-size", "1") as service:
-        return {kind: Streams(service.url, PROMPTS, **options).start().join() for kind, options in SAMPLING.items()}
+        yield service
+
+
+@pytest.fixture(scope="session")
+def unfailed(alone: Service) -> dict[str, list[Result]]:
+    """What an unfailed service of one rank streams for PROMPTS, by kind of sampling."""
+    return {kind: Streams(alone.url, PROMPTS, **options).start().join() for kind, options in SAMPLING.items()}
