@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from comm_ranks import Hosts
@@ -32,6 +33,18 @@ def hosts(request: pytest.FixtureRequest) -> Hosts | None:
 def pair_hosts(request: pytest.FixtureRequest) -> Hosts | None:
     """The same for two ranks."""
     return LINKS[request.param]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def end_services_when_asked_to_end() -> Iterator[None]:
+    """A test run that is told to end (by `timeout`, say) ends the services that stand, too."""
+
+    def end(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
