@@ -41,9 +41,7 @@ def test_who_comes_while_another_is_at_work_waits_for_it(store: MemoryStore, clo
     assert once(store, "k", work, me="0.0", patience_s=5) == "first"
 
 
-def test_the_work_of_a_rank_that_died_over_it_is_done_by_those_who_waited(
-    store: MemoryStore, clock: FakeClock
-) -> None:
+def test_the_work_of_a_rank_that_died_over_it_is_done_by_those_who_waited(store: MemoryStore, clock: FakeClock) -> None:
     def die() -> str:
         raise InterruptedError
 
