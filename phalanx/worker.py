@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
 from phalanx.elastic.balance import REBALANCE, Balancer, Rules
+from phalanx.elastic.once import once
 from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.remote import Remote
@@ -63,6 +65,10 @@ PROPOSES_JOIN = REBALANCE + 1
 
 JOIN_S = 0.25
 """How long members wait for a newcomer that knocked and does not answer: it looks every few milliseconds."""
+
+
+CHECK_PATIENCE_S = 5.0
+"""How long a rank waits for another one of its host to check the products, before it does so itself."""
 
 
 KNOCK_LINGER_MS = 1000
@@ -144,7 +150,11 @@ class Worker:
             sources.insert(-1, other)
         parts = vault.dense_parts() if vault is not None else None
         weights = DenseWeights.of(parts) if parts else checkpoint.dense_weights(dtype)
-        transformer = Transformer(model, weights, bank, routes, self._comm, dtype)
+        store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
+        checked = partial(
+            once, store, f"products/{spec.host}", me=f"{spec.rank}.{spec.incarnation}", patience_s=CHECK_PATIENCE_S
+        )
+        transformer = Transformer(model, weights, bank, routes, self._comm, dtype, checked)
         self._limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
         kv = KVStore(model, self._limits.num_blocks, self._limits.block_size, dtype)
         self._runner = Runner(transformer, kv, routes, model.vocab_size)

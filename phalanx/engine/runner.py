@@ -18,7 +18,7 @@ from phalanx.messages import SamplingParams
 from phalanx.model.attention import ForwardBatch, SequenceSlice
 from phalanx.model.config import ModelConfig
 
-_WARM_PREFILL_TOKENS = 64
+_WARM_PREFILL_TOKENS = 32
 _WARM_DECODES = 8
 
 
@@ -72,12 +72,12 @@ class Runner:
         room = limits.num_blocks * limits.block_size
         length = min(_WARM_PREFILL_TOKENS, limits.max_num_batched_tokens, limits.max_model_len, room)
         half = (length + 1) // 2
-        batches = [[(0, length)], [(0, half)], [(half, length - half)] if length > half else [], [(length - 1, 1)]]
+        batches = [[(0, length)], [(half, length - half)] if length > half else [], [(length - 1, 1)]]
         decodes = min(_WARM_DECODES, limits.max_num_seqs, limits.max_num_batched_tokens)
         for chunks in (*batches, [(length - 1, 1)] * decodes, []):
             hidden_TD = self.forward(_scratch_batch(chunks, limits.block_size))
             logits_NV = self.logits(hidden_TD, range(hidden_TD.shape[0])[-decodes:])
-            for logits_V in logits_NV:
+            for logits_V in logits_NV[:1]:
                 for temperature in (0.0, 1.0):
                     sampling = SamplingParams(max_tokens=1, temperature=temperature, top_p=0.9, top_k=50, min_p=0.01)
                     sampler.choose(logits_V, sampling, [0], 1, frozenset())

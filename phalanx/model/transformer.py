@@ -15,7 +15,7 @@ from phalanx.model.layers import DenseWeights, LayerWeights, RmsNorm, Rotary
 from phalanx.moe.experts import SlotBank
 from phalanx.moe.gate import Gate, RouteTable
 from phalanx.moe.layer import LoadCounter, MoELayer
-from phalanx.moe.linear import Linear, Products, SwiGlu, choose
+from phalanx.moe.linear import Checked, Linear, Products, SwiGlu, choose, do
 
 _PACKED_A_STEP = 1
 """Experts that a step packs beside its work: about a millisecond, so that a recovery's own steps stay short."""
@@ -35,12 +35,14 @@ class Transformer:
         routes: RouteTable,
         comm: Communicator,
         dtype: torch.dtype,
+        checked: Checked = do,
     ) -> None:
+        """checked: see `moe.linear.choose`."""
         self.config = config
         self._comm, self._bank = comm, bank
         self._embed = weights.embed
         self._norm = RmsNorm(weights.norm, config.norm_eps)
-        products = choose(_product_shapes(config), dtype)
+        products = choose(_product_shapes(config), dtype, checked)
         bank.products = products
         self._head = Linear(weights.head, None, products)
         self._rotary = Rotary(config.head_dim, config.rope_theta, config.max_position)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from comm_ranks import Hosts
+from standing import Standing
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.testing.service import Service, flags_of
@@ -33,6 +35,18 @@ def pair_hosts(request: pytest.FixtureRequest) -> Hosts | None:
     return LINKS[request.param]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def end_services_when_asked_to_end() -> Iterator[None]:
+    """A test run that is told to end (by `timeout`, say) ends the services that stand, too."""
+
+    def end(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Qwen3-MoE checkpoint whose text depends on every expert: 16, so that each survivor restores some."""
@@ -42,7 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def serve(tiny: Path) -> Iterator[Callable[..., Service]]:
     """Starts services, and ends them after the test. Unless told otherwise four ranks, chaos enabled, and the dead stay
-    dead."""
+    dead. A test whose dead may come back uses one of the standing services, which cost no start."""
     with ExitStack() as stack:
 
         def start(faults: str = "", model: Path = tiny, **options: Any) -> Service:
@@ -55,7 +69,37 @@ def serve(tiny: Path) -> Iterator[Callable[..., Service]]:
 
 
 @pytest.fixture(scope="session")
-def unfailed(tiny: Path) -> dict[str, list[Result]]:
-    """What an unfailed service of one rank streams for PROMPTS, by kind of sampling."""
+def standing(tiny: Path) -> Iterator[Standing]:
+    """With the time-outs that everybody has."""
+    service = Standing(tiny)
+    yield service
+    service.end()
+
+
+@pytest.fixture(scope="session")
+def quick(tiny: Path) -> Iterator[Standing]:
+    """With short time-outs: ranks that are stopped are evicted soon."""
+    service = Standing(tiny, peer_timeout=1, roll_call_timeout=2, heartbeat_interval=0.5)
+    yield service
+    service.end()
+
+
+@pytest.fixture(scope="session")
+def patient(tiny: Path) -> Iterator[Standing]:
+    """With long time-outs: ranks may be stopped for a while and stay in."""
+    service = Standing(tiny, peer_timeout=30, roll_call_timeout=60)
+    yield service
+    service.end()
+
+
+@pytest.fixture(scope="session")
+def alone(tiny: Path) -> Iterator[Service]:
+    """A service of one rank, which nothing ever happens to."""
     with Service(str(tiny), "--ep-size", "1") as service:
-        return {kind: Streams(service.url, PROMPTS, **options).start().join() for kind, options in SAMPLING.items()}
+        yield service
+
+
+@pytest.fixture(scope="session")
+def unfailed(alone: Service) -> dict[str, list[Result]]:
+    """What an unfailed service of one rank streams for PROMPTS, by kind of sampling."""
+    return {kind: Streams(alone.url, PROMPTS, **options).start().join() for kind, options in SAMPLING.items()}

@@ -31,7 +31,7 @@ class Streamed:
 class Streams:
     """Several completions streamed at once. Entering starts them; `join` waits for their ends."""
 
-    def __init__(self, url: str, prompts: Sequence[str], max_tokens: int = 48, **options: Any) -> None:
+    def __init__(self, url: str, prompts: Sequence[str], max_tokens: int = 32, **options: Any) -> None:
         self.url = url
         self.seen = [Streamed() for _ in prompts]
         self._news = threading.Condition()

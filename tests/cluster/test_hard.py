@@ -19,6 +19,7 @@ import httpx
 import pytest
 from streams import PROMPTS, SAMPLING, Streams
 
+from phalanx.testing.damage import vault_of
 from phalanx.testing.service import Service
 
 pytestmark = pytest.mark.cluster
@@ -170,3 +171,8 @@ def test_streams_outlive_a_spoilt_disk_once_it_is_mended(
     seconds = recovery["seconds"]
     assert seconds["total"] >= sum(seconds.values()) - seconds["total"]
     assert "phalanx_steps_replayed_total 1.0" in httpx.get(f"{service.url}/metrics").text
+    assert recovery["bytes_restored"]["disk"] > 0
+    assert recovery["bytes_restored"].get("vault", 0) == 0
+    assert service.status()["vault"]["state"] == "off"
+    with pytest.raises(LookupError):
+        vault_of(service.process.pid)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from standing import Standing
 from streams import SAMPLING, Streams
 
 from phalanx.testing.service import Service
@@ -33,10 +34,17 @@ def both_kinds(url: str) -> dict[str, Streams]:
 
 
 @pytest.fixture(scope="module")
-def unmoved(tiny: Path) -> Unfailed:
+def unmoved(alone: Service) -> Unfailed:
     """What one rank, whose experts never move, streams for the same prompts."""
-    with Service(str(tiny), "--ep-size", "1") as service:
-        return {kind: running.join() for kind, running in both_kinds(service.url).items()}
+    return {kind: running.join() for kind, running in both_kinds(alone.url).items()}
+
+
+@pytest.fixture(scope="module")
+def moving(tiny: Path) -> Iterator[Standing]:
+    """A service that moves experts about all the time."""
+    service = Standing(tiny, **EPLB, num_redundant_experts=4)
+    yield service
+    service.end()
 
 
 def alive(service: Service) -> set[int]:
@@ -52,47 +60,43 @@ def chaos(service: Service, kind: str, rank: int, where: str) -> None:
     httpx.post(f"{service.url}/chaos", json={"kind": kind, "rank": rank, "where": where}).raise_for_status()
 
 
-def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(serve: Serve, unmoved: Unfailed) -> None:
-    service = serve(**EPLB, num_redundant_experts=4)
-    for kind, running in both_kinds(service.url).items():
-        assert running.join() == unmoved[kind]
-    assert metric(service, 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}') > 0
-    balance = httpx.get(f"{service.url}/server_info").json()["expert_balance"]
-    assert balance["enabled"]
-    assert balance["replicas"] == 3 * (16 + 4) == metric(service, "phalanx_expert_replicas")
-    assert 0 < balance["moves"] <= metric(service, "phalanx_expert_moves_total")  # more may have moved in between
-    assert 0 < balance["balancedness"] <= 1
-    assert 0 < metric(service, "phalanx_expert_balancedness") <= 1
-    staged = {
-        name: metric(service, f'phalanx_expert_bytes_restored_total{{source="{name}"}}') for name in ("peer", "vault")
-    }
-    assert sum(staged.values()) > 0
-    assert metric(service, 'phalanx_expert_bytes_restored_total{source="disk"}') == 0
-    assert alive(service) == {0, 1, 2, 3}
+def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(moving: Standing, unmoved: Unfailed) -> None:
+    with moving.losing() as service:
+        for kind, running in both_kinds(service.url).items():
+            assert running.join() == unmoved[kind]
+        assert metric(service, 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}') > 0
+        balance = httpx.get(f"{service.url}/server_info").json()["expert_balance"]
+        assert balance["enabled"]
+        assert balance["replicas"] == 3 * (16 + 4) == metric(service, "phalanx_expert_replicas")
+        assert 0 < balance["moves"] <= metric(service, "phalanx_expert_moves_total")  # more may have moved in between
+        assert 0 < balance["balancedness"] <= 1
+        assert 0 < metric(service, "phalanx_expert_balancedness") <= 1
+        restored = "phalanx_expert_bytes_restored_total"
+        staged = {name: metric(service, f'{restored}{{source="{name}"}}') for name in ("peer", "vault")}
+        assert sum(staged.values()) > 0
+        assert metric(service, f'{restored}{{source="disk"}}') == 0
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_dies_while_experts_are_staged_changes_no_stream(
-    serve: Serve, unmoved: Unfailed, rank: int
+    moving: Standing, unmoved: Unfailed, rank: int
 ) -> None:
-    service = serve(**EPLB, num_redundant_experts=4)
-    chaos(service, "kill", rank, "stage")
-    for kind, running in both_kinds(service.url).items():
-        assert running.join() == unmoved[kind]
-    assert alive(service) == {0, 1, 2, 3} - {rank}
+    with moving.losing(rank) as service:
+        chaos(service, "kill", rank, "stage")
+        for kind, running in both_kinds(service.url).items():
+            assert running.join() == unmoved[kind]
 
 
 @pytest.mark.parametrize(
     ("rank", "where"), [(0, "publish"), (1, "roll_call"), (3, "replan"), (0, "barrier"), (2, "adopt")]
 )
 def test_a_rank_that_dies_at_the_switch_changes_no_stream(
-    serve: Serve, unmoved: Unfailed, rank: int, where: str
+    moving: Standing, unmoved: Unfailed, rank: int, where: str
 ) -> None:
-    service = serve(**EPLB)
-    chaos(service, "kill", rank, where)
-    for kind, running in both_kinds(service.url).items():
-        assert running.join() == unmoved[kind]
-    assert alive(service) == {0, 1, 2, 3} - {rank}
+    with moving.losing(rank) as service:
+        chaos(service, "kill", rank, where)
+        for kind, running in both_kinds(service.url).items():
+            assert running.join() == unmoved[kind]
 
 
 def test_after_a_death_redundant_experts_come_back_by_themselves_also_in_an_idle_service(

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from standing import Standing
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.testing.service import Service
@@ -52,22 +53,20 @@ def check(running: dict[str, Streams], unfailed: Unfailed) -> None:
 
 
 def test_each_rank_in_turn_is_killed_twice_and_comes_back_and_no_stream_changes(
-    serve: Serve, unfailed: Unfailed
+    standing: Standing, unfailed: Unfailed
 ) -> None:
-    service = serve(max_restarts=100)
-    for incarnation in (1, 2):
-        for rank in RANKS:
+    for rank in (*RANKS, *RANKS):
+        with standing.losing(rank) as service:
             seen = service.lines
             running = both_kinds(service.url)
             service.signal(rank, signal.SIGKILL)
             back(service, rank, after=seen)
             check(running, unfailed)
-            assert incarnations(service)[rank] == incarnation
-    join = service.status()["last_recovery"]
-    assert (join["trigger"], join["lost"]) == ("join", [])
-    assert join["bytes_restored"]["disk"] == 0, "a newcomer reads from its peers' memory"
-    for kind, streams in both_kinds(service.url).items():
-        assert streams.join() == unfailed[kind], "the ranks that came back serve like the first ones"
+    with standing.losing() as service:
+        join = service.status()["last_recovery"]
+        assert (join["trigger"], join["lost"]) == ("join", [])
+        assert join["bytes_restored"]["disk"] == 0, "a newcomer reads from its peers' memory"
+        check(both_kinds(service.url), unfailed)  # the ranks that came back serve like the first ones
 
 
 def test_a_rank_comes_back_to_an_idle_service(serve: Serve, unfailed: Unfailed) -> None:
@@ -79,39 +78,26 @@ def test_a_rank_comes_back_to_an_idle_service(serve: Serve, unfailed: Unfailed) 
     check(both_kinds(service.url), unfailed)
 
 
-def test_two_ranks_killed_at_once_both_come_back(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(max_restarts=3)
-    running = both_kinds(service.url)
-    seen = service.lines
-    for pid in [service.pid(rank) for rank in (0, 2)]:
-        os.kill(pid, signal.SIGKILL)
-    back(service, 0, 2, after=seen)
-    check(running, unfailed)
-    assert incarnations(service) == [1, 0, 1, 0]
+def test_all_ranks_killed_at_once_come_back_and_the_streams_go_on(standing: Standing, unfailed: Unfailed) -> None:
+    with standing.losing(*RANKS) as service:
+        running = both_kinds(service.url)
+        for pid in [service.pid(rank) for rank in RANKS]:
+            os.kill(pid, signal.SIGKILL)
+        check(running, unfailed)
 
 
-def test_all_ranks_killed_at_once_come_back_and_the_streams_go_on(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(max_restarts=3)
-    running = both_kinds(service.url)
-    for pid in [service.pid(rank) for rank in RANKS]:
-        os.kill(pid, signal.SIGKILL)
-    check(running, unfailed)
-    service.wait_for_line(r"rank 3\.1 came in")
-    assert all(incarnation == 1 for incarnation in (r["incarnation"] for r in service.status()["ranks"]))
-
-
-@pytest.mark.parametrize("where", ["restore", "join", "barrier"])
-def test_a_newcomer_that_dies_on_its_way_in_is_followed_by_the_next_one(
-    serve: Serve, unfailed: Unfailed, where: str
-) -> None:
-    service = serve(max_restarts=5, faults=f"kill@{where}:rank=1:incarnation=1")
-    running = both_kinds(service.url)
-    seen = service.lines
-    service.signal(1, signal.SIGKILL)
-    service.wait_for_line(r"rank 1\.1 .* ended: killed by SIGKILL", after=seen)
-    service.wait_for_line(r"rank 1\.2 came in", after=seen)
-    check(running, unfailed)
-    assert incarnations(service) == [0, 2, 0, 0]
+def test_a_newcomer_that_dies_on_its_way_in_is_followed_by_the_next_one(serve: Serve, unfailed: Unfailed) -> None:
+    ways = {1: "restore", 2: "join", 3: "barrier"}
+    faults = ",".join(f"kill@{where}:rank={rank}:incarnation=1" for rank, where in ways.items())
+    service = serve(max_restarts=5, faults=faults)
+    for rank in ways:
+        running = both_kinds(service.url)
+        seen = service.lines
+        service.signal(rank, signal.SIGKILL)
+        service.wait_for_line(rf"rank {rank}\.1 .* ended: killed by SIGKILL", after=seen)
+        service.wait_for_line(rf"rank {rank}\.2 came in", after=seen)
+        check(running, unfailed)
+    assert incarnations(service) == [0, 2, 2, 2]
 
 
 def test_a_healthy_rank_that_dies_in_a_join_comes_back_too(serve: Serve, unfailed: Unfailed) -> None:
@@ -135,44 +121,41 @@ def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason(serve: Serve
     assert httpx.get(f"{service.url}/ready").status_code == 200
 
 
-def test_an_evicted_rank_that_stays_stopped_is_replaced(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(max_restarts=3, peer_timeout=1, roll_call_timeout=2)
-    running = both_kinds(service.url)
-    seen = service.lines
-    service.signal(2, signal.SIGSTOP)
-    service.wait_for_line(r"killing rank 2\.0 .* it was evicted and does not end", after=seen)
-    back(service, 2, after=seen)
-    check(running, unfailed)
-    assert incarnations(service) == [0, 0, 1, 0]
+def test_an_evicted_rank_that_stays_stopped_is_replaced(quick: Standing, unfailed: Unfailed) -> None:
+    with quick.losing(1) as service:
+        running = both_kinds(service.url)
+        seen = service.lines
+        service.signal(1, signal.SIGSTOP)
+        service.wait_for_line(r"killing rank 1\.\d+ .* it was evicted and does not end", after=seen)
+        back(service, 1, after=seen)
+        check(running, unfailed)
 
 
-def test_a_masked_rank_stays_out_until_an_operator_wants_it_back(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(max_restarts=3)
-    running = both_kinds(service.url)
-    seen = service.lines
-    assert instruct(service, "mask_rank", 1) == 202
-    service.wait_for_line(r"rank 1 is not started again: taken out by an operator", after=seen)
-    assert "operator" in httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
-    check(running, unfailed)
-    assert service.status()["ranks"][1]["state"] == "dead"
-    assert instruct(service, "rejoin", 1) == 202
-    back(service, 1, after=seen)
-    assert incarnations(service) == [0, 1, 0, 0]
-    assert instruct(service, "rejoin", 1) == 400
+def test_a_masked_rank_stays_out_until_an_operator_wants_it_back(standing: Standing, unfailed: Unfailed) -> None:
+    with standing.losing(1) as service:
+        running = both_kinds(service.url)
+        seen = service.lines
+        assert instruct(service, "mask_rank", 1) == 202
+        service.wait_for_line(r"rank 1 is not started again: taken out by an operator", after=seen)
+        assert "operator" in httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
+        check(running, unfailed)
+        assert service.status()["ranks"][1]["state"] == "dead"
+        assert instruct(service, "rejoin", 1) == 202
+        back(service, 1, after=seen)
+        assert instruct(service, "rejoin", 1) == 400
 
 
-def test_a_masked_rank_may_be_called_back_before_its_process_has_ended(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(ep_size=2, max_restarts=3)
-    running = both_kinds(service.url)
-    seen = service.lines
-    service.signal(1, signal.SIGSTOP)  # so that it cannot end by itself
-    assert instruct(service, "mask_rank", 1) == 202
-    while service.status()["ranks"][1]["state"] != "dead":
-        assert service.process.poll() is None
-    assert instruct(service, "rejoin", 1) == 202
-    back(service, 1, after=seen)
-    check(running, unfailed)
-    assert incarnations(service) == [0, 1]
+def test_a_masked_rank_may_be_called_back_before_its_process_has_ended(standing: Standing, unfailed: Unfailed) -> None:
+    with standing.losing(1) as service:
+        running = both_kinds(service.url)
+        seen = service.lines
+        service.signal(1, signal.SIGSTOP)  # so that it cannot end by itself
+        assert instruct(service, "mask_rank", 1) == 202
+        while service.status()["ranks"][1]["state"] != "dead":
+            assert service.process.poll() is None
+        assert instruct(service, "rejoin", 1) == 202
+        back(service, 1, after=seen)
+        check(running, unfailed)
 
 
 def test_requests_held_below_min_ranks_go_on_when_a_rank_returns(serve: Serve, unfailed: Unfailed) -> None:
@@ -186,15 +169,14 @@ def test_requests_held_below_min_ranks_go_on_when_a_rank_returns(serve: Serve, u
     assert incarnations(service) == [1, 0]
 
 
-def test_a_rank_returns_though_the_process_that_forks_ranks_was_killed(serve: Serve) -> None:
-    service = serve(ep_size=2, max_restarts=3)
-    nursery = nursery_of(service)
-    seen = service.lines
-    os.kill(nursery, signal.SIGKILL)
-    service.wait_for_line("the process that forks workers ended: starting another", after=seen)
-    service.signal(1, signal.SIGKILL)
-    back(service, 1, after=seen)
-    assert incarnations(service) == [0, 1]
+def test_a_rank_returns_though_the_process_that_forks_ranks_was_killed(standing: Standing) -> None:
+    with standing.losing(1) as service:
+        nursery = nursery_of(service)
+        seen = service.lines
+        os.kill(nursery, signal.SIGKILL)
+        service.wait_for_line("the process that forks workers ended: starting another", after=seen)
+        service.signal(1, signal.SIGKILL)
+        back(service, 1, after=seen)
 
 
 def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_back(serve: Serve) -> None:
@@ -219,20 +201,22 @@ def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_
     assert incarnations(service) == [0, 1]
 
 
-def test_a_rank_that_returns_to_a_paused_service_is_paused(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(ep_size=2, max_restarts=3)
-    everybody = {"instruction": "pause"}
-    assert httpx.post(f"{service.url}/fault_tolerance/apply", json=everybody).status_code == 202
-    service.wait_for_line(r"rank 1\.0 is paused")
-    streams = {kind: Streams(service.url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
-    seen = service.lines
-    service.signal(1, signal.SIGKILL)
-    back(service, 1, after=seen)
-    service.wait_for_line(r"rank 1\.1 is paused", after=seen)
-    assert {rank["state"] for rank in service.status()["ranks"]} == {"paused"}
-    assert not any(stream.at for kind in streams.values() for stream in kind.seen)
-    assert httpx.post(f"{service.url}/fault_tolerance/apply", json={"instruction": "retry"}).status_code == 202
-    check(streams, unfailed)
+def test_a_rank_that_returns_to_a_paused_service_is_paused(standing: Standing, unfailed: Unfailed) -> None:
+    with standing.losing(1) as service:
+        seen = service.lines
+        everybody = {"instruction": "pause"}
+        assert httpx.post(f"{service.url}/fault_tolerance/apply", json=everybody).status_code == 202
+        service.wait_for_line(r"rank 1\.\d+ is paused", after=seen)
+        streams = {kind: Streams(service.url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
+        seen = service.lines
+        service.signal(1, signal.SIGKILL)
+        back(service, 1, after=seen)
+        service.wait_for_line(r"rank 1\.\d+ is paused", after=seen)
+        assert {rank["state"] for rank in service.status()["ranks"]} == {"paused"}
+        assert not any(stream.at for kind in streams.values() for stream in kind.seen)
+        retry = {"instruction": "retry"}
+        assert httpx.post(f"{service.url}/fault_tolerance/apply", json=retry).status_code == 202
+        check(streams, unfailed)
 
 
 def nursery_of(service: Service, other_than: int = 0) -> int:
