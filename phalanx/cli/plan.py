@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import get_args
 
 import click
 import numpy as np
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from phalanx.cli.plan_load import KINDS, Floats, read_load, synthetic
 from phalanx.cli.plan_report import Stage, table_rows
-from phalanx.elastic.replan import replan
+from phalanx.elastic.replan import Priority, replan
 from phalanx.errors import BadConfig
 from phalanx.world import EMPTY, IntArray, Member, Placement, View
 
@@ -32,7 +33,8 @@ from phalanx.world import EMPTY, IntArray, Member, Placement, View
 @click.option("--redundant", type=click.IntRange(0), help="Fill experts + this many slots a layer; default: all.")
 @click.option("--dead", default="", help="Ranks that die, with commas.")
 @click.option("--groups", type=click.IntRange(1), default=1, show_default=True, help="Groups of experts (DeepSeek).")
-@click.option("--priority", type=click.Choice(["safety", "even", "balance"]), default="safety", show_default=True)
+@click.option("--priority", type=click.Choice(get_args(Priority)), default="even", show_default=True,
+              help="What comes first when slots do not suffice for two replicas of each expert: docs/planner.md.")  # fmt: skip
 @click.option("--expert-mb", type=click.FloatRange(0, min_open=True), default=44.0, show_default=True, help="MB, 10^6.")
 @click.option("--rate", "rates", multiple=True, default=("peer=40", "vault=9", "disk=2"), show_default=True,
               help="SOURCE=GB/s a rank, to restore from; may be repeated.")  # fmt: skip

@@ -18,8 +18,9 @@ from phalanx.elastic.replan.place import Deal, deal, on_one_host, repair
 from phalanx.elastic.replan.polish import polish
 from phalanx.world import EMPTY, IntArray, Placement, View
 
-ROUNDS = 15
-"""Rounds of exchanges at most; a layer that is even, or that nothing helps, leaves them earlier."""
+ROUNDS = 9
+"""Rounds of exchanges at most; a layer that is even, or that nothing helps, leaves them earlier. Three more would gain
+0.2 % of balance where only some ranks are safe, for 10 % of the time."""
 
 WORTH_MOVING = 0.01
 """A plan from scratch must be better balanced by this fraction than one that starts from what is held."""
@@ -47,7 +48,7 @@ def replan(
     num_groups: int = 1,
     min_moves: bool = False,
     rank_slots: Sequence[int] | None = None,
-    priority: Priority = "safety",
+    priority: Priority = "even",
 ) -> Placement:
     """Place every expert of every layer on the living ranks of `view`. LOCAL, pure, deterministic.
 
@@ -56,7 +57,7 @@ def replan(
     1. Every expert has a live slot.
     2. With two slots for each expert and two ranks: every expert has replicas on two ranks, and on two hosts where no
        host has more than half of the slots. With fewer slots: as few ranks a layer as possible have an expert that
-       nobody else has, and the hottest experts are the protected ones (see `priority`).
+       nobody else has; whom to protect is decided so that the load can be even (see `priority`).
     3. The load is even: replicas of an expert are expected to share its load equally.
     4. What is held stays where it is, where that costs next to no balance.
 
