@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending
 from phalanx.elastic.replan.place import Deal
@@ -12,6 +13,11 @@ TOLERANCE = 0.004
 
 NEARLY = 0.98
 """Ranks that carry less than this part of a layer's heaviest rank can wait."""
+
+DISTANCES = 1 << 24
+"""Distances that are looked at at once: what bounds the memory where ranks have very many slots."""
+
+Singles = npt.NDArray[np.float32]
 
 Meetings = tuple[Ints, Ints, Ints, int]
 """Who meets whom: layers, heavy ranks and light ones, [q] each, and how many of these in a row one heavy rank has."""
@@ -104,18 +110,14 @@ def _exchange(out: Deal, bound_LEH: Bools, meetings: list[Meetings], choose: boo
     b = out.expert_LNM.reshape(-1, width).take(cell_b, axis=0)
     part = out.part_LNM.reshape(-1, width)
     load_a, load_b = out.load_LN.take(cell_a), out.load_LN.take(cell_b)
-    # Distances from the exchange that would make both equal; what must not cross is moved far away.
     far_a, far_b = _forbidden(out, bound_LEH, layer, heavy, light, a, b)
     half = (load_a - load_b) / 2
     left = (part.take(cell_a, axis=0) - half[:, None]).astype(np.float32)
     right = part.take(cell_b, axis=0).astype(np.float32)
+    # Distances from the exchange that would make both equal; what must not cross is moved far away.
     left[far_a] = np.inf
     right[far_b] = -np.inf
-    distance = left[:, :, None] - right[:, None, :]
-    np.abs(distance, out=distance)
-    flat = distance.reshape(-1, width * width)
-    best = flat.argmin(axis=1)
-    value = flat[np.arange(best.size), best]
+    best, value = _closest(left, right)
     gain = value < half * (1 - 1e-5)
     if not choose:
         return [_apply(out, bound_LEH, layer, heavy, light, best, gain, several=True)]
@@ -127,6 +129,19 @@ def _exchange(out: Deal, bound_LEH: Bools, meetings: list[Meetings], choose: boo
         gain[mine] &= (np.arange(many) == first[:, None]).ravel()
     done = _apply(out, bound_LEH, layer, heavy, light, best, gain, several=len(meetings) > 1)
     return [done[mine] for mine in parts]
+
+
+def _closest(left_QM: Singles, right_QM: Singles) -> tuple[Ints, Singles]:
+    """[Q]: for each meeting the pair of slots, as one number, that are closest to each other, and their distance."""
+    meetings, width = left_QM.shape
+    many = max(1, DISTANCES // (width * width))
+    if meetings > many:
+        parts = [_closest(left_QM[i : i + many], right_QM[i : i + many]) for i in range(0, meetings, many)]
+        return np.concatenate([best for best, _ in parts]), np.concatenate([value for _, value in parts])
+    distance = left_QM[:, :, None] - right_QM[:, None, :]
+    flat = np.abs(distance, out=distance).reshape(meetings, width * width)
+    best = flat.argmin(axis=1)
+    return best, flat[np.arange(meetings), best]
 
 
 def _bound(out: Deal) -> Bools:

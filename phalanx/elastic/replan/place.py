@@ -59,8 +59,8 @@ class Deal:
         self.on_host_LEH = np.bincount(key, minlength=layers * experts * hosts).reshape(layers, experts, hosts)
 
     def swap(self, layer: Ints, rank: Ints, slot: Ints, other: Ints, place: Ints) -> None:
-        """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice, nor may an expert of a layer
-        that crosses between hosts."""
+        """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice, nor may an expert
+        of a layer that crosses between hosts."""
         a, b = self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place]
         part_a, part_b = self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place]
         self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place] = b, a
