@@ -36,9 +36,11 @@ from phalanx.nursery import Born, Nursery
 from phalanx.process import (
     EXIT_EVICTED,
     EXIT_STOPPED,
+    PLANNER,
     VaultSpec,
     WorkerSpec,
     adopt_orphans,
+    bury_orphans,
     last_words,
     launcher_endpoint,
     server_endpoint,
@@ -150,6 +152,7 @@ class Launcher:
             while not self._stopping:
                 self._serve_events(dict(self._poller.poll(self._patience_ms())))
                 self._do_what_is_due(time.monotonic())
+                bury_orphans(PLANNER)  # of a rank that died while it planned
             return self._exit_code
         finally:
             self._shut_down()

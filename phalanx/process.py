@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -99,6 +101,28 @@ def die_with_parent(parent_pid: int, patience_s: float = 5.0) -> None:
 def adopt_orphans() -> None:
     """Become the parent of grandchildren whose parent ends (a subreaper). LOCAL, Linux."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+PLANNER = "phalanx-plan"
+"""What a planning child calls itself, for whoever inherits it."""
+
+
+def call_myself(name: str) -> None:
+    """Give this process a name, of at most 15 letters. LOCAL, Linux."""
+    with open("/proc/self/comm", "w", encoding="ascii") as file:
+        file.write(name)
+
+
+def bury_orphans(name: str) -> list[int]:
+    """Take the exit status of every dead child of that name, so that none stays a zombie. For a process that adopts
+    orphans: children that nobody else waits for. Returns their pids. LOCAL, does not wait."""
+    buried = []
+    with suppress(OSError):
+        for pid in map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()):
+            with suppress(OSError):  # it is gone already
+                if Path(f"/proc/{pid}/comm").read_text().strip() == name and os.waitpid(pid, os.WNOHANG)[0]:
+                    buried.append(pid)
+    return buried
 
 
 def _prctl(option: int, value: int) -> None:

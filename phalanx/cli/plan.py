@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
+from typing import get_args
 
 import click
 import numpy as np
@@ -13,9 +15,15 @@ from rich.table import Table
 
 from phalanx.cli.plan_load import KINDS, Floats, read_load, synthetic
 from phalanx.cli.plan_report import Stage, table_rows
-from phalanx.elastic.replan import replan
-from phalanx.errors import BadConfig
+from phalanx.elastic.replan import Priority, replan
+from phalanx.errors import BadConfig, TooFewSlots
 from phalanx.world import EMPTY, IntArray, Member, Placement, View
+
+MOST_EXPERTS = 8192
+"""Experts in a layer; exchanges look at all pairs of two ranks' slots."""
+
+MOST_CELLS = 1 << 27
+"""Layers x experts x ranks: as many bytes, several times over, and so many steps to count what two deaths lose."""
 
 
 @click.command()
@@ -23,16 +31,19 @@ from phalanx.world import EMPTY, IntArray, Member, Placement, View
     "--load", "load_file", type=click.Path(path_type=Path), help="npz, csv or json: tokens a layer and expert."
 )
 @click.option("--synthetic", "kind", type=click.Choice(KINDS), default="lognormal", show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=61, show_default=True, help="Of a synthetic load.")
-@click.option("--experts", type=click.IntRange(1), default=256, show_default=True, help="Of a synthetic load.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--ranks", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--layers", type=click.IntRange(1, 1024), default=61, show_default=True, help="Of a synthetic load.")
+@click.option(
+    "--experts", type=click.IntRange(1, MOST_EXPERTS), default=256, show_default=True, help="Of a synthetic load."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--ranks", type=click.IntRange(1, 4096), default=32, show_default=True)
 @click.option("--hosts", type=click.IntRange(1), default=4, show_default=True, help="Ranks are split evenly, in order.")
 @click.option("--slots", default="", help="Slots a rank and layer; several, with commas: one number a rank.")
 @click.option("--redundant", type=click.IntRange(0), help="Fill experts + this many slots a layer; default: all.")
 @click.option("--dead", default="", help="Ranks that die, with commas.")
 @click.option("--groups", type=click.IntRange(1), default=1, show_default=True, help="Groups of experts (DeepSeek).")
-@click.option("--priority", type=click.Choice(["safety", "even", "balance"]), default="safety", show_default=True)
+@click.option("--priority", type=click.Choice(get_args(Priority)), default="even", show_default=True,
+              help="What comes first with fewer than two slots an expert: docs/planner.md.")  # fmt: skip
 @click.option("--expert-mb", type=click.FloatRange(0, min_open=True), default=44.0, show_default=True, help="MB, 10^6.")
 @click.option("--rate", "rates", multiple=True, default=("peer=40", "vault=9", "disk=2"), show_default=True,
               help="SOURCE=GB/s a rank, to restore from; may be repeated.")  # fmt: skip
@@ -54,7 +65,12 @@ def plan(
 
         require_matplotlib()
     windows = read_load(load_file) if load_file else synthetic(kind, layers, experts, seed=seed)
+    _check_size(windows.shape[1], windows.shape[2], ranks)
     experts = windows.shape[2]
+    if experts % groups:
+        raise BadConfig(f"--groups {groups}: {experts} experts are not so many equal groups")
+    if not math.isfinite(expert_mb):
+        raise BadConfig(f"--expert-mb {expert_mb}: expected a number of megabytes")
     slots_R = _slots(slots, ranks, experts, redundant)
     if hosts > ranks:
         raise BadConfig(f"--hosts {hosts} is more than --ranks {ranks}")
@@ -67,7 +83,11 @@ def plan(
         num_experts=experts, slots_per_rank=max(slots_R), rank_slots=slots_R, num_groups=groups, priority=priority,
         num_replicas=None if redundant is None else experts + redundant,
     )  # fmt: skip
-    stages = _stages(windows, _view(ranks, hosts), set(gone), settings)
+    try:
+        stages = _stages(windows, _view(ranks, hosts), set(gone), settings)
+    except TooFewSlots as error:
+        fewer = " or let fewer ranks die (--dead)" if gone else ""
+        raise BadConfig(f"{error}: give each rank more --slots{fewer}") from None
     figures = [s.figures(expert_bytes, speeds) for s in stages]
     planned = stages[-1] if gone else stages[1]
     lines = [f"{s.name}: {s.verdict(slots_R)}" for s in stages]
@@ -121,21 +141,33 @@ def _in_order(planned: Placement, view: View) -> Placement:
     return Placement(np.tile(row, (planned.num_layers, 1)), planned.num_experts, planned.slots_per_rank)
 
 
+def _check_size(layers: int, experts: int, ranks: int) -> None:
+    """Refuse what would take minutes, and memory for each layer, expert and rank, though nobody builds it."""
+    if experts > MOST_EXPERTS:
+        raise BadConfig(f"--load: has {experts} experts a layer; at most {MOST_EXPERTS} can be planned for")
+    if layers * experts * ranks > MOST_CELLS:
+        raise BadConfig(
+            f"{layers} layers x {experts} experts x {ranks} ranks are too many to look at, at most {MOST_CELLS} cells: "
+            "layers are planned alike, so take fewer of them (--layers, or rows of --load)"
+        )
+
+
 def _view(ranks: int, hosts: int) -> View:
     return View(1, ranks, tuple(Member(r, 0, host=f"host{r * hosts // ranks}") for r in range(ranks)))
 
 
 def _slots(text: str, ranks: int, experts: int, redundant: int | None) -> list[int]:
-    """Slots of each rank: as told, or as many as experts and redundant ones (default: 32, or one a rank) need."""
+    """Slots of each rank: as told, or as many as experts and redundant ones (default: an eighth, or one a rank) need.
+    Never more than there are experts, as a rank has no use for a second copy."""
     if not text:
         extra = redundant if redundant is not None else max(ranks, experts // 8)
-        return [-(-(experts + extra) // ranks)] * ranks
+        return [min(-(-(experts + extra) // ranks), experts)] * ranks
     numbers = _numbers("--slots", text)
     if len(numbers) == 1:
         numbers *= ranks
     if len(numbers) != ranks or min(numbers) < 0 or max(numbers) < 1:
         raise BadConfig(f"--slots {text}: give one positive number, or one for each of the {ranks} ranks")
-    return numbers
+    return [min(number, experts) for number in numbers]
 
 
 def _numbers(flag: str, text: str) -> list[int]:

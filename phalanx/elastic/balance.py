@@ -66,6 +66,11 @@ class Rules:
     min_gain: float
     num_redundant: int
 
+    def turn(self, step: int) -> int:
+        """How many plans are due by then: one an interval, and one more as soon as the first window is full, so that
+        the placement of the start, which knew no load, is soon made good for, and its balancedness known."""
+        return step // self.interval + (step >= min(self.window, self.interval))
+
     @property
     def active(self) -> bool:
         return self.interval > 0 or self.num_redundant > 0
@@ -187,8 +192,8 @@ class Balancer:
         self._credit = min(0.0, self._credit) + min(LONGEST_S, SHARE * (now - self._last))
         if step - self._observed_at >= self._stride:
             self._observe(step)
-        if self._rules.interval and step // self._rules.interval > self._turn:
-            self._turn = step // self._rules.interval
+        if self._rules.interval and (turn := self._rules.turn(step)) > self._turn:
+            self._turn = turn
             self._begin()
         while self._credit > 0 and self._piece():
             now, before = self._clock.now(), now

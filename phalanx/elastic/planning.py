@@ -20,8 +20,15 @@ from phalanx.process import die_with_parent
 
 log = logging.getLogger("phalanx.planning")
 
-_CHILD = "import os, sys; os.nice(19); from phalanx.elastic.planning import main; main(*map(int, sys.argv[1:]))"
-"""The child steps back before it imports anything."""
+_CHILD = """
+import os, sys
+os.nice(19)
+from phalanx.process import PLANNER, call_myself
+call_myself(PLANNER)
+from phalanx.elastic.planning import main
+main(*map(int, sys.argv[1:]))
+"""
+"""The child steps back before it imports anything, and says what it is: if its parent dies, the launcher inherits it."""
 
 
 class Planner(Protocol):

@@ -70,6 +70,12 @@ def test_experts_move_while_streams_go_on_and_nothing_is_restored_at_the_switch(
     assert not any(a.bytes_restored or a.lost or a.joined for a in switches)
 
 
+def test_the_first_plan_does_not_wait_for_the_interval_but_for_a_window_of_counts() -> None:
+    story = Story(Rules(window=4, interval=10_000, min_gain=0.0, num_redundant=6))
+    story.run()
+    assert "rebalance" in story.triggers()
+
+
 def test_after_a_death_replicas_come_back_though_no_plan_is_ever_due() -> None:
     story = Story(AFTER_CHANGES)
     story.sim.after(0.02, lambda: story.kill(2))

@@ -78,7 +78,37 @@ BAD_FILES = [
     ("load.json", b"[1, 2]"),
     ("load.json", b"[]"),
     ("load.txt", b"1"),
+    ("load.json", b"[" * 100_000),
+    ("load.json", b"[[1" + b"0" * 400 + b"]]"),
+    ("load.json", b'[["1"]]'),
+    ("load.json", b"[[true]]"),
+    ("load.json", b"[[1e308, 1e308]]"),
+    ("load.json", b"null"),
+    ("load.csv", b""),
+    ("load.csv", b"1,nan\n"),
+    ("load.npz", b""),
+    ("load.npz", b"PK\x03\x04"),
 ]
+
+BAD_ARRAYS = [np.full((2, 4), np.nan), np.ones((2, 4), complex), np.array([["a"]]), np.ones((1, 2, 3, 4)), np.ones(3)]
+
+
+@pytest.mark.parametrize("array", BAD_ARRAYS, ids=lambda a: f"{a.dtype.name}{a.ndim}")
+def test_an_array_that_is_no_load_is_one_clear_line(tmp_path: Path, array: np.ndarray) -> None:
+    path = tmp_path / "load.npz"
+    np.savez(path, load=array)
+    result = plan("--load", str(path))
+    assert result.exit_code == 2
+    assert result.output.count("\n") == 1
+    assert str(path) in result.output
+
+
+def test_an_archive_of_one_array_without_a_name_says_how_to_write_one(tmp_path: Path) -> None:
+    with (tmp_path / "load.npz").open("wb") as file:
+        np.save(file, np.ones((2, 4)))
+    result = plan("--load", str(tmp_path / "load.npz"))
+    assert result.exit_code == 2
+    assert "numpy.savez" in result.output
 
 
 @pytest.mark.parametrize(("name", "content"), BAD_FILES)
@@ -97,7 +127,14 @@ BAD_FLAGS = [
     (["--slots", "0"], "--slots"),
     (["--slots", "8,8"], "--slots"),
     (["--slots", "3"], "24 live slots a layer cannot hold 32 experts"),
-    (["--slots", "5", "--dead", "0,1"], "30 live slots"),
+    (
+        ["--slots", "5", "--dead", "0,1"],
+        "30 live slots a layer cannot hold 32 experts: give each rank more --slots or let",
+    ),
+    (["--groups", "3"], "--groups 3"),
+    (["--expert-mb", "nan"], "--expert-mb"),
+    (["--expert-mb", "inf"], "--expert-mb"),
+    (["--ranks", "4096", "--layers", "1024", "--experts", "8192"], "too many"),
     (["--hosts", "9"], "--hosts"),
     (["--rate", "disk"], "--rate"),
     (["--load", "/nonexistent/load.npz"], "no such file"),
@@ -110,6 +147,13 @@ def test_a_flag_that_cannot_be_honoured_is_one_clear_line_and_exit_2(flags: list
     assert result.exit_code == 2
     assert result.output.count("\n") == 1
     assert said in result.output
+
+
+@pytest.mark.parametrize("flags", [["--slots", "99999999999999999999"], ["--redundant", "999999999999"]])
+def test_more_slots_than_experts_are_as_good_as_one_for_each(flags: list[str]) -> None:
+    result = plan(*SMALL, *flags, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["stages"]["planned"]["slots_filled_per_layer"] == 8 * 32
 
 
 def test_pictures_are_written_and_the_page_needs_nothing_else(tmp_path: Path) -> None:

@@ -71,8 +71,36 @@ def test_contradicting_sizes_are_refused() -> None:
         rebalance_experts(weight, 7, 1, 1, 2)
     with pytest.raises(ValueError, match="multiple of num_nodes"):
         rebalance_experts(weight, 6, 1, 2, 3)
-    with pytest.raises(ValueError, match="active_ranks"):
-        rebalance_experts(weight, 8, 1, 1, 2, torch.ones(3, dtype=torch.int32))
+    for active in (torch.ones(3, dtype=torch.int32), torch.ones(2, 1), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="active_ranks"):
+            rebalance_experts(weight, 8, 1, 1, 2, active)
+    with pytest.raises(ValueError, match="num_groups"):
+        rebalance_experts(weight, 8, 0, 1, 2)
+    for odd in (weight[0], weight[None], weight.to(torch.complex64)):
+        with pytest.raises(ValueError, match="weight must be"):
+            rebalance_experts(odd, 8, 1, 1, 2)
+    for odd in (-weight, weight / 0):
+        with pytest.raises(ValueError, match="not negative"):
+            rebalance_experts(odd, 8, 1, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8])
+def test_weights_of_any_kind_give_the_plan_of_their_values(dtype: torch.dtype) -> None:
+    weight = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(3))
+    expected = rebalance_experts(weight.float(), 24, 1, 1, 4)
+    for given in (weight.to(dtype), weight.t().contiguous().t().to(dtype)):
+        assert all(torch.equal(a, b) for a, b in zip(rebalance_experts(given, 24, 1, 1, 4), expected, strict=True))
+    learned = weight.float().requires_grad_()
+    assert torch.equal(rebalance_experts(learned, 24, 1, 1, 4)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.float32])
+def test_the_mask_may_have_any_kind_of_numbers_and_all_but_one_may_be_dead(dtype: torch.dtype) -> None:
+    mask = torch.tensor([0, 0, 1, 0]).to(dtype)
+    phy2log, log2phy, logcnt = rebalance_experts(torch.rand(2, 8), 32, 2, 2, 4, mask)
+    assert (log2phy[:, :, 0] // 8 == 2).all()
+    assert (logcnt == 1).all()
+    assert phy2log.shape == (2, 32)
 
 
 def test_the_planner_itself_imports_no_torch() -> None:

@@ -10,13 +10,20 @@ import numpy as np
 from phalanx.elastic.replan.ground import Ground
 from phalanx.elastic.replan.order import Bools, Floats, Ints, descending, turns
 
-Priority = Literal["safety", "even", "balance"]
+Priority = Literal["even", "safety", "balance"]
 """What comes first when slots do not suffice for two replicas of every expert.
 
-safety: as few ranks as possible whose death loses an expert; the hottest experts are the protected ones; then balance.
-even: just as few such ranks, but those experts are protected that let the load be even.
+even: as few ranks as possible whose death loses an expert; those experts are protected that let the load be even.
+safety: just as few such ranks; the hottest experts are the protected ones, whatever that does to balance.
 balance: replicas go where load is.
 """
+
+
+ALONE = 0.5
+"""An expert that carries more than this part of what a rank carries on average is too hot to have one replica."""
+
+CLOSE = 0.02
+"""Cold experts are protected for the sake of balance as long as the safe ranks' share is met within this part of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +82,7 @@ def protected_room(ground: Ground, safe_N: Bools, replicas: int) -> Ints:
 
 
 def protected_experts(w_LE: Floats, safety: Safety, ground: Ground, priority: Priority) -> Bools:
-    """bool [L, E]: the experts that get two replicas at least.
-
-    In "even" mode the safe ranks' share of the load decides: as many of the hottest as their room allows, then a
-    stretch of colder ones that brings the sum of the loads closest to it.
-    """
+    """bool [L, E]: the experts that get two replicas at least."""
     num_layers, num_experts = w_LE.shape
     m = safety.protected
     if m in (0, num_experts):
@@ -88,23 +91,55 @@ def protected_experts(w_LE: Floats, safety: Safety, ground: Ground, priority: Pr
     if priority == "safety":
         place = np.broadcast_to(np.arange(num_experts) < m, (num_layers, num_experts))
     else:
-        total = np.zeros((num_layers, num_experts + 1))
-        np.cumsum(np.take_along_axis(w_LE, order_LE, 1), axis=1, out=total[:, 1:])
-        target = total[:, -1:] * (safety.safe_N.sum() / ground.size)
-        hot = np.arange(m + 1)
-        least = total[:, hot] + total[:, -1:] - total[:, num_experts - m + hot]
-        taken = np.maximum((least <= target).sum(axis=1) - 1, 0)
-        rest = m - taken
-        start = np.arange(num_experts + 1)[None, :]
-        stop = np.minimum(start + rest[:, None], num_experts)
-        window = np.take_along_axis(total, stop, 1) - total + np.take_along_axis(total, taken[:, None], 1)
-        possible = (start >= taken[:, None]) & (start + rest[:, None] <= num_experts)
-        first = np.argmin(np.where(possible, np.abs(window - target), np.inf), axis=1)
-        at = np.arange(num_experts)[None, :]
-        place = (at < taken[:, None]) | ((at >= first[:, None]) & (at < (first + rest)[:, None]))
+        place = _mixture(np.take_along_axis(w_LE, order_LE, 1), safety, ground)
     out = np.zeros_like(place)
     np.put_along_axis(out, order_LE, place, axis=1)
     return out
+
+
+def _mixture(w_LE: Floats, safety: Safety, ground: Ground) -> Bools:
+    """bool [L, E]: whom to protect so that the safe ranks carry their share and no more, for loads in falling order.
+
+    First the hottest: those that would weigh down a rank alone, though no more of them than the safe ranks can bear.
+    Then some of the coldest, to stand beside these. The rest is a stretch from between that brings the sum closest to
+    the safe ranks' share. Where that share asks for more load, fewer or none are cold ones.
+    """
+    (num_layers, num_experts), m = w_LE.shape, safety.protected
+    ranks = int(safety.safe_N.sum())
+    sums = np.zeros((num_layers, num_experts + 1))
+    np.cumsum(w_LE, axis=1, out=sums[:, 1:])
+    whole = sums[:, -1:]
+    mean, share = whole / ground.size, whole * (ranks / ground.size)
+    # With h hottest ones and else only coldest ones the safe ranks carry this; the hottest replica is the other limit.
+    hottest = np.arange(m + 1)
+    carried = (sums[:, : m + 1] + whole - sums[:, num_experts - m + hottest]) / ranks
+    replicas = min(ground.size, ground.total - num_experts - m + 2)
+    limit = np.maximum(np.maximum(carried, mean * ALONE), w_LE[:, :1] / replicas)
+    fine = w_LE[:, : m + 1] <= limit
+    fine[:, m] = True
+    hot = fine.argmax(axis=1)[:, None]
+    few = np.array(sorted({0, m // 4, m // 2}))
+    rest = np.maximum(m - hot - few, 0)
+    known = np.take_along_axis(sums, hot, 1) + whole - sums[:, num_experts - few]
+    # The further down a stretch begins the less it carries: search for the last one that brings at least the share.
+    flat, row = sums.ravel(), np.arange(num_layers)[:, None] * (num_experts + 1)
+    first, last = hot + np.zeros_like(rest), np.maximum(num_experts - few - rest, hot)
+    low, high = first, last
+    for _ in range(num_experts.bit_length()):
+        middle = (low + high + 1) // 2
+        heavy = flat.take(row + middle + rest) - flat.take(row + middle) + known >= share
+        low, high = np.where(heavy, middle, low), np.where(heavy, high, np.maximum(middle - 1, low))
+    at = np.stack([low, np.minimum(low + 1, last)])
+    miss = np.abs(flat.take(row + at + rest) - flat.take(row + at) + known - share)
+    after = miss[1] < miss[0]
+    at, off = np.where(after, at[1], at[0]), np.where(after, miss[1], miss[0])
+    off[hot + few > m] = np.inf
+    # As many cold ones as come about as close to the share as fewer would.
+    best = few.size - 1 - (off <= off.min(axis=1, keepdims=True) + CLOSE * share)[:, ::-1].argmax(axis=1)[:, None]
+    at, cold = np.take_along_axis(at, best, 1), few[best]
+    start = np.arange(num_experts)
+    chosen: Bools = (start < hot) | ((start >= at) & (start < at + m - hot - cold)) | (start >= num_experts - cold)
+    return chosen
 
 
 def replica_counts(w_LE: Floats, low_LE: Ints, high_LE: Ints, total: int) -> Ints:
@@ -118,7 +153,8 @@ def replica_counts(w_LE: Floats, low_LE: Ints, high_LE: Ints, total: int) -> Int
     above = total / w_LE.sum(axis=1, keepdims=True)
     count = low_LE
     step = above
-    for _ in range(7):
+    # Where only a few are left to give, one by one is quicker.
+    for _ in range(7 if total - int(low_LE.sum(axis=1).min(initial=total)) > 3 else 0):
         trial = np.minimum(np.maximum(np.ceil(w_LE * step), low_LE), high_LE)
         fits = trial.sum(axis=1, keepdims=True) <= total
         count = np.where(fits, trial, count)

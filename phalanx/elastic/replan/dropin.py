@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from phalanx.elastic.replan.order import descending
 from phalanx.elastic.replan.plan import replan
@@ -32,7 +33,8 @@ def rebalance_experts(
     Returns int64 tensors on the CPU: phy2log [L, P], which expert each slot holds; log2phy [L, E, X], the slots of each
     expert, then -1; logcnt [L, E], how many those are, at least 1. Slots of dead ranks are labelled in phy2log, never
     referenced by log2phy, not counted in logcnt. With P >= 2 E living slots every expert has slots on two GPUs (and on
-    two nodes), with fewer the load decides where replicas go. Raises TooFewSlots with fewer living slots than experts.
+    two nodes), with fewer the load decides where replicas go. Raises TooFewSlots with fewer living slots than experts,
+    and ValueError for sizes that contradict each other and loads that are negative or not finite.
     """
     import torch
 
@@ -40,10 +42,15 @@ def rebalance_experts(
         raise ValueError(f"num_replicas ({num_replicas}) must be a multiple of num_gpus ({num_gpus})")
     if num_nodes < 1 or num_gpus % num_nodes:
         raise ValueError(f"num_gpus ({num_gpus}) must be a multiple of num_nodes ({num_nodes})")
-    load = weight.detach().to("cpu", torch.float64).numpy()
-    alive = np.ones(num_gpus, bool) if active_ranks is None else active_ranks.detach().cpu().numpy().astype(bool)
-    if alive.shape != (num_gpus,):
-        raise ValueError(f"active_ranks must be [{num_gpus}], it is {list(alive.shape)}")
+    if num_groups < 1 or num_replicas < 1:
+        raise ValueError(f"num_groups ({num_groups}) and num_replicas ({num_replicas}) must be positive")
+    given = torch.as_tensor(weight)
+    if given.ndim != 2 or given.is_complex():
+        raise ValueError(
+            f"weight must be [layers, experts] of real numbers, it is {list(given.shape)} of {given.dtype}"
+        )
+    load = given.detach().to("cpu", torch.float64).numpy()
+    alive = _alive(torch.ones(num_gpus) if active_ranks is None else torch.as_tensor(active_ranks), num_gpus)
     width, per_node = num_replicas // num_gpus, num_gpus // num_nodes
     members = tuple(Member(g, 0, host=f"node{g // per_node}") for g in range(num_gpus) if alive[g])
     placement = replan(
@@ -62,6 +69,13 @@ def rebalance_experts(
         torch.from_numpy(table.slots_LEX.astype(np.int64)),
         torch.from_numpy(table.count_LE.astype(np.int64)),
     )
+
+
+def _alive(active_ranks: Tensor, num_gpus: int) -> npt.NDArray[np.bool_]:
+    mask = active_ranks.detach().cpu().numpy()
+    if mask.shape != (num_gpus,) or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"active_ranks must be [{num_gpus}] of 0 and 1, it is {list(mask.shape)}: {mask.tolist()}")
+    return mask.astype(bool)
 
 
 def _label(slots_LP: np.ndarray, load_LE: np.ndarray) -> np.ndarray:

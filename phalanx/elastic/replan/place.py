@@ -59,7 +59,8 @@ class Deal:
         self.on_host_LEH = np.bincount(key, minlength=layers * experts * hosts).reshape(layers, experts, hosts)
 
     def swap(self, layer: Ints, rank: Ints, slot: Ints, other: Ints, place: Ints) -> None:
-        """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice."""
+        """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice, nor may an expert
+        of a layer that crosses between hosts."""
         a, b = self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place]
         part_a, part_b = self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place]
         self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place] = b, a
@@ -70,10 +71,12 @@ class Deal:
         self.holds_LNE[layer, rank, b] = self.holds_LNE[layer, other, a] = True
         if self.ground.host_matters:
             here, there = self.ground.host_N[rank], self.ground.host_N[other]
-            np.subtract.at(self.on_host_LEH, (layer, a, here), 1)
-            np.add.at(self.on_host_LEH, (layer, a, there), 1)
-            np.subtract.at(self.on_host_LEH, (layer, b, there), 1)
-            np.add.at(self.on_host_LEH, (layer, b, here), 1)
+            # Within a host nothing changes; between hosts no expert of a layer may cross twice.
+            cross = np.nonzero(here != there)[0]
+            layer, here, there = np.tile(layer[cross], 2), here[cross], there[cross]
+            one = np.concatenate([a[cross], b[cross]])
+            self.on_host_LEH[layer, one, np.concatenate([here, there])] -= 1
+            self.on_host_LEH[layer, one, np.concatenate([there, here])] += 1
 
 
 def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N: Bools) -> Deal:
@@ -126,7 +129,7 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
     mix = levels > 2 and item.shape[1] >= 1.5 * experts
     last_item = last_domain = np.full(item.shape[0], -1)
     domain_N = out.ground.host_N if out.ground.host_matters else np.arange(ranks)
-    start = 0 if copies else _snake(out, item, part, from_N, to_N)
+    start = 0 if copies else _in_bulk(out, item, part, from_N, to_N)
     top = start * int((to_N > from_N).sum())
     for level in range(start, levels):
         open_ = np.nonzero(to_N - from_N > level)[0]
@@ -154,22 +157,31 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
         out.load_LN.reshape(-1)[cell] += part[:, column]
 
 
-def _snake(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> int:
-    """Deal all but the last few rounds at once, to and fro, where all ranks that take part are alike. Singles need no
-    other care, and the last rounds make the loads even. Returns how many rounds that were."""
+def _in_bulk(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> int:
+    """Deal all but the last few rounds in two goes where all ranks that take part are alike. Singles need no other
+    care, and the last rounds make the loads even. Returns how many rounds that were.
+
+    The first two rounds go to and fro. In the others the ranks keep their order, the lightest first: what is dealt then
+    is too light to change it much."""
     open_ = np.nonzero(to_N > from_N)[0]
     first, rounds = int(from_N[open_[0]]), int((to_N - from_N).max()) - 3
     alike = (from_N[open_] == first).all() and (to_N[open_] == to_N[open_[0]]).all()
-    if rounds < 1 or not alike:
+    if rounds < 2 or not alike:
         return 0
     layers, n = item.shape[0], open_.size
-    experts = item[:, : rounds * n].reshape(layers, rounds, n).copy()
-    parts = part[:, : rounds * n].reshape(layers, rounds, n).copy()
-    experts[:, 1::2], parts[:, 1::2] = experts[:, 1::2, ::-1].copy(), parts[:, 1::2, ::-1].copy()
-    out.expert_LNM[:, open_, first : first + rounds] = experts.transpose(0, 2, 1)
-    out.part_LNM[:, open_, first : first + rounds] = parts.transpose(0, 2, 1)
-    out.load_LN[:, open_] += parts.sum(axis=1)
-    out.holds_LNE[np.arange(layers)[:, None, None], open_[None, None, :], experts] = True
+    experts = item[:, : rounds * n].reshape(layers, rounds, n)
+    parts = part[:, : rounds * n].reshape(layers, rounds, n)
+    load = parts[:, 0] + parts[:, 1, ::-1]
+    turn = ascending(load)[:, None, :]
+    rank = np.broadcast_to(turn, experts.shape).copy()
+    rank[:, 0], rank[:, 1] = np.arange(n), np.arange(n)[::-1]
+    layer = np.arange(layers)[:, None, None]
+    rank = open_[rank]
+    slot = first + np.arange(rounds)[None, :, None]
+    out.expert_LNM[layer, rank, slot] = experts
+    out.part_LNM[layer, rank, slot] = parts
+    out.load_LN[:, open_] = out.part_LNM[:, open_].sum(axis=2)
+    out.holds_LNE[layer, rank, experts] = True
     return rounds
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,9 @@ from phalanx.elastic.replan.place import Deal, deal, on_one_host, repair
 from phalanx.elastic.replan.polish import polish
 from phalanx.world import EMPTY, IntArray, Placement, View
 
-ROUNDS = 15
-"""Rounds of exchanges at most; a layer that is even, or that nothing helps, leaves them earlier."""
+ROUNDS = 9
+"""Rounds of exchanges at most; a layer that is even, or that nothing helps, leaves them earlier. Three more would gain
+0.2 % of balance where only some ranks are safe, for 10 % of the time."""
 
 WORTH_MOVING = 0.01
 """A plan from scratch must be better balanced by this fraction than one that starts from what is held."""
@@ -47,7 +48,7 @@ def replan(
     num_groups: int = 1,
     min_moves: bool = False,
     rank_slots: Sequence[int] | None = None,
-    priority: Priority = "safety",
+    priority: Priority = "even",
 ) -> Placement:
     """Place every expert of every layer on the living ranks of `view`. LOCAL, pure, deterministic.
 
@@ -56,7 +57,7 @@ def replan(
     1. Every expert has a live slot.
     2. With two slots for each expert and two ranks: every expert has replicas on two ranks, and on two hosts where no
        host has more than half of the slots. With fewer slots: as few ranks a layer as possible have an expert that
-       nobody else has, and the hottest experts are the protected ones (see `priority`).
+       nobody else has; whom to protect is decided so that the load can be even (see `priority`).
     3. The load is even: replicas of an expert are expected to share its load equally.
     4. What is held stays where it is, where that costs next to no balance.
 
@@ -68,9 +69,12 @@ def replan(
     min_moves: for the moment after a failure. Touch nothing that need not move: fill in experts that no living rank
     holds, in empty slots or in place of surplus replicas, and no more. When nothing is held it is a full plan.
     rank_slots: [R] at most so many slots of each rank (its first ones); None: slots_per_rank everywhere.
-    Raises TooFewSlots, and ValueError when shapes contradict each other.
+    Raises TooFewSlots, and ValueError for what contradicts itself: shapes, loads that are negative or not finite.
     """
     load = _checked_load(load_LE, num_experts)
+    _check_settings(view, num_groups, num_replicas, rank_slots, priority)
+    if not load.size:
+        return Placement(np.zeros((0, view.ep_size * slots_per_rank), np.int32), num_experts, slots_per_rank)
     ground = survey(view, num_experts, slots_per_rank, num_replicas, rank_slots)
     w = _weights(load)
     held = None if held_LP is None else _held_by_living(held_LP, ground, w.shape, view.ep_size, slots_per_rank)
@@ -87,11 +91,26 @@ def replan(
 
 def _checked_load(load_LE: npt.ArrayLike, num_experts: int) -> Floats:
     load = np.asarray(load_LE, np.float64)
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be positive, it is {num_experts}")
     if load.ndim != 2 or load.shape[1] != num_experts:
         raise ValueError(f"load must be [layers, {num_experts}], it is {list(load.shape)}")
-    if load.size and not (np.isfinite(load).all() and load.min() >= 0):
-        raise ValueError("load must be finite and not negative")
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = load.sum(axis=1)
+    if load.size and not (np.isfinite(sums).all() and load.min() >= 0):
+        raise ValueError("load must be finite, in sum too, and not negative")
     return load
+
+
+def _check_settings(
+    view: View, num_groups: int, num_replicas: int | None, rank_slots: Sequence[int] | None, priority: Priority
+) -> None:
+    if priority not in get_args(Priority):
+        raise ValueError(f"priority must be one of {', '.join(get_args(Priority))}, it is {priority!r}")
+    if num_groups < 1 or (num_replicas is not None and num_replicas < 1):
+        raise ValueError(f"num_groups ({num_groups}) and num_replicas ({num_replicas}) must be positive")
+    if rank_slots is not None and (len(rank_slots) != view.ep_size or min(rank_slots, default=0) < 0):
+        raise ValueError(f"rank_slots must be {view.ep_size} numbers that are not negative, it is {list(rank_slots)}")
 
 
 def _weights(load_LE: Floats) -> Floats:
@@ -106,6 +125,8 @@ def _held_by_living(held_LP: IntArray, ground: Ground, shape: tuple[int, ...], e
     held = np.asarray(held_LP)
     if held.ndim != 2 or held.shape[0] != layers or held.shape[1] % width or held.shape[1] > ep_size * width:
         raise ValueError(f"held must be [{layers}, {ep_size * width}], it is {list(held.shape)}")
+    if held.dtype.kind not in "iu":
+        raise ValueError(f"held must be whole numbers, it is {held.dtype.name}")
     if held.size and (held.max() >= experts or held.min() < EMPTY):
         raise ValueError(f"held names experts outside 0..{experts - 1}")
     every = np.full((layers, ep_size, width), EMPTY, np.int64)
@@ -128,7 +149,7 @@ def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: 
     new = deal(ground, w_LE / counts, counts.copy(), single.copy(), safety.safe_N)
     low = np.where(protected, 2, 1)
     grow = protected if packed else np.ones_like(protected)
-    _improve(new, low, grow)
+    _improve(new, low, grow, priority)
     expert, heaviest = new.expert_LNM, new.load_LN.max(axis=1)
     if not packed and fits_groups(ground, experts, num_groups):
         grouped, load, _ = by_groups(ground, w_LE, 2 if ground.total >= 2 * experts else 1, num_groups, ROUNDS)
@@ -137,7 +158,7 @@ def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: 
     if held_LNS is None:
         return expert
     kept = continue_from(ground, held_LNS, w_LE, counts.copy(), single.copy(), safety.safe_N)
-    _improve(kept, low, grow)
+    _improve(kept, low, grow, priority)
     worse = kept.load_LN.max(axis=1) > heaviest * (1 + WORTH_MOVING)
     worse |= (_lone_hosts(kept) > _lone_hosts(new)) | (_exposed(kept) > _exposed(new))
     return keep_slots(ground, np.where(worse[:, None, None], expert, kept.expert_LNM), held_LNS, experts)
@@ -156,11 +177,11 @@ def _counts(ground: Ground, w_LE: Floats, protected_LE: Bools, packed: bool) -> 
     return counts
 
 
-def _improve(out: Deal, low_LE: Ints, may_grow_LE: Bools) -> None:
+def _improve(out: Deal, low_LE: Ints, may_grow_LE: Bools, priority: Priority) -> None:
     """Repair a deal, even it out and, if it is small, polish it."""
     repair(out)
     even_out(out, ROUNDS)
-    polish(out, low_LE, may_grow_LE)
+    polish(out, low_LE, may_grow_LE, anyone=priority == "even")
 
 
 def _exposed(out: Deal) -> Ints:

@@ -17,25 +17,29 @@ BUDGET = 400
 """Steps in all: some 50 ms at most."""
 
 
-def polish(out: Deal, low_LE: Ints, may_grow_LE: Bools) -> None:
+def polish(out: Deal, low_LE: Ints, may_grow_LE: Bools, anyone: bool = False) -> None:
     """Search small layers by exchanges and replacements, also through worse states, never through one twice. LOCAL.
 
     A replacement gives a slot to another expert: one replica less here, one more there, so that what the large cases
     get from counts alone is corrected where few replicas make up a rank. low_LE: replicas of each at least.
-    may_grow_LE: experts that may get more. (This is a tabu search; it draws no random numbers.)
+    may_grow_LE: experts that may get more. anyone: whoever is protected may change, as long as no more ranks are
+    exposed. (This is a tabu search; it draws no random numbers.)
     """
     _, ranks, width, experts = out.shape
     if ranks < 2 or ranks * width * experts > SMALL:
         return
-    budget = BUDGET
+    budget, anyone = BUDGET, anyone and out.packed
+    if anyone:
+        low_LE, may_grow_LE = np.ones_like(low_LE), np.ones_like(may_grow_LE)
     for layer in np.argsort(-out.load_LN.max(axis=1) / out.load_LN.mean(axis=1), kind="stable").tolist():
         weight = out.count_LE[layer] * _parts(out, layer)
         least = weight.sum() / ranks * 1.005
         best, best_cost, fails = out.expert_LNM[layer].copy(), float(_cost(out.load_LN[layer])), 0
         seen = {_key(best)}
+        most_exposed = _exposed(best, experts) if anyone else None
         while fails < PATIENCE and budget > 0 and out.load_LN[layer].max() > least:
             budget -= 1
-            if not _step(out, layer, weight, low_LE[layer], may_grow_LE[layer], seen):
+            if not _step(out, layer, weight, low_LE[layer], may_grow_LE[layer], seen, most_exposed):
                 break
             cost = float(_cost(out.load_LN[layer]))
             if cost < best_cost * (1 - 1e-9):
@@ -52,11 +56,22 @@ def _key(expert: Ints) -> bytes:
     return rows[np.lexsort(rows.T[::-1])].tobytes()
 
 
-def _step(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E: Bools, seen: set[bytes]) -> bool:
-    """Carry out the best change of a layer that leads to a state not seen yet; False when there is none."""
+def _exposed(expert: Ints, num_experts: int) -> int:
+    """Ranks whose death loses an expert."""
+    single = np.bincount(expert[expert >= 0], minlength=num_experts + 1) == 1
+    return int((single[expert] & (expert >= 0)).any(axis=1).sum())
+
+
+def _step(
+    out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E: Bools, seen: set[bytes], most_exposed: int | None
+) -> bool:
+    """Carry out the best change of a layer that leads to a state not seen yet; False when there is none. most_exposed:
+    ranks; None: single experts do not come to safe ranks."""
     expert = out.expert_LNM[layer]
-    swap, replaced = _swaps(out, layer), _replacements(out, layer, weight, low_E, may_grow_E)
-    costs = np.concatenate([swap.ravel(), replaced.ravel()])
+    swap = _swaps(out, layer, most_exposed is None)
+    replaced = _replacements(out, layer, weight, low_E, may_grow_E)
+    renamed = np.zeros(0) if most_exposed is None else _renamings(out, layer, weight)
+    costs = np.concatenate([swap.ravel(), replaced.ravel(), renamed.ravel()])
     for at in np.argsort(costs, kind="stable")[:64].tolist():
         if not np.isfinite(costs[at]):
             return False
@@ -64,10 +79,15 @@ def _step(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E: Bools,
         if at < swap.size:
             p, q = divmod(at, swap.shape[1])
             after[p], after[q] = after[q], after[p]
-        else:
+        elif at < swap.size + replaced.size:
             p, new = divmod(at - swap.size, replaced.shape[1])
             after[p] = new
+        else:
+            p, q = divmod(at - swap.size - replaced.size, weight.size)
+            after = np.where(after == p, q, np.where(after == q, p, after))
         after = after.reshape(expert.shape)
+        if most_exposed is not None and _exposed(after, weight.size) > most_exposed:
+            continue
         if (key := _key(after)) not in seen:
             seen.add(key)
             _rebuild(out, layer, after, weight)
@@ -104,7 +124,7 @@ def _cost(load: Floats) -> Floats:
     return cost
 
 
-def _swaps(out: Deal, layer: int) -> Floats:
+def _swaps(out: Deal, layer: int, keep_safe: bool) -> Floats:
     """[P, P]: the cost after exchanging two slots' replicas; infinite where that is not allowed."""
     _, ranks, width, _ = out.shape
     expert, part = out.expert_LNM[layer].ravel(), out.part_LNM[layer].ravel()
@@ -114,7 +134,7 @@ def _swaps(out: Deal, layer: int) -> Floats:
     bad = (
         ~used[:, None] | ~used[None, :] | holds[rank[None, :], expert[:, None]] | holds[rank[:, None], expert[None, :]]
     )
-    if out.packed:
+    if out.packed and keep_safe:
         bad |= (single[expert] & used)[:, None] & out.safe_N[rank][None, :]
         bad |= (single[expert] & used)[None, :] & out.safe_N[rank][:, None]
     if out.ground.host_matters:
@@ -128,6 +148,15 @@ def _swaps(out: Deal, layer: int) -> Floats:
     load[i, j, rank[:, None]] -= delta
     load[i, j, rank[None, :]] += delta
     return np.where(bad, np.inf, _cost(np.maximum(load, 0.0)))
+
+
+def _renamings(out: Deal, layer: int, weight: Floats) -> Floats:
+    """[E, E]: the cost after two experts changed places wherever they are: no rank's exposure changes by that."""
+    holds, part = out.holds_LNE[layer].T, 1 / np.maximum(out.count_LE[layer], 1)
+    more = weight[None, :] - weight[:, None]
+    load = out.load_LN[layer] + holds[:, None, :] * (more * part[:, None])[:, :, None]
+    load = load - holds[None, :, :] * (more * part[None, :])[:, :, None]
+    return np.where(np.tri(weight.size, dtype=bool), np.inf, _cost(np.maximum(load, 0.0)))
 
 
 def _replacements(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E: Bools) -> Floats:
