@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from other_hosts import EXPERTS, LAYERS, TOKEN, Host, agreed, content
+from other_hosts import EXPERTS, LAYERS, PATIENCE_S, TOKEN, Host, agreed, content
 from torch.distributed import TCPStore
 
 from phalanx import wire
+from phalanx.comm.notices import NoticeBoard
+from phalanx.config import ServeConfig
+from phalanx.custodian import Custodian
+from phalanx.elastic import keeper
 from phalanx.elastic.agree import Agreed
 from phalanx.elastic.mooncake import MooncakeTransport
 from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import diff
 from phalanx.elastic.restore import Restore
+from phalanx.elastic.room import room_for
+from phalanx.elastic.shares import Share
 from phalanx.elastic.store import TcpStore
 from phalanx.elastic.transport import (
     Gate,
@@ -34,8 +43,13 @@ from phalanx.elastic.transport import (
     send_request,
     stall_key,
 )
+from phalanx.elastic.vault import Vault
+from phalanx.model.loader import Checkpoint
 from phalanx.moe.experts import SlotBank, digest
+from phalanx.process import VaultSpec
 from phalanx.testing.damage import damage_vault
+from phalanx.testing.tiny import make_tiny
+from phalanx.wire import Site
 from phalanx.world import Member
 
 pytestmark = pytest.mark.cluster
@@ -79,6 +93,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.client = TcpStore("127.0.0.1", self.store.port)
         self.hosts: list[Host] = []
         self.bank = SlotBank(LAYERS, EXPERTS, WIDTH, WIDTH, torch.float32)
         self.me = Member(0, 0, "127.0.0.1", os.getpid(), "", self.bank.address)
@@ -93,7 +108,7 @@ class Cluster:
             self.hosts.append(host.start(by_mooncake=kind == "mooncake"))
 
     def stall(self, node_rank: int) -> Stall:
-        value = TcpStore("127.0.0.1", self.store.port).get(stall_key(node_rank))
+        value = self.client.get(stall_key(node_rank))
         assert value
         return msgspec.msgpack.decode(value, type=Stall)
 
@@ -357,3 +372,72 @@ def test_a_pool_of_streams_is_used_again_and_given_up_with_its_host(cluster: Clu
     transport.drop(1)
     transport.read(1, pieces, 20.0, lambda i: pytest.fail("who gave that?"), Gate())
     transport.close()
+
+
+@pytest.fixture
+def filling(cluster: Cluster, tmp_path: Path) -> Iterator[tuple[Cluster, Custodian]]:
+    """Host 1 has a full vault of a small model; host 0 has just been started, without ranks, and its checkpoint has
+    been overwritten with zeros meanwhile."""
+    model = make_tiny(tmp_path / "model", "qwen3-moe", layers=LAYERS, experts=EXPERTS)
+    config = ServeConfig(model=str(model), dtype="float32", warmup_timeout_s=0.05, kv_cache_memory_mb=1)
+    checkpoint = Checkpoint.open(model)
+    shape = room_for(config, checkpoint, share=Share(1, 2, 2)).shape
+    host = Host(1, cluster.store, shape.expert_bytes, nnodes=2, copies=2, empty=True)
+    cluster.hosts.append(host)
+    for layer, expert in np.ndindex(LAYERS, EXPERTS):
+        out = np.empty(shape.expert_bytes, np.uint8)
+        checkpoint.read_expert(layer, expert, out, torch.float32)
+        host.vault.write(host.vault.shape.expert_start(layer, expert), out)
+        host.vault.publish(layer, expert, digest(out.data))
+    del checkpoint
+    for path in model.glob("*.safetensors"):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:start] + bytes(len(data) - start))
+    host.start()
+    notices = NoticeBoard.create(1)
+    site = Site(node_rank=0, host="127.0.0.1", token=TOKEN, nnodes=2)
+    custodian = Custodian(config, lambda state: None, site)
+    spec = VaultSpec(
+        config=config, run_dir=str(tmp_path), store_host="127.0.0.1", store_port=cluster.store.port,
+        notices=notices.address, launcher_pid=os.getpid(), vault=custodian.address, site=site,
+    )  # fmt: skip
+
+    def ask(spec: VaultSpec) -> None:
+        process = get_context("fork").Process(target=keeper.run, args=(spec,), daemon=True)
+        process.start()
+        assert process.pid is not None
+        custodian.born(process.pid, os.pidfd_open(process.pid))
+
+    custodian.start(spec, ask)
+    yield cluster, custodian
+    custodian.close()
+    notices.close()
+
+
+def test_a_new_hosts_vault_is_filled_from_another_one_and_served_at_once(filling: tuple[Cluster, Custodian]) -> None:
+    cluster, custodian = filling
+    assert cluster.client.wait(stall_key(0), PATIENCE_S), "it is served while it fills"
+    vault, there = Vault.open(custodian.address), cluster.hosts[0].vault
+    poller = select.poll()
+    poller.register(custodian.pidfd, select.POLLIN)
+    while not vault.is_full:
+        assert not poller.poll(10), "the keeper ended"
+    for layer, expert in np.ndindex(LAYERS, EXPERTS):
+        mine, theirs = vault.expert(layer, expert), there.expert(layer, expert)
+        assert mine is not None
+        assert theirs is not None
+        assert mine[1] == theirs[1]
+        assert (mine[0] == theirs[0]).all(), "not the zeros of the checkpoint"
+    vault.close()
+
+
+def test_the_process_that_serves_a_vault_is_started_again_where_it_was(filling: tuple[Cluster, Custodian]) -> None:
+    cluster, _ = filling
+    assert cluster.client.wait(stall_key(0), PATIENCE_S)
+    before = after = cluster.stall(0)
+    os.kill(int(before.life.split(".")[1]), signal.SIGKILL)
+    while after.life == before.life:
+        after = cluster.stall(0)
+    assert after.tcp == before.tcp
+    wire.connect(after.tcp, TOKEN, Greeting(after.memory), PATIENCE_S).close()
