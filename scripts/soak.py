@@ -166,7 +166,6 @@ class Soak:
         begin = time.monotonic()
         try:
             deed: Deed = await ordeal(ground)
-            self._ranks = deed.ranks or self._ranks
             await ground.full_strength(self._ranks, deed.fallen)
         except OrdealFailed as failure:
             self.story.problems.append(f"{name}: {failure}")
