@@ -41,6 +41,11 @@ class Custodian:
         """Readable when the keeper has ended; -1 when none runs."""
 
     @property
+    def pid(self) -> int:
+        """The keeper's process; that of the last one when none runs."""
+        return self._pid
+
+    @property
     def address(self) -> str:
         """Where workers find the vault; "" when there is none. LOCAL."""
         return self._memory.address if self._memory else ""

@@ -36,15 +36,14 @@ from phalanx.nursery import Born, Nursery
 from phalanx.process import (
     EXIT_EVICTED,
     EXIT_STOPPED,
-    PLANNER,
     VaultSpec,
     WorkerSpec,
     adopt_orphans,
-    bury_orphans,
     last_words,
     launcher_endpoint,
     server_endpoint,
 )
+from phalanx.remains import reap_strangers, remove_files, stale_keys
 from phalanx.restarts import Barren, Restarts
 from phalanx.world import Member
 
@@ -152,7 +151,8 @@ class Launcher:
             while not self._stopping:
                 self._serve_events(dict(self._poller.poll(self._patience_ms())))
                 self._do_what_is_due(time.monotonic())
-                bury_orphans(PLANNER)  # of a rank that died while it planned
+                if not self._nursery.waiting:  # otherwise a newborn may not be known yet
+                    reap_strangers({self._server.pid, self._nursery.pid, self._vault.pid, *self._pids})
             return self._exit_code
         finally:
             self._shut_down()
@@ -311,6 +311,7 @@ class Launcher:
         del self._by_pidfd[worker.pidfd]
         os.close(worker.pidfd)
         cause, detail = self._autopsy(worker)
+        remove_files(self._run_dir, worker.rank, worker.incarnation)
         log.log(
             logging.INFO if self._stopping else logging.WARNING,
             "rank %d.%d (pid %d) ended: %s", worker.rank, worker.incarnation, worker.pid, detail,
@@ -361,6 +362,10 @@ class Launcher:
         if self._nursery.failed:
             self._revive_nursery()
 
+    @property
+    def _pids(self) -> list[int]:
+        return [worker.pid for worker in self._by_pidfd.values()]
+
     def _hear_view(self, epoch: int, members: set[tuple[int, int]]) -> None:
         """Who is in, as the ranks agreed. A process that is evicted has no right to anything, and its place is needed.
 
@@ -368,6 +373,9 @@ class Launcher:
         if epoch <= self._epoch:
             return
         self._epoch = epoch
+        newest = {worker.rank: worker.incarnation for worker in self._workers.values()}
+        for key in stale_keys(self._store.list_keys(), epoch, newest):
+            self._store.delete_key(key)
         for worker in self._by_pidfd.values():
             if (worker.rank, worker.incarnation) in members:
                 worker.member, worker.doomed_s = True, None

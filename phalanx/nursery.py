@@ -80,6 +80,11 @@ class Nursery:
         return self._socket.fileno()
 
     @property
+    def pid(self) -> int:
+        """The nursery's own process."""
+        return self._process.pid
+
+    @property
     def failed(self) -> bool:
         """Whether nobody is born any more, until `revive`: the nursery itself ends each time."""
         return self._barren >= MAX_BARREN

@@ -6,8 +6,6 @@ import ctypes
 import os
 import signal
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 
@@ -111,18 +109,6 @@ def call_myself(name: str) -> None:
     """Give this process a name, of at most 15 letters. LOCAL, Linux."""
     with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write(name)
-
-
-def bury_orphans(name: str) -> list[int]:
-    """Take the exit status of every dead child of that name, so that none stays a zombie. For a process that adopts
-    orphans: children that nobody else waits for. Returns their pids. LOCAL, does not wait."""
-    buried = []
-    with suppress(OSError):
-        for pid in map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()):
-            with suppress(OSError):  # it is gone already
-                if Path(f"/proc/{pid}/comm").read_text().strip() == name and os.waitpid(pid, os.WNOHANG)[0]:
-                    buried.append(pid)
-    return buried
 
 
 def _prctl(option: int, value: int) -> None:

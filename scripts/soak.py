@@ -70,8 +70,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rest:
-    """What there is when nobody asks for anything."""
+    """What there is when nobody asks for anything. store_keys: None when the store cannot be asked; each epoch leaves
+    one for good, the chain of Worlds."""
 
+    epoch: int
     census: Census
     store_keys: int | None
     files: int
@@ -166,7 +168,6 @@ class Soak:
         begin = time.monotonic()
         try:
             deed: Deed = await ordeal(ground)
-            self._ranks = deed.ranks or self._ranks
             await ground.full_strength(self._ranks, deed.fallen)
         except OrdealFailed as failure:
             self.story.problems.append(f"{name}: {failure}")
@@ -194,7 +195,7 @@ class Soak:
 
     async def _rest(self, ground: Ground) -> Rest:
         """Count when the vault is full, and what ended was waited for; a plan under way is a process of its own."""
-        await ground.until("a full vault", lambda status: status["vault"]["state"] == "full")
+        status = await ground.until("a full vault", lambda status: status["vault"]["state"] == "full")
         expected = {"launcher": 1, "server": 1, "nursery": 1, "keeper": 1, "rank": self._ranks}
         deadline = time.monotonic() + 30
         while True:
@@ -207,7 +208,7 @@ class Soak:
                 break
             await asyncio.sleep(0.2)
         keys = await asyncio.to_thread(self._store_keys, ground.launcher)
-        return Rest(census, keys, sum(1 for path in self._files.rglob("*") if not path.is_dir()))
+        return Rest(status["epoch"], census, keys, sum(1 for path in self._files.rglob("*") if not path.is_dir()))
 
     def _store_keys(self, launcher: int) -> int | None:
         """How many keys the store has, when it can be asked."""
@@ -249,12 +250,10 @@ def roles(status: dict[str, Any]) -> dict[int, str]:
 
 def compare(before: Rest, after: Rest, ranks: int) -> list[Growth]:
     """What must not have grown between two rests. LOCAL."""
-    pss_mb = {"launcher": 8.0, "server": 16.0, "nursery": 16.0, "keeper": 16.0, "rank": 16.0 * ranks}
-    found = [
-        Growth(f"memory of {role}, MB", before.census.total("pss", role) / MB, after.census.total("pss", role) / MB, mb)
-        for role, mb in pss_mb.items()
-    ]
-    for role in pss_mb:
+    allowed_mb = {"launcher": 8.0, "server": 16.0, "nursery": 8.0, "keeper": 8.0, "rank": 16.0 * ranks}
+    sizes = {role: [rest.census.total("rss", role) / MB for rest in (before, after)] for role in allowed_mb}
+    found = [Growth(f"memory of {role}, MB", *sizes[role], mb) for role, mb in allowed_mb.items()]
+    for role in allowed_mb:
         found += [
             Growth(f"{what} of {role}", before.census.total(what, role), after.census.total(what, role), 2)
             for what in ("fds", "threads")
@@ -262,7 +261,7 @@ def compare(before: Rest, after: Rest, ranks: int) -> list[Growth]:
     found.append(Growth("processes", before.census.count(), after.census.count(), 0))
     found.append(Growth("files", before.files, after.files, 2))
     if before.store_keys is not None and after.store_keys is not None:
-        found.append(Growth("store keys", before.store_keys, after.store_keys, 4))
+        found.append(Growth("store keys", before.store_keys, after.store_keys, after.epoch - before.epoch + 8))
     return found
 
 
@@ -327,7 +326,7 @@ def draw(path: Path, story: Story, title: str) -> None:
     pairs = itertools.pairwise(samples)
     rates = [(later.tokens - sooner.tokens) / (later.at_s - sooner.at_s) for sooner, later in pairs]
     axes[3].plot(times[1:], rates)
-    for panel, label in zip(axes, ("memory (PSS), MB", "open files", "healthy ranks", "tokens/s"), strict=True):
+    for panel, label in zip(axes, ("memory, MB", "open files", "healthy ranks", "tokens/s"), strict=True):
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
         for event in story.events:

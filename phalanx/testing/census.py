@@ -16,12 +16,15 @@ GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 @dataclass(frozen=True)
 class Process:
-    """One process. role: what it is in the service. pss: bytes, shared pages divided among those who share them."""
+    """One process. role: what it is in the service. pss: bytes of memory, shared pages divided among those who share
+    them, so that sums are right; rss: with shared pages in full, so that it changes only when the process itself does.
+    """
 
     pid: int
     role: str
     zombie: bool = False
     pss: int = 0
+    rss: int = 0
     fds: int = 0
     threads: int = 0
 
@@ -97,9 +100,11 @@ def _count(pid: int, root: int, known: Mapping[int, str]) -> Process | None:
         if state[0] == "Z":
             return Process(pid, role, zombie=True)
         with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
-            pss = next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
-        return Process(pid, role, False, pss, len(os.listdir(f"/proc/{pid}/fd")), int(state[17]))
-    except (*GONE, StopIteration):
+            sizes = {line.split()[0]: int(line.split()[1]) << 10 for line in file if line.startswith(("Pss:", "Rss:"))}
+        return Process(
+            pid, role, False, sizes["Pss:"], sizes["Rss:"], len(os.listdir(f"/proc/{pid}/fd")), int(state[17])
+        )
+    except (*GONE, KeyError):
         return None
 
 

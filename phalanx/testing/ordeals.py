@@ -38,11 +38,10 @@ class OrdealFailed(Exception):
 
 @dataclass(frozen=True)
 class Deed:
-    """What was done. fallen: the incarnations that this cost, by rank. ranks: how many the service has from now on."""
+    """What was done. fallen: the incarnations that this cost, by rank."""
 
     what: str
     fallen: Mapping[int, int] = field(default_factory=dict)
-    ranks: int | None = None
 
 
 class Ground:
