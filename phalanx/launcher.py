@@ -388,8 +388,8 @@ class Launcher:
             if worker is not None and worker.alive and not worker.member:
                 self._retire(worker)
         for rank in new:
-            worker = self._workers.get(rank)
-            if (worker is None or not worker.alive) and rank not in self._coming:
+            worker = self._workers.setdefault(rank, Worker(rank, 0, 0, -1, time.monotonic(), alive=False))
+            if not worker.alive and rank not in self._coming:
                 self._restarts.forget(rank)
                 self._due[rank] = time.monotonic()
 
@@ -447,7 +447,7 @@ class Launcher:
             return
         for rank in ripe:
             del self._due[rank]
-            incarnation = self._workers[rank].incarnation + 1 if rank in self._workers else 1
+            incarnation = self._workers[rank].incarnation + 1
             log.info("rank %d is started, as %d.%d", rank, rank, incarnation)
             self._ask_for(rank, incarnation)
 

@@ -349,9 +349,11 @@ class RollCall:
         self._store.set("latest", str(epoch).encode())
         if meeting.newcomers:
             self._forget_joiners(meeting.newcomers)
-        for member in (*meeting.members, *meeting.newcomers):
+        for member in (*meeting.members, *meeting.newcomers, *meeting.left):
             self._store.delete(f"entry/{epoch - 1}/{member}")
             self._store.delete(f"plan/{epoch - 3}/{member}")
+        if winner := self._store.get(f"world/{epoch - 3}"):  # it may have left since
+            self._store.delete(f"plan/{epoch - 3}/{winner.decode()}")
         for member in meeting.newcomers:
             self._store.delete(f"wish/{member}")
 
@@ -380,6 +382,7 @@ class _Meeting:
         self.answers: dict[Member, Answer] = {}
         first = range(self._shape.starting or self._shape.ep_size)
         self.members = base.view.members if base else tuple(Member(r, 0) for r in first)
+        self.left = base.leaving if base else ()
         self.newcomers: tuple[Member, ...] = ()
         self._look_for_newcomers()
 
@@ -473,7 +476,7 @@ class _Meeting:
             load_LE += np.frombuffer(answer.load, np.int64).reshape(load_LE.shape)
         if self._base is not None:
             ranks = {answer.member.rank for answer in present}
-            earlier = [m for m in self._base.leaving if m.rank not in ranks and not calls._is_dead(m)]
+            earlier = [m for m in self.left if m.rank not in ranks and not calls._is_dead(m)]
             leaving += still_readable(earlier, self._base.held_LP, held_LP, slots)
         return view, leaving, held_LP, digest_LE, load_LE, max((a.step for a in present), default=0)
 

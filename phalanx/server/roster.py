@@ -268,8 +268,9 @@ class Roster:
         return [*lost, identity]
 
     def given_up(self, message: m.GivenUp) -> None:
-        record = self.records.get(message.rank)
-        if record is not None and record.identity.incarnation == message.incarnation:
+        who = Identity(message.rank, message.incarnation)
+        record = self.records.setdefault(who.rank, RankRecord(who, dead=True))  # a new one, that nobody could start
+        if record.identity == who:
             record.detail, record.given_up = message.reason, True
 
     def suspected(self, message: m.Suspected) -> None:
