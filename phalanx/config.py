@@ -35,6 +35,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     # ranks and experts
     ep_size: int = 1
+    max_ep_size: int = 0
+    """Places for ranks: as many as the service can be scaled up to while it serves; 0: `ep_size`. It starts with
+    `ep_size` ranks in the first places."""
     min_ranks: int = 1
     num_redundant_experts: int = 0
     slots_per_rank: int = 0
@@ -106,6 +109,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The model's name in the API."""
         return self.served_model_name or os.path.basename(os.path.normpath(self.model))
 
+    @property
+    def places(self) -> int:
+        """R, the number of places for ranks, vacant ones included."""
+        return self.max_ep_size or self.ep_size
+
     def expert_slots(self, num_experts: int) -> int:
         """S, the slots a rank and layer; BadConfig when they cannot hold what is asked for. LOCAL."""
         wanted = num_experts + self.num_redundant_experts
@@ -123,6 +131,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise BadConfig(
                 f"--slots-per-rank {slots} on {self.ep_size} ranks holds {slots * self.ep_size} experts a layer, but "
                 f"{wanted} are to be held: raise it to {-(-wanted // self.ep_size)}"
+            )
+        if self.max_ep_size and slots * self.min_ranks < num_experts:
+            raise BadConfig(
+                f"--max-ep-size lets the service shrink to --min-ranks {self.min_ranks}, whose "
+                f"{slots * self.min_ranks} slots a layer cannot hold {num_experts} experts: raise --min-ranks to "
+                f"{-(-num_experts // slots)} or --slots-per-rank to {-(-num_experts // self.min_ranks)}"
             )
         if self.enable_eplb and slots == filled and slots * self.ep_size == wanted and slots < num_experts:
             raise BadConfig(
@@ -163,7 +177,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise BadConfig(f"{_flag(field)} must be at least 1, not {getattr(self, field)}")
         not_negative = (
             "num_redundant_experts", "slots_per_rank", "max_restarts", "max_model_len", "num_kv_blocks",
-            "kv_cache_memory_mb", "eplb_interval", "eplb_min_gain",
+            "kv_cache_memory_mb", "eplb_interval", "eplb_min_gain", "max_ep_size",
         )  # fmt: skip
         for field in not_negative:
             if getattr(self, field) < 0:
@@ -173,6 +187,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise BadConfig(f"{_flag(field)} must be more than 0 seconds, not {getattr(self, field)}")
         if self.min_ranks > self.ep_size:
             raise BadConfig(f"--min-ranks {self.min_ranks} is more than --ep-size {self.ep_size}")
+        if self.max_ep_size and self.max_ep_size < self.ep_size:
+            raise BadConfig(
+                f"--max-ep-size {self.max_ep_size} is less than the --ep-size {self.ep_size} that the service starts "
+                "with: raise it, or leave it out"
+            )
+        if self.places > self.ep_size and not self.elastic:
+            raise BadConfig("--max-ep-size is of no use with --no-elastic: leave one of them out")
         if not 0 <= self.port <= 65535:
             raise BadConfig(f"--port must lie between 0 and 65535, not {self.port}")
         if self.roll_call_timeout_s <= self.peer_timeout_s:

@@ -66,6 +66,14 @@ class Evicted(MembershipError):
         super().__init__(f"rank {rank}.{incarnation} is not in epoch {epoch}")
 
 
+class Left(MembershipError):
+    """This rank asked to leave, and the others go on without it under `epoch`: it ends when they need it no more."""
+
+    def __init__(self, rank: int, incarnation: int, epoch: int) -> None:
+        self.rank, self.incarnation, self.epoch = rank, incarnation, epoch
+        super().__init__(f"rank {rank}.{incarnation} has left, epoch {epoch} is without it")
+
+
 class TooFewRanks(MembershipError):
     """Fewer ranks live than are needed to serve."""
 

@@ -83,6 +83,8 @@ class Worker:
     """It is out, its process has not ended yet, and an operator wants another one in its place."""
     member: bool = False
     """It was in a view."""
+    retired: bool = False
+    """Its place is no longer in use, and it was asked to end."""
     doomed_s: float | None = None
     """When it is to be killed, if it still lives: it was evicted, or has had all the time there is to come in."""
 
@@ -121,6 +123,10 @@ class Launcher:
         self._coming: set[int] = set()
         """Ranks whose next process is asked for and not there yet."""
         self._barren = Barren()
+        self._in_use = set(range(config.ep_size))
+        """The places where the dead are started again: those that an operator wants."""
+        self._added: set[int] = set()
+        """Those of them that were vacant and whose process is not in yet."""
         self._epoch = 0
         adopt_orphans()
         self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -134,7 +140,7 @@ class Launcher:
         self._outbox.connect(server_endpoint(self._run_dir))
         self._server, self._server_pidfd = self._start_server(listener)
         self._nursery = Nursery()
-        self._notices = NoticeBoard.create(config.ep_size)
+        self._notices = NoticeBoard.create(config.places)
         self._store = self._start_store()
         self._vault = Custodian(config, self._tell)
 
@@ -188,8 +194,10 @@ class Launcher:
                         self._mask(rank)
                     case m.StartRank(rank=rank):
                         self._start_by_hand(rank)
-                    case m.ViewChanged(epoch=epoch, members=members):
-                        self._hear_view(epoch, set(members))
+                    case m.UseRanks(ranks=ranks):
+                        self._use(set(ranks))
+                    case m.ViewChanged(epoch=epoch, members=members, serving=serving):
+                        self._hear_view(epoch, set(members), serving)
                     case m.ShutDown(reason=reason):
                         log.error("the service cannot go on: %s", reason)
                         self._exit_code = 1
@@ -229,6 +237,7 @@ class Launcher:
             launcher_pid=os.getpid(),
             vault=self._vault.address,
             faults=self._faults,
+            scaled=rank in self._added,
             asked_s=time.monotonic(),
         )
         self._coming.add(rank)
@@ -285,6 +294,8 @@ class Launcher:
         self._workers[rank] = self._by_pidfd[worker.pidfd] = worker
         self._poller.register(worker.pidfd, zmq.POLLIN)
         self._tell(m.Spawned(rank=rank, incarnation=incarnation, pid=born.pid))
+        if rank not in self._in_use:
+            self._retire(worker)
 
     def _bury(self, events: dict[object, int]) -> None:
         for fd in [fd for fd in events if fd in self._by_pidfd]:
@@ -312,8 +323,9 @@ class Launcher:
         os.close(worker.pidfd)
         cause, detail = self._autopsy(worker)
         remove_files(self._run_dir, worker.rank, worker.incarnation)
+        cause = "left" if worker.retired and detail == "stopped" else cause
         log.log(
-            logging.INFO if self._stopping else logging.WARNING,
+            logging.INFO if self._stopping or worker.retired else logging.WARNING,
             "rank %d.%d (pid %d) ended: %s", worker.rank, worker.incarnation, worker.pid, detail,
         )  # fmt: skip
         self._tell(m.Died(rank=worker.rank, incarnation=worker.incarnation, cause=cause, detail=detail))
@@ -322,6 +334,8 @@ class Launcher:
         if not self._by_pidfd and not self._coming and not self._store.check([FIRST_WORLD]):
             log.error("no rank lived to the first meeting: stopping the service")
             self._exit_code, self._stopping = 1, True
+        elif worker.rank not in self._in_use:
+            log.info("rank %d is out of use", worker.rank)
         elif not self.config.elastic:
             log.error("a rank is gone and --no-elastic is set: stopping the service")
             self._exit_code, self._stopping = 1, True
@@ -329,6 +343,8 @@ class Launcher:
             self._start_by_hand(worker.rank)
         elif worker.masked:
             self._give_up(worker, 'taken out by an operator: {"instruction": "rejoin"} brings it back')
+        elif worker.retired:  # its place is wanted again already
+            self._due[worker.rank] = time.monotonic()
         else:
             self._plan_restart(worker, detail)
 
@@ -338,7 +354,8 @@ class Launcher:
         now = time.monotonic()
         delay_s = self._restarts.delay_s(worker.rank, now - worker.born_s, now)
         if delay_s is None:
-            self._give_up(worker, self._restarts.why_not(last_words))
+            again = ("scaling up again",) if worker.rank in self._added else ()
+            self._give_up(worker, self._restarts.why_not(last_words, *again))
         else:
             self._due[worker.rank] = now + delay_s
 
@@ -353,7 +370,7 @@ class Launcher:
             log.warning("rank %d will be started again by an operator when its process has ended", rank)
             worker.called_back = True
             return
-        if worker is None or worker.alive or rank in self._coming:
+        if worker is None or worker.alive or rank in self._coming or rank not in self._in_use:
             log.warning("rank %d is not dead: nothing to do", rank)
             return
         log.warning("rank %d is started again by an operator", rank)
@@ -366,7 +383,32 @@ class Launcher:
     def _pids(self) -> list[int]:
         return [worker.pid for worker in self._by_pidfd.values()]
 
-    def _hear_view(self, epoch: int, members: set[tuple[int, int]]) -> None:
+    # --- scaling
+
+    def _use(self, ranks: set[int]) -> None:
+        """An operator wants these places in use, and no others. Members that are to go leave by a view change first:
+        what is ended here has not come in yet."""
+        gone, new = self._in_use - ranks, ranks - self._in_use
+        self._in_use, self._added = ranks, (self._added | new) & ranks
+        for rank in gone:
+            self._due.pop(rank, None)
+            worker = self._workers.get(rank)
+            if worker is not None and worker.alive and not worker.member:
+                self._retire(worker)
+        for rank in new:
+            worker = self._workers.setdefault(rank, Worker(rank, 0, 0, -1, time.monotonic(), alive=False))
+            if not worker.alive and rank not in self._coming:
+                self._restarts.forget(rank)
+                self._due[rank] = time.monotonic()
+
+    def _retire(self, worker: Worker) -> None:
+        """Ask a process to end whose place is not in use, also one that was stopped."""
+        worker.retired = True
+        worker.doomed_s = time.monotonic() + STOP_PATIENCE_S
+        signal.pidfd_send_signal(worker.pidfd, signal.SIGTERM)
+        signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)
+
+    def _hear_view(self, epoch: int, members: set[tuple[int, int]], serving: bool) -> None:
         """Who is in, as the ranks agreed. A process that is evicted has no right to anything, and its place is needed.
 
         With --max-restarts 0 it is left alone: it ends by itself as soon as it runs."""
@@ -379,6 +421,10 @@ class Launcher:
         for worker in self._by_pidfd.values():
             if (worker.rank, worker.incarnation) in members:
                 worker.member, worker.doomed_s = True, None
+                self._added.discard(worker.rank)
+            elif worker.member and worker.rank not in self._in_use:
+                if serving and not worker.retired:
+                    self._retire(worker)
             elif worker.member and worker.doomed_s is None and self.config.max_restarts:
                 worker.doomed_s = time.monotonic() + EVICTION_GRACE_S
 
@@ -403,6 +449,7 @@ class Launcher:
             if worker.doomed_s is not None and now >= worker.doomed_s:
                 worker.doomed_s = None
                 why = "was evicted and does not end" if worker.member else "did not come in in time"
+                why = "was asked to end and does not" if worker.retired else why
                 log.warning("killing rank %d.%d (pid %d): it %s", worker.rank, worker.incarnation, worker.pid, why)
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
         ripe = [rank for rank, at in self._due.items() if now >= at and self._epoch and not self._stopping]
@@ -412,7 +459,7 @@ class Launcher:
         for rank in ripe:
             del self._due[rank]
             incarnation = self._workers[rank].incarnation + 1
-            log.info("rank %d is started again, as %d.%d", rank, rank, incarnation)
+            log.info("rank %d is started, as %d.%d", rank, rank, incarnation)
             self._ask_for(rank, incarnation)
 
     def _autopsy(self, worker: Worker) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 Trigger = Literal["start", "failure", "join", "rebalance", "scale", "operator"]
-RankState = Literal["healthy", "suspected", "dead", "recovering", "rejoining", "paused"]
+RankState = Literal["healthy", "suspected", "dead", "recovering", "rejoining", "paused", "leaving"]
 FinishReason = Literal["stop", "length", "abort"]
 VaultPhase = Literal["off", "filling", "full", "short", "given_up"]
 FaultKind = Literal["kill", "stop", "raise"]
@@ -93,7 +93,18 @@ class Knock(Message, frozen=True):
     incarnation: int
 
 
-ToWorker = Submit | Abort | Pause | Resume | InjectFault | Stop | Knock
+class Leave(Message, frozen=True):
+    """The service is scaled down by this rank and others: propose a change of membership, and ask in it that they be
+    left out. members: (rank, incarnation) of all who are to leave, so that one change does for them."""
+
+    members: list[tuple[int, int]]
+
+
+class Stay(Message, frozen=True):
+    """`Leave` no longer holds."""
+
+
+ToWorker = Submit | Abort | Pause | Resume | InjectFault | Stop | Knock | Leave | Stay
 
 
 # --- worker -> server
@@ -199,8 +210,12 @@ class Adopted(Message, frozen=True):
     trigger: Trigger
     lost: list[int] = []
     causes: dict[int, str] = {}
+    left: list[int] = []
+    """Ranks that were in before and left because an operator wanted it; none of `lost`."""
     kv_tokens: int = 0
     """Tokens that this rank's KV cache holds: no request may be longer. 0: not said."""
+    ranks_needed: int = 1
+    """How many ranks' slots it takes to hold every expert."""
 
 
 class Recovered(Message, frozen=True):
@@ -262,7 +277,7 @@ class Spawned(Message, frozen=True):
 
 
 class Died(Message, frozen=True):
-    """The process is gone. cause: exit | signal | exception | evicted."""
+    """The process is gone. cause: exit | signal | exception | evicted | left (its place was no longer in use)."""
 
     rank: int
     incarnation: int
@@ -344,6 +359,15 @@ class ViewChanged(Message, frozen=True):
 
     epoch: int
     members: list[tuple[int, int]]
+    serving: bool = True
+    """They serve under it: nobody needs anything any more that a rank outside has."""
+
+
+class UseRanks(Message, frozen=True):
+    """The places that are to be in use from now on: processes are started where none is, and a dead one is started
+    again nowhere else. A rank elsewhere is asked to end as soon as a view without it serves."""
+
+    ranks: list[int]
 
 
 class ShutDown(Message, frozen=True):
@@ -352,7 +376,7 @@ class ShutDown(Message, frozen=True):
     reason: str = ""
 
 
-ToLauncher = Signal | MaskRank | StartRank | ViewChanged | ShutDown
+ToLauncher = Signal | MaskRank | StartRank | ViewChanged | UseRanks | ShutDown
 
 
 def encode(message: Message) -> bytes:

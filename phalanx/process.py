@@ -36,6 +36,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     vault: str = ""
     """Where this host's vault is; empty when there is none."""
     faults: str = ""
+    scaled: bool = False
+    """It is started because the service is scaled up, in a place that was vacant."""
     asked_s: float = 0.0
     """When the launcher asked for it, on the machine's monotonic clock."""
 

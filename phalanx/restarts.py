@@ -51,13 +51,13 @@ class Restarts:
         """An operator starts the rank: what was before no longer counts. LOCAL."""
         self._ranks.pop(rank, None)
 
-    def why_not(self, last_words: str) -> str:
-        """The reason for giving up a rank, for operators. LOCAL."""
+    def why_not(self, last_words: str, again: str = 'POST /fault_tolerance/apply {"instruction": "rejoin"}') -> str:
+        """The reason for giving up a rank, for operators; `again` is what has it tried again. LOCAL."""
         if self._max == 0:
             return f"{last_words} (--max-restarts 0: it is not started again)"
         return (
             f"given up after {self._max} restarts within {self._window_s:.0f} s; the last one: {last_words} "
-            '(POST /fault_tolerance/apply {"instruction": "rejoin"} tries again)'
+            f"({again} tries again)"
         )
 
 

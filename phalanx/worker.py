@@ -10,8 +10,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -31,7 +32,7 @@ from phalanx.elastic.transports import transports
 from phalanx.elastic.vault import Follower, Vault, VaultGone
 from phalanx.engine.runner import Runner, limits_for
 from phalanx.engine.step import Engine, StepResult
-from phalanx.errors import Evicted, ExpertsLost, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
+from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
 from phalanx.model.attention import KVStore
 from phalanx.model.layers import DenseWeights
 from phalanx.model.loader import Checkpoint
@@ -49,6 +50,7 @@ from phalanx.process import (
     worker_endpoint,
 )
 from phalanx.testing import faults
+from phalanx.timeline import Stopwatch, Timeline
 from phalanx.world import Member, View
 
 log = logging.getLogger("phalanx.worker")
@@ -63,6 +65,9 @@ MAIL_BOUND = 100_000
 PROPOSES_JOIN = REBALANCE + 1
 """What a rank proposes in a step that newcomers be let in; 0: nothing."""
 
+PROPOSES_LEAVE = PROPOSES_JOIN + 1
+"""What a rank proposes that is asked to leave."""
+
 JOIN_S = 0.25
 """How long members wait for a newcomer that knocked and does not answer: it looks every few milliseconds."""
 
@@ -70,6 +75,11 @@ JOIN_S = 0.25
 CHECK_PATIENCE_S = 5.0
 """How long a rank waits for another one of its host to check the products, before it does so itself."""
 
+
+TRIGGERS: Mapping[int, m.Trigger] = MappingProxyType(
+    {REBALANCE: "rebalance", PROPOSES_JOIN: "join", PROPOSES_LEAVE: "scale"}
+)
+"""What kind of change each proposal is for."""
 
 KNOCK_LINGER_MS = 1000
 """How long a knock may take to be delivered."""
@@ -123,7 +133,7 @@ class Worker:
         bank = self._bank = SlotBank(model.num_moe_layers, slots, model.hidden, model.expert_width, dtype)
         self._comm = CpuCommunicator(
             spec.rank,
-            config.ep_size,
+            config.places,
             incarnation=spec.incarnation,
             max_tokens=config.max_num_batched_tokens,
             hidden=model.hidden,
@@ -159,7 +169,10 @@ class Worker:
         kv = KVStore(model, self._limits.num_blocks, self._limits.block_size, dtype)
         self._runner = Runner(transformer, kv, routes, model.vocab_size)
         self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
-        shape = Shape(model.num_moe_layers, model.num_experts, config.ep_size, slots, config.num_redundant_experts)
+        shape = Shape(
+            model.num_moe_layers, model.num_experts, config.places, slots, config.num_redundant_experts, config.ep_size
+        )
+        self._ranks_needed = -(-model.num_experts // slots)
         self._balancer = Balancer(
             self._me,
             shape,
@@ -198,10 +211,11 @@ class Worker:
             prepared=self._balancer.prepared,
             step=lambda: self._engine.steps,
             knock=lambda view: self._mail.knock(view, self._me),
+            scaled=spec.scaled,
             faults=self._faults,
         )
         self._change: Change | None = Change("join" if spec.incarnation else "start")
-        self._knocked = False
+        self._knocked = self._told_to_leave = False
         self._timeline = Timeline()
 
     def run(self) -> NoReturn:
@@ -213,6 +227,8 @@ class Worker:
                     self._adopt(self._recovery.run(self._change))
                 self._accept()
                 self._settle(self._engine.step(self._proposal()))
+            except Left as left:
+                self._wait_for_the_end(left)
             except PeerLost as lost:  # the only handler of this error; the next step is the replay
                 self._change = self._suspect(lost)
             except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
@@ -235,6 +251,9 @@ class Worker:
 
     def _proposal(self) -> int:
         """What this rank wants all to do instead of the next step. A knock is only a hint: the store says who asks."""
+        if self._told_to_leave:
+            self._told_to_leave = False  # if it is refused, a later roll call will do: this rank goes on asking
+            return PROPOSES_LEAVE
         knocked, self._knocked = self._knocked, False
         return PROPOSES_JOIN if knocked and self._recovery.joiners() else self._balancer.proposal
 
@@ -248,6 +267,8 @@ class Worker:
                     raise Stopped
                 case m.Knock():
                     self._knocked = True
+                case m.Leave() | m.Stay():
+                    self._hear_where_to_be(message)
                 case m.Pause() | m.Resume():
                     self._engine.accept([message])
                     self._mail.send(m.Paused(**self._name, paused=self._engine.paused))
@@ -276,7 +297,7 @@ class Worker:
             self._mail.send(recovered)
         if result.proposal:
             self._timeline.boundary()
-            self._change = Change("rebalance" if result.proposal == REBALANCE else "join")
+            self._change = Change(TRIGGERS[result.proposal])
         self._balancer.work(result.step)
         self._report_balance()
         if result.idle:
@@ -302,7 +323,7 @@ class Worker:
         while not self._comm.sleep(max(0.0, min(pause, deadline - time.monotonic())), (self._mail.wake_fd,)):
             self._accept()
             pause = self._balancer.idle_work()
-            wanted = self._engine.has_work or self._knocked or self._balancer.proposal
+            wanted = self._engine.has_work or self._knocked or self._told_to_leave or self._balancer.proposal
             if wanted or time.monotonic() >= deadline:
                 self._comm.ring()
                 return
@@ -330,7 +351,9 @@ class Worker:
                 trigger=adoption.trigger,
                 lost=list(adoption.lost),
                 causes=dict(adoption.causes),
+                left=list(adoption.left),
                 kv_tokens=self._limits.num_blocks * self._limits.block_size,
+                ranks_needed=self._ranks_needed,
             )
         )
 
@@ -344,6 +367,9 @@ class Worker:
             self._comm.sleep(self._config.heartbeat_interval_s, (self._mail.wake_fd,))
             messages = list(self._mail.drain())
             self._engine.accept(messages)
+            for message in messages:
+                if isinstance(message, m.Leave | m.Stay):
+                    self._hear_where_to_be(message)
             if any(isinstance(message, m.Stop) for message in messages):
                 raise Stopped
             if any(isinstance(message, m.Pause | m.Resume) for message in messages):
@@ -356,95 +382,19 @@ class Worker:
             if any(isinstance(message, m.Knock) for message in messages) and self._recovery.joiners():
                 return Change("join")
 
+    def _hear_where_to_be(self, message: m.Leave | m.Stay) -> None:
+        self._told_to_leave = isinstance(message, m.Leave)
+        self._recovery.leave(message.members if isinstance(message, m.Leave) else ())
+
+    def _wait_for_the_end(self, left: Left) -> NoReturn:
+        """The others go on without this rank. They may still read its slots; the launcher says when they do not."""
+        log.info("%s: waiting for the others to need nothing more of it", left)
+        time.sleep(self._config.warmup_timeout_s)  # Stopped ends it, as soon as they serve
+        raise Stopped
+
     @property
     def _name(self) -> dict[str, int]:
         return {"rank": self._me.rank, "incarnation": self._me.incarnation}
-
-
-class Stopwatch:
-    """How long a newcomer took for what, from the moment the launcher asked for it. Counts its first laps only."""
-
-    def __init__(self, began_s: float) -> None:
-        now = time.monotonic()
-        self._laps = {"birth": now - began_s if began_s else 0.0}
-        self._last, self._taken = now, False
-
-    def lap(self, name: str) -> None:
-        """What was done since the last lap was `name`. LOCAL."""
-        now = time.monotonic()
-        self._laps.setdefault(name, now - self._last)
-        self._last = now
-
-    def take(self) -> dict[str, float]:
-        """Seconds by name, once; nothing from then on. LOCAL."""
-        laps = {} if self._taken else self._laps
-        self._taken = True
-        return laps
-
-
-class Timeline:
-    """Where the time of a recovery went, from the first sign of trouble to the first step under the new World."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._running = True
-        self._cut_off = False
-        self._adoption: Adoption | None = None
-        self._adopted_at = 0.0
-        self._bytes: dict[str, int] = {}
-        self._source_s: dict[str, float] = {}
-
-    def trouble(self, detect_s: float) -> None:
-        """A PeerLost was raised, `detect_s` after the first sign. The first of several counts. LOCAL."""
-        if not self._running:
-            self._began, self._running, self._cut_off = time.monotonic() - detect_s, True, True
-
-    def boundary(self) -> None:
-        """All left a step boundary for a change that somebody proposed: no step was cut off. LOCAL."""
-        if not self._running:
-            self._began, self._running = time.monotonic(), True
-
-    def adopted(self, adoption: Adoption, staged: dict[str, int], staged_s: dict[str, float]) -> None:
-        """A new World stands; the replay begins. staged: bytes by source that were restored beforehand; staged_s: the
-        seconds they took. LOCAL."""
-        self._adoption, self._adopted_at = adoption, time.monotonic()
-        self._bytes = {
-            source: adoption.bytes_restored.get(source, 0) + staged.get(source, 0)
-            for source in {*adoption.bytes_restored, *staged}
-        }
-        self._source_s = {
-            source: adoption.seconds_restored.get(source, 0.0) + staged_s.get(source, 0.0) for source in self._bytes
-        }
-
-    def first_step(self, me: Member, prepared: Stopwatch, *, idle: bool) -> m.Recovered | None:
-        """The report, when the step that just ended was the first since `adopted`. idle: nobody had anything to run,
-        so no step was replayed either. LOCAL."""
-        adoption, now = self._adoption, time.monotonic()
-        if adoption is None:
-            return None
-        replayed = int(self._cut_off and not idle)
-        self._adoption, self._running, self._cut_off = None, False, False
-        phases = adoption.seconds
-        return m.Recovered(
-            rank=me.rank,
-            incarnation=me.incarnation,
-            epoch=adoption.world.epoch,
-            trigger=adoption.trigger,
-            lost=list(adoption.lost),
-            seconds=m.PhaseSeconds(
-                detect=phases.detect,
-                agree=phases.agree,
-                mask=phases.mask,
-                replan=phases.replan,
-                restore=phases.restore,
-                replay=now - self._adopted_at,
-                total=now - self._began,
-            ),
-            bytes_restored=self._bytes,
-            seconds_restored=self._source_s,
-            steps_replayed=replayed,
-            prepared=prepared.take(),
-        )
 
 
 class Mail:

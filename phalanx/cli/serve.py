@@ -42,6 +42,7 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--chat-template", "A Jinja file to use instead of the model's chat template.", type=click.Path())
 @_option("--seed", "Seeds the requests that bring no seed of their own (0: each at random).", type=int)
 @_option("--ep-size", "Expert-parallel ranks.", type=int)
+@_option("--max-ep-size", "Ranks that the service can be scaled up to while it serves (0: --ep-size).", type=int)
 @_option("--min-ranks", "Answer 503 when fewer ranks live.", type=int)
 @_option("--num-redundant-experts", "Replicas a layer beyond one for each expert.", type=int)
 @_option("--slots-per-rank", "Expert slots a rank and layer (0: enough for --min-ranks to hold all).", type=int)

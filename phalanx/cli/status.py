@@ -22,6 +22,7 @@ _COLOURS = {
     "recovering": "yellow",
     "rejoining": "cyan",
     "paused": "blue",
+    "leaving": "yellow",
 }
 
 
@@ -76,7 +77,11 @@ def ranks_table(state: dict[str, Any], model: str, ready: bool) -> RenderableTyp
     from rich.table import Table
 
     word = "[green]ready[/]" if ready else "[red]not ready[/]"
-    ranks = Table(title=f"{model}: {word}, epoch {state['epoch']}, ep_size {state['ep_size']}")
+    size = str(state["ep_size"])
+    if state.get("max_ep_size", state["ep_size"]) > state["ep_size"]:
+        size += f" of at most {state['max_ep_size']}"
+    size += ", scaling" if state.get("scaling") else ""
+    ranks = Table(title=f"{model}: {word}, epoch {state['epoch']}, ep_size {size}")
     for column in ("rank", "incarnation", "state", "pid", "host", "device"):
         ranks.add_column(column, justify="right" if column in ("rank", "incarnation", "pid") else "left")
     for rank in state["ranks"]:
@@ -96,8 +101,9 @@ def recovery_table(last: dict[str, Any]) -> RenderableType:
     """One recovery: who was lost, milliseconds by phase, bytes restored by source."""
     from rich.table import Table
 
-    lost = f", lost ranks {last['lost']}" if last["lost"] else ""
-    table = Table(title=f"last recovery: {last['trigger']}{lost}, epoch {last['epoch']}", caption=_restored(last))
+    who = (("lost", last["lost"]), ("joined", last.get("joined")), ("left", last.get("left")))
+    ranks = "".join(f", {word} ranks {found}" for word, found in who if found)
+    table = Table(title=f"last recovery: {last['trigger']}{ranks}, epoch {last['epoch']}", caption=_restored(last))
     for phase in PHASES:
         table.add_column(phase, justify="right")
     table.add_row(*(f"{1000 * last['seconds'].get(phase, 0.0):.1f} ms" for phase in PHASES))

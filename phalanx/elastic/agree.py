@@ -30,8 +30,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from phalanx.elastic.leave import granted, still_readable
 from phalanx.elastic.store import Clock, FakeClock, MemoryStore, MonotonicClock, Store, TcpStore
-from phalanx.errors import Evicted
+from phalanx.errors import Evicted, Left
 from phalanx.messages import Trigger
 from phalanx.testing.faults import NO_FAULTS, Faults
 from phalanx.world import EMPTY, IntArray, Member, Placement, View, World
@@ -84,6 +85,8 @@ class Shape:
     ep_size: int
     slots_per_rank: int
     num_redundant: int = 0
+    starting: int = 0
+    """The ranks that the first meeting expects: those in the first places; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +111,16 @@ class Limits:
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
     """What a rank says in a roll call. Arrays travel as bytes: held int32 [L, S], digests uint64 [L, S], load int64
-    [L, E]. step: the last step it committed."""
+    [L, E]. step: the last step it committed. leaving: who, by (rank, incarnation), is to leave, itself among them, as
+    the service is scaled down. scaled: it is a newcomer because the service is scaled up."""
 
     member: Member
     step: int
     held: bytes
     digests: bytes
     load: bytes
+    leaving: tuple[tuple[int, int], ...] = ()
+    scaled: bool = False
 
 
 class _Plan(msgspec.Struct, frozen=True, array_like=True):
@@ -127,6 +133,7 @@ class _Plan(msgspec.Struct, frozen=True, array_like=True):
     held: bytes
     digests: bytes
     load: bytes
+    leaving: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +143,8 @@ class Agreed:
     placement: what each slot is to hold; with `missing` experts when the living have too few slots.
     held_LP: int32 [L, P], what each slot held when its rank answered. digest_LE: uint64 [L, E], 0 = not known.
     load_LE: int64 [L, E], tokens by expert, summed over the members. step: the last step that anybody committed.
-    replan_s: what planning cost the one who planned.
+    replan_s: what planning cost the one who planned. leaving: ranks outside the view that asked to be left out of it or
+    of an earlier one, and still live: what `held_LP` says of their slots can be read.
     """
 
     view: View
@@ -147,6 +155,7 @@ class Agreed:
     trigger: Trigger
     step: int
     replan_s: float
+    leaving: tuple[Member, ...] = ()
 
     @property
     def epoch(self) -> int:
@@ -194,7 +203,7 @@ class RollCall:
             if self.me in base.view:
                 member = True
             elif member:
-                raise self._evicted(base.epoch)
+                raise self._outside(base)
         return base
 
     def hold(self, base: Agreed | None, trigger: Trigger, mine: Answer, known_dead: Iterable[Member] = ()) -> Agreed:
@@ -216,7 +225,7 @@ class RollCall:
             else:
                 self._store.wait(meeting.awaited(), _LOOK_S)
         if self.me not in agreed.view:
-            raise self._evicted(agreed.epoch)
+            raise self._outside(agreed)
         return agreed
 
     def join(self, mine: Answer) -> Agreed:
@@ -303,6 +312,10 @@ class RollCall:
     def _is_dead(self, member: Member) -> bool:
         return self._notices.is_dead(member)
 
+    def _outside(self, agreed: Agreed) -> Evicted | Left:
+        out = Left if self.me in agreed.leaving else Evicted
+        return out(self.me.rank, self.me.incarnation, agreed.epoch)
+
     def _evicted(self, epoch: int) -> Evicted:
         return Evicted(self.me.rank, self.me.incarnation, epoch)
 
@@ -318,13 +331,13 @@ class RollCall:
     def _publish(self, meeting: _Meeting) -> None:
         """Plan, and write the plan down as the World unless another one was faster."""
         self._faults.point("publish")
-        view, held_LP, digest_LE, load_LE, step = meeting.outcome()
-        trigger = meeting.trigger_of(view)
+        view, leaving, held_LP, digest_LE, load_LE, step = meeting.outcome()
+        trigger = meeting.trigger_of(view, leaving)
         planning = self._clock.now()
         placement = self._plan(trigger, view, held_LP, load_LE)
         plan = _Plan(
             view.epoch, trigger, view.members, step, self._clock.now() - planning, placement.slots_LP.tobytes(),
-            held_LP.tobytes(), digest_LE.tobytes(), load_LE.tobytes(),
+            held_LP.tobytes(), digest_LE.tobytes(), load_LE.tobytes(), leaving,
         )  # fmt: skip
         self._store.set(f"plan/{view.epoch}/{self.me}", msgspec.msgpack.encode(plan))
         if self._store.compare_set(f"world/{view.epoch}", "", str(self.me)) == str(self.me):
@@ -336,9 +349,11 @@ class RollCall:
         self._store.set("latest", str(epoch).encode())
         if meeting.newcomers:
             self._forget_joiners(meeting.newcomers)
-        for member in (*meeting.members, *meeting.newcomers):
+        for member in (*meeting.members, *meeting.newcomers, *meeting.left):
             self._store.delete(f"entry/{epoch - 1}/{member}")
             self._store.delete(f"plan/{epoch - 3}/{member}")
+        if winner := self._store.get(f"world/{epoch - 3}"):  # it may have left since
+            self._store.delete(f"plan/{epoch - 3}/{winner.decode()}")
         for member in meeting.newcomers:
             self._store.delete(f"wish/{member}")
 
@@ -365,7 +380,9 @@ class _Meeting:
         self._shape, self._limits = calls._shape, calls._limits
         self.epoch = (base.epoch if base else 0) + 1
         self.answers: dict[Member, Answer] = {}
-        self.members = base.view.members if base else tuple(Member(r, 0) for r in range(self._shape.ep_size))
+        first = range(self._shape.starting or self._shape.ep_size)
+        self.members = base.view.members if base else tuple(Member(r, 0) for r in first)
+        self.left = base.leaving if base else ()
         self.newcomers: tuple[Member, ...] = ()
         self._look_for_newcomers()
 
@@ -421,21 +438,29 @@ class _Meeting:
                 return f"entry/{self.epoch}/{absent}"
         return f"world/{self.epoch}"
 
-    def trigger_of(self, view: View) -> Trigger:
+    def trigger_of(self, view: View, leaving: Iterable[Member]) -> Trigger:
         """What kind of change it became: whoever opened it for another reason, a lost member makes it a failure."""
         if self._base is None:
             return "start"
-        if any(m not in view for m in self._base.view.members):
-            return "failure" if self._trigger not in ("scale", "operator") else self._trigger
-        if any(m not in self._base.view for m in view.members):
-            return "join"
-        return self._trigger
+        gone = {m for m in self._base.view.members if m not in view}
+        if gone - set(leaving):
+            return "failure" if self._trigger != "operator" else self._trigger
+        new = [self.answers[m] for m in view.members if m not in self._base.view]
+        if gone or any(answer.scaled for answer in new):
+            return "scale"
+        return "join" if new else self._trigger
 
-    def outcome(self) -> tuple[View, IntArray, Digests, Loads, int]:
-        """The next view, held_LP, digest_LE, load_LE and the last step, from the answers of those who are alive."""
+    def outcome(self) -> tuple[View, tuple[Member, ...], IntArray, Digests, Loads, int]:
+        """The next view, who leaves, held_LP, digest_LE, load_LE and the last step, from the answers of those who are
+        alive."""
         shape, calls = self._shape, self._calls
         present = [self.answers[m] for m in self.expected() if m in self.answers]
-        view = View(self.epoch, shape.ep_size, tuple(sorted(answer.member for answer in present)))
+        asked = {name for answer in present for name in answer.leaving}
+        asking = [answer.member for answer in present if (answer.member.rank, answer.member.incarnation) in asked]
+        slots_needed = -(-shape.num_experts // shape.slots_per_rank)
+        leaving = granted(asking, len(present), max(self._limits.min_ranks, slots_needed))
+        staying = [answer.member for answer in present if answer.member not in leaving]
+        view = View(self.epoch, shape.ep_size, tuple(sorted(staying)))
         layers, slots = shape.num_layers, shape.slots_per_rank
         held_LP = np.full((layers, shape.ep_size * slots), EMPTY, np.int32)
         digest_LE = np.zeros((layers, shape.num_experts), np.uint64)
@@ -449,7 +474,11 @@ class _Meeting:
             here = slice(answer.member.rank * slots, (answer.member.rank + 1) * slots)
             held_LP[:, here] = _learn(digest_LE, answer, slots)
             load_LE += np.frombuffer(answer.load, np.int64).reshape(load_LE.shape)
-        return view, held_LP, digest_LE, load_LE, max((a.step for a in present), default=0)
+        if self._base is not None:
+            ranks = {answer.member.rank for answer in present}
+            earlier = [m for m in self.left if m.rank not in ranks and not calls._is_dead(m)]
+            leaving += still_readable(earlier, self._base.held_LP, held_LP, slots)
+        return view, leaving, held_LP, digest_LE, load_LE, max((a.step for a in present), default=0)
 
 
 def _learn(digest_LE: Digests, answer: Answer, slots_per_rank: int) -> IntArray:
@@ -480,6 +509,7 @@ def _decode(value: bytes, shape: Shape) -> Agreed:
         plan.trigger,
         plan.step,
         plan.replan_s,
+        plan.leaving,
     )
 
 

@@ -28,7 +28,7 @@ call_myself(PLANNER)
 from phalanx.elastic.planning import main
 main(*map(int, sys.argv[1:]))
 """
-"""The child steps back before it imports anything, and says what it is: if its parent dies, the launcher inherits it."""
+"""The child steps back before it imports anything, and takes a name of its own. Its launcher buries it if need be."""
 
 
 class Planner(Protocol):

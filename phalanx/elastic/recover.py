@@ -18,6 +18,7 @@ import torch
 from phalanx.comm.base import Communicator, empty_view
 from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
 from phalanx.elastic.detect import certainly_dead, change_after, merged
+from phalanx.elastic.leave import within
 from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
 from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import diff, replan, routes
@@ -39,8 +40,9 @@ _REPORTED = 30
 class Adoption:
     """What a rank serves from now on, and what it took to get there.
 
-    routes_LEW: int32 [L, E, W]. lost, joined: ranks, against the last World that this rank served. seconds: without
-    `replay` and `total`, which the worker measures. bytes_restored: by source, on this rank; seconds_restored: what
+    routes_LEW: int32 [L, E, W]. lost, joined: ranks, against the last World that this rank served; left: those that
+    left it because an operator wanted it, none of the lost. seconds: without `replay` and `total`, which the worker
+    measures. bytes_restored: by source, on this rank; seconds_restored: what
     they took. step: the last step that any member had committed.
     """
 
@@ -54,6 +56,7 @@ class Adoption:
     bytes_restored: Mapping[str, int]
     seconds_restored: Mapping[str, float]
     step: int
+    left: tuple[int, ...] = ()
 
 
 class Recovery:
@@ -76,12 +79,14 @@ class Recovery:
         prepared: Callable[[View, IntArray], Placement | None] = lambda view, held_LP: None,
         step: Callable[[], int] | None = None,
         knock: Callable[[View], None] = lambda view: None,
+        scaled: bool = False,
         faults: Faults = NO_FAULTS,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """sources: the fastest first. load: this rank's tokens by expert, int64 [L, E], for the planner; None: all
         alike. prepared: the placement, if any, that the members of this view hold already besides the one they serve
         (`elastic.balance`): a rebalance goes there. step: the last step it committed. knock: see `RollCall`.
+        scaled: this rank is a newcomer because the service is scaled up.
         progress: told (done, total) experts in each restore."""
         self.me = me
         self._shape, self._limits = shape, limits
@@ -90,6 +95,7 @@ class Recovery:
         self._prepared = prepared
         self._load = load or (lambda: np.zeros((shape.num_layers, shape.num_experts), np.int64))
         self._step = step or (lambda: 0)
+        self._scaled, self._leaving = scaled, tuple[tuple[int, int], ...]()
         self._calls = RollCall(
             me, shape, limits, store=store, clock=clock, notices=notices, plan=self._plan, knock=knock, faults=faults
         )
@@ -109,6 +115,12 @@ class Recovery:
     def joiners(self) -> tuple[tuple[int, int], ...]:
         """(rank, incarnation) of newcomers that ask to be let in: run(Change("join")) does it. LOCAL."""
         return self._calls.joiners()
+
+    def leave(self, members: Sequence[tuple[int, int]]) -> None:
+        """Ask that these, this rank among them, be left out of the next view, in every roll call from now on; none: no
+        longer. `run` raises Left once the others go on without this rank, also when only another one of them had
+        asked; its slots must stay readable until they serve. LOCAL."""
+        self._leaving = tuple(members)
 
     def change_after(self, lost: PeerLost) -> Change:
         """The change that a PeerLost of a step, or of `run` itself, calls for. LOCAL."""
@@ -158,7 +170,7 @@ class Recovery:
 
         Raises Evicted (exit), PeerLost (a further loss: run again with `change_after`), and, once the view is agreed
         and adopted and the same on every member: TooFewRanks, TooFewSlots, ExpertsLost (wait, then run again).
-        StoreLost: the launcher is gone."""
+        StoreLost: the launcher is gone. Left: see `leave`."""
         change = self._unfinished = merged(self._unfinished, change)
         agreed = self._agree(change)
         began = self._clock.now()
@@ -260,14 +272,17 @@ class Recovery:
             self._bank.held_LS.astype(np.int32).tobytes(),
             self._bank.digest_LS.astype(np.uint64).tobytes(),
             self._load().astype(np.int64).tobytes(),
+            self._leaving,
+            self._scaled,
         )
 
     def _plan(self, trigger: Trigger, view: View, held_LP: IntArray, load_LE: Loads) -> Placement:
         """Where each expert goes; when the living cannot hold all, what they hold already. LOCAL."""
         shape = self._shape
+        held_LP = within(held_LP, view, shape.slots_per_rank)
         if trigger == "rebalance" and (prepared := self._prepared(view, held_LP)) is not None:
             return prepared
-        if trigger == "join":
+        if trigger in ("join", "scale"):
             held_LP = self._without_surplus(view, held_LP)
         if len(view.members) >= self._limits.min_ranks:
             try:
@@ -278,7 +293,7 @@ class Recovery:
                     slots_per_rank=shape.slots_per_rank,
                     num_replicas=shape.num_experts + shape.num_redundant,
                     held_LP=held_LP,
-                    min_moves=trigger in ("failure", "operator", "join", "rebalance"),
+                    min_moves=trigger != "start",
                 )
             except TooFewSlots:
                 pass
@@ -292,7 +307,8 @@ class Recovery:
 
     def _adoption(self, change: Change, agreed: Agreed, routes_LEW: IntArray) -> Adoption:
         before = self._served.members if self._served else ()
-        lost = tuple(m.rank for m in before if m not in agreed.view)
+        left = tuple(m.rank for m in before if m not in agreed.view and m in agreed.leaving)
+        lost = tuple(m.rank for m in before if m not in agreed.view and m not in agreed.leaving)
         joined = tuple(m.rank for m in agreed.view.members if m not in before)
         causes = {rank: change.causes.get(rank, "timeout") for rank in lost}
         for member in before:
@@ -309,6 +325,7 @@ class Recovery:
             dict(self._bytes),
             dict(self._source_s),
             agreed.step,
+            left,
         )
 
     def _add(self, **phases: float) -> None:

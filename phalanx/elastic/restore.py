@@ -104,22 +104,25 @@ class PeerSource:
         self._open = open_bank
         self._agreed: Agreed | None = None
         self._readers: dict[Member, Reader] = {}
+        self._where: dict[int, Member] = {}
 
     def adopt(self, agreed: Agreed) -> None:
         self._agreed = agreed
         placement = agreed.placement
-        self._kept_LP = (agreed.held_LP == placement.slots_LP) & (placement.slots_LP >= 0)
-        for member in [m for m in self._readers if m not in agreed.view]:
+        leaving = [m.rank for m in agreed.leaving]  # they change nothing any more
+        stays = np.isin(np.arange(agreed.held_LP.shape[1]) // placement.slots_per_rank, leaving)
+        self._kept_LP = ((agreed.held_LP == placement.slots_LP) | stays) & (agreed.held_LP >= 0)
+        self._where = {m.rank: m for m in (*agreed.leaving, *agreed.view.members)}
+        for member in [m for m in self._readers if m not in self._where.values()]:
             self._readers.pop(member).close()
 
     def copies(self, layer: int, expert: int) -> Iterator[Fetch]:
         assert self._agreed is not None, "copies of what? Nothing is agreed yet"
-        placement, view = self._agreed.placement, self._agreed.view
-        width, mine = placement.slots_per_rank, self._me.rank
-        slots = np.flatnonzero(self._kept_LP[layer] & (placement.slots_LP[layer] == expert)).tolist()
+        width, mine = self._agreed.placement.slots_per_rank, self._me.rank
+        slots = np.flatnonzero(self._kept_LP[layer] & (self._agreed.held_LP[layer] == expert)).tolist()
         turn = mine % max(1, len(slots))  # each rank starts at another replica, so that not all read from one
         for slot in slots[turn:] + slots[:turn]:
-            member = view.member(slot // width)
+            member = self._where.get(slot // width)
             if member is not None and member != self._me and member.host == self._me.host:
                 yield self._fetch(member, layer, slot % width)
 

@@ -31,6 +31,7 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     trigger: str
     lost: list[int]
     joined: list[int]
+    left: list[int] = []
     epoch: int
     previous_epoch: int
     seconds: dict[str, float]
@@ -53,8 +54,9 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
             for source, count in self.bytes_restored.items()
             if count
         )
+        what = "scaled" if self.trigger == "scale" else "recovered"
         return (
-            f"recovered: {self._who()}, epoch {self.previous_epoch} -> {self.epoch}, "
+            f"{what}: {self._who()}, epoch {self.previous_epoch} -> {self.epoch}, "
             f"total {self.seconds['total']:.3f} s ({phases}), {self.requests_moved} requests moved, "
             f"{restored or 'no bytes'} restored" + ("" if self.outcome == "complete" else f" ({self.outcome})")
         )
@@ -65,7 +67,9 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
 
     def _who(self) -> str:
         parts = [f"lost ranks {self.lost}"] if self.lost else []
-        parts += [f"ranks {self.joined} rejoined"] if self.joined else []
+        came = "came in" if self.trigger == "scale" else "rejoined"
+        parts += [f"ranks {self.joined} {came}"] if self.joined else []
+        parts += [f"ranks {self.left} left"] if self.left else []
         return ", ".join(parts) or f"trigger {self.trigger}"
 
 

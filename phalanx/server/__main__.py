@@ -30,6 +30,7 @@ from phalanx.server.app import create_app
 from phalanx.server.generate import Service
 from phalanx.server.link import Link
 from phalanx.server.router import Router
+from phalanx.server.scaling import Scaler
 from phalanx.server.text import ModelText
 
 EXIT_LAUNCHER_GONE = 3
@@ -62,11 +63,12 @@ def build(config: ServeConfig, run_dir: str) -> Service:
     metrics = Metrics(config.name)
     router = Router(
         config.ep_size, max_running=config.max_num_seqs, max_queued=config.max_queued_requests,
-        patience_s=config.request_patience_s, clock=time.monotonic, metrics=metrics,
+        patience_s=config.request_patience_s, clock=time.monotonic, metrics=metrics, places=config.places,
     )  # fmt: skip
     link = Link(
         run_dir,
         router,
+        Scaler(router, min_ranks=config.min_ranks, patience_s=config.warmup_timeout_s, clock=time.monotonic),
         EventLog(config.events_file),
         lambda: log.info("ready: %s on %d ranks", config.name, router.roster.alive),
     )

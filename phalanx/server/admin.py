@@ -27,6 +27,7 @@ from phalanx.server.protocol import (
     TokenizeRequest,
 )
 from phalanx.server.roster import RankRecord
+from phalanx.server.scale_api import scale_down
 from phalanx.testing.faults import Fault
 
 OPEN_PATHS = frozenset(
@@ -92,6 +93,8 @@ def _observation(router: APIRouter) -> None:
                 "max_model_len": service.max_model_len,
                 "started_at": service.started_at,
                 "epoch": roster.epoch,
+                "ep_size": roster.ep_size,
+                "max_ep_size": roster.places,
                 "ranks_alive": roster.alive,
                 "rank_problems": roster.reasons(),
                 "expert_balance": _balance(service),
@@ -185,16 +188,18 @@ def _operation(router: APIRouter) -> None:
     async def apply(request: ApplyRequest, service: ServiceHere) -> Response:
         """An operator's instruction. 202: it is on its way; `GET /fault_tolerance/status` shows what comes of it."""
         instructions: dict[str, Callable[[Service, dict[str, Any]], list[int]]] = {
-            "mask_rank": _mask, "rejoin": _rejoin, "pause": _pause, "retry": _retry,
+            "mask_rank": _mask, "rejoin": _rejoin, "pause": _pause, "retry": _retry, "scale_down": scale_down,
         }  # fmt: skip
         carry_out = instructions.get(request.instruction)
         if carry_out is None:
             raise ApiError(
                 400, f"instruction: {request.instruction!r} is none of {', '.join(instructions)}", param="instruction"
             )
-        if unknown := sorted(request.params.keys() - {"rank"}):
+        known = ("ranks", "new_ep_size", "drain_timeout") if carry_out is scale_down else ("rank",)
+        if unknown := sorted(request.params.keys() - set(known)):
             # Without a rank an instruction may mean all of them: a slip of the pen must not.
-            raise ApiError(400, f"params: {unknown[0]!r} is not known, only rank is", param=f"params.{unknown[0]}")
+            raise ApiError(400, f"params: {unknown[0]!r} is not known, only {', '.join(known)}",
+                           param=f"params.{unknown[0]}")  # fmt: skip
         ranks = carry_out(service, request.params)
         return _json({"accepted": True, "instruction": request.instruction, "ranks": ranks}, 202)
 
@@ -263,9 +268,9 @@ def _named(service: Service, params: dict[str, Any]) -> int | None:
 
 
 def _rank(service: Service, rank: object, param: str) -> int:
-    last = service.router.roster.ep_size - 1
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= last:
-        raise ApiError(400, f"{param}: {rank!r} is no rank: they go from 0 to {last}", param=param)
+    shown = service.router.roster.shown()
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank not in shown:
+        raise ApiError(400, f"{param}: {rank!r} is no rank: there are {', '.join(map(str, shown))}", param=param)
     return rank
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phalanx import __version__
 from phalanx.errors import BadRequest
-from phalanx.server import admin
+from phalanx.server import admin, scale_api
 from phalanx.server.admin import ServiceHere
 from phalanx.server.chat import chat
 from phalanx.server.completions import complete
@@ -34,6 +34,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="Phalanx", version=__version__, description="OpenAI-compatible API", redirect_slashes=False)
     app.state.service = service
     app.include_router(admin.routes())
+    app.include_router(scale_api.routes())
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: CompletionRequest, http: HttpRequest, service: ServiceHere) -> Response:

@@ -124,6 +124,14 @@ class NewView:
 
     epoch: int
     members: tuple[Identity, ...]
+    serving: bool = True
 
 
-Effect = Connect | Disconnect | ToRank | Report | Lost | NewView
+@dataclass(frozen=True)
+class ToLauncher:
+    """Send a message to the launcher."""
+
+    message: m.ToLauncher
+
+
+Effect = Connect | Disconnect | ToRank | ToLauncher | Report | Lost | NewView

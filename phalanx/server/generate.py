@@ -347,7 +347,7 @@ async def encode(service: Service, texts: Sequence[str], *, special: bool, param
 def check_choices(service: Service, prompts: int, n: int) -> None:
     """400 for a call that asks for more choices than the service ever takes at once: waiting would not help."""
     config = service.config
-    most = config.max_queued_requests + config.max_num_seqs * config.ep_size
+    most = config.max_queued_requests + config.max_num_seqs * service.router.roster.ep_size
     if prompts * n > most:
         asked = f"{prompts} prompts with n = {n} ask" if prompts > 1 else f"n = {n} asks"
         raise ApiError(

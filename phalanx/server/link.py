@@ -17,9 +17,10 @@ import zmq.asyncio
 from phalanx import messages as m
 from phalanx.observe.events import EventLog
 from phalanx.process import launcher_endpoint, server_endpoint, worker_endpoint
-from phalanx.server.flight import Connect, Disconnect, Lost, NewView, Report, Request, ToRank
+from phalanx.server.flight import Connect, Disconnect, Lost, NewView, Report, Request, ToLauncher, ToRank
 from phalanx.server.roster import Identity
 from phalanx.server.router import Router
+from phalanx.server.scaling import Scale, Scaler
 
 log = logging.getLogger("phalanx.server")
 
@@ -35,8 +36,10 @@ class Link:
     """Router and sockets together. Everything that changes the router goes through here, so that its effects are
     carried out at once. Use within one event loop."""
 
-    def __init__(self, run_dir: str, router: Router, events: EventLog, on_ready: Callable[[], None]) -> None:
-        self.router = router
+    def __init__(
+        self, run_dir: str, router: Router, scaler: Scaler, events: EventLog, on_ready: Callable[[], None]
+    ) -> None:
+        self.router, self.scaler = router, scaler
         self._run_dir, self._events, self._on_ready = run_dir, events, on_ready
         self._was_ready = False
         self._context = zmq.asyncio.Context()
@@ -92,6 +95,25 @@ class Link:
         self._flush()
         return told
 
+    def scale(self, ranks: Iterable[int], drain_s: float) -> asyncio.Future[Scale]:
+        """Have these places in use, and no others. The future is the Scale when it has ended; raises ScaleRefused."""
+        ended: asyncio.Future[Scale] = asyncio.get_running_loop().create_future()
+
+        def end(scale: Scale) -> None:
+            level = logging.ERROR if scale.failure else logging.INFO
+            log.log(level, "%s", scale)
+            self._events.append(
+                "scale", before=sorted(scale.before), ranks=sorted(scale.ranks), seconds=scale.seconds,
+                outcome=scale.failure or "complete",
+            )  # fmt: skip
+            if not ended.done():
+                ended.set_result(scale)
+
+        scale = self.scaler.begin(frozenset(ranks), drain_s, end)
+        log.info("scaling from ranks %s to %s", sorted(scale.before), sorted(scale.ranks))
+        self._flush()
+        return ended
+
     def fail_all(self, reason: str) -> None:
         self.router.fail_all(reason)
         self._flush()
@@ -116,6 +138,7 @@ class Link:
     # --- effects
 
     def _flush(self) -> None:
+        self.scaler.advance()
         for effect in self.router.take():
             match effect:
                 case ToRank(identity=identity, message=message):
@@ -130,8 +153,11 @@ class Link:
                     self._events.append(
                         "lost", rank=identity.rank, incarnation=identity.incarnation, cause=cause, detail=detail
                     )
-                case NewView(epoch=epoch, members=members):
-                    self.tell_launcher(m.ViewChanged(epoch=epoch, members=[(i.rank, i.incarnation) for i in members]))
+                case NewView(epoch=epoch, members=members, serving=serving):
+                    names = [(i.rank, i.incarnation) for i in members]
+                    self.tell_launcher(m.ViewChanged(epoch=epoch, members=names, serving=serving))
+                case ToLauncher(message=message):
+                    self.tell_launcher(message)
                 case Report(recovery=recovery):
                     log.info("%s", recovery.summary())
                     self._events.append("recovery", **msgspec.structs.asdict(recovery))

@@ -20,6 +20,9 @@ log = logging.getLogger("phalanx.http")
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOPS = 64
+DRAIN_S = 120.0
+"""How long streams on ranks that leave may go on there when nothing else is said; vLLM's number."""
+
 _MAX_SEED = 2**63 - 1
 _MAX_COUNT = 2**31 - 1
 """Far above whatever is counted, and within what every message can carry."""
@@ -234,6 +237,14 @@ class ApplyRequest(_Request):
 
     instruction: str
     params: dict[str, Any] = Field(default_factory=dict)
+
+
+class ScaleRequest(_Request):
+    """POST /scale_elastic_ep: the size under either name, as SGLang's and vLLM's users write it."""
+
+    new_ep_size: Annotated[int, Field(strict=True)] | None = None
+    new_data_parallel_size: Annotated[int, Field(strict=True)] | None = None
+    drain_timeout: Annotated[float, Field(ge=0, le=_MAX_COUNT)] = DRAIN_S
 
 
 class ChaosRequest(_Request):

@@ -35,6 +35,10 @@ class RankRecord:
     detail: str = ""
     counted: bool = False
     """Its loss is in the metrics; one that only a notice evicted waits for the launcher to say the cause."""
+    given_up: bool = False
+    """It is dead, and the launcher does not start it again by itself."""
+    leaving: bool = False
+    """The service is being scaled down by it: it gets requests only when nobody else can take them."""
     paused: bool = False
     suspected_by: set[int] = field(default_factory=set)
     in_recovery: bool = False
@@ -57,6 +61,7 @@ class Tally:
     causes: dict[int, str]
     stayed: bool = True
     """Somebody was there before."""
+    left: list[int] = field(default_factory=list)
     requests_moved: int = 0
     reports: dict[Identity, m.Recovered] = field(default_factory=dict)
 
@@ -75,6 +80,7 @@ class Tally:
             trigger=self.trigger,
             lost=sorted(self.lost),
             joined=self.joined,
+            left=self.left,
             epoch=self.epoch,
             previous_epoch=self.previous_epoch,
             seconds={p: max((getattr(r.seconds, p) for r in waited), default=0.0) for p in PHASES},
@@ -105,8 +111,12 @@ class Balance:
 class Roster:
     """Every rank's state, from the messages of the ranks and the launcher."""
 
-    def __init__(self, ep_size: int) -> None:
-        self.ep_size = ep_size
+    def __init__(self, ep_size: int, places: int = 0) -> None:
+        """ep_size: the ranks that start, in the first of `places` (0: as many as that)."""
+        self.places = places or ep_size
+        self.in_use = tuple(range(ep_size))
+        """The places that an operator wants in use, ascending. A scaling changes it when it is done."""
+        self.scaling = False
         self.epoch = 0
         self.members: frozenset[Identity] = frozenset()
         self.records: dict[int, RankRecord] = {}
@@ -118,10 +128,17 @@ class Roster:
         self._all_paused = False
         self._unlike_all: set[int] = set()
         """Ranks of which an operator said last something else than of all ranks."""
+        self.ranks_needed = 1
+        """How many ranks' slots hold every expert, as the ranks say."""
         self._needed_epoch = 0
         """A member that has not adopted this epoch yet is in recovery."""
 
     # --- who is who
+
+    @property
+    def ep_size(self) -> int:
+        """How many ranks an operator wants."""
+        return len(self.in_use)
 
     def current(self, rank: int, incarnation: int) -> RankRecord | None:
         """The record of a living, known identity; None for anyone else: what such a one says is not heard."""
@@ -157,10 +174,16 @@ class Roster:
             return "suspected"
         if record.cannot_serve or record.in_recovery or record.adopted_epoch < self._needed_epoch:
             return "recovering"
+        if record.leaving:
+            return "leaving"
         return "paused" if record.paused else "healthy"
 
     def states(self) -> list[m.RankState]:
-        return [self.state(rank) for rank in range(self.ep_size)]
+        return [self.state(rank) for rank in self.shown()]
+
+    def shown(self) -> list[int]:
+        """The ranks that there are to show: the places in use, and others where a process still lives."""
+        return sorted({*self.in_use, *(rank for rank, record in self.records.items() if not record.dead)})
 
     def why_not_serving(self) -> str:
         """Why no rank can take a request; empty when one can."""
@@ -179,14 +202,17 @@ class Roster:
         return {
             "epoch": self.epoch,
             "ep_size": self.ep_size,
+            "max_ep_size": self.places,
+            "scaling": self.scaling,
             "vault": {
                 "state": self.vault.state, "pid": self.vault.pid, "restarts": self.vault.restarts,
                 "filled_bytes": self.vault.filled_bytes, "total_bytes": self.vault.total_bytes,
                 "reason": self.vault.reason,
             },
-            "ranks": [self._rank_status(rank) for rank in range(self.ep_size)],
+            "ranks": [self._rank_status(rank) for rank in self.shown()],
             "last_recovery": None if last is None else {
-                "trigger": last.trigger, "lost": last.lost, "epoch": last.epoch, "seconds": last.seconds,
+                "trigger": last.trigger, "lost": last.lost, "joined": last.joined, "left": last.left,
+                "epoch": last.epoch, "seconds": last.seconds,
                 "bytes_restored": by_kind(last.bytes_restored), "seconds_restored": by_kind(last.seconds_restored),
                 "requests_moved": last.requests_moved,
             },
@@ -194,7 +220,11 @@ class Roster:
 
     def reasons(self) -> dict[str, str]:
         """By rank, why it does not serve, where that is known. LOCAL."""
-        known = {str(rank): r.detail or r.cause or r.cannot_serve for rank, r in sorted(self.records.items())}
+        shown = self.shown()
+        known = {
+            str(rank): r.detail or r.cause or r.cannot_serve
+            for rank, r in sorted(self.records.items()) if rank in shown
+        }  # fmt: skip
         return {rank: reason for rank, reason in known.items() if reason}
 
     def _rank_status(self, rank: int) -> dict[str, Any]:
@@ -217,7 +247,7 @@ class Roster:
             return None, []
         if known is not None and identity == known.identity:
             return (None if known.dead else known), []
-        if not 0 <= identity.rank < self.ep_size:
+        if not 0 <= identity.rank < self.places:
             return None, []
         lost = [] if known is None or known.dead else [known.identity]
         self.records[identity.rank] = RankRecord(identity, paused=self.is_to_pause(identity.rank))
@@ -238,9 +268,10 @@ class Roster:
         return [*lost, identity]
 
     def given_up(self, message: m.GivenUp) -> None:
-        record = self.records.get(message.rank)
-        if record is not None and record.identity.incarnation == message.incarnation:
-            record.detail = message.reason
+        who = Identity(message.rank, message.incarnation)
+        record = self.records.setdefault(who.rank, RankRecord(who, dead=True))  # a new one, that nobody could start
+        if record.identity == who:
+            record.detail, record.given_up = message.reason, True
 
     def suspected(self, message: m.Suspected) -> None:
         by = self.current(message.rank, message.incarnation)
@@ -258,6 +289,7 @@ class Roster:
         if record is not None:
             record.adopted_epoch = max(record.adopted_epoch, message.epoch)
             record.kv_tokens = message.kv_tokens
+            self.ranks_needed = message.ranks_needed
             record.in_recovery, record.cannot_serve = False, ""
             for other in self.records.values():
                 other.suspected_by.discard(message.rank)
@@ -277,14 +309,23 @@ class Roster:
         for identity in sorted(before - self.members):
             record = self.current(*identity)
             if record is not None:
-                record.dead, record.cause = True, message.causes.get(identity.rank, "timeout")
+                left = identity.rank in message.left
+                record.dead, record.cause = True, "left" if left else message.causes.get(identity.rank, "timeout")
+                record.counted = left  # nothing was lost with it
                 lost.append(identity)
         if message.trigger != "start" and before:
-            gone = {i.rank for i in before - self.members} | set(message.lost)
+            gone = {i.rank for i in before - self.members} - set(message.left) | set(message.lost)
             joined = sorted(i.rank for i in self.members - before)
             stayed = bool(self.members & before)
             self.tally = Tally(
-                message.trigger, message.epoch, previous_epoch, gone, joined, dict(message.causes), stayed
+                message.trigger,
+                message.epoch,
+                previous_epoch,
+                gone,
+                joined,
+                dict(message.causes),
+                stayed,
+                sorted(message.left),
             )
         return lost
 

@@ -31,6 +31,7 @@ from phalanx.server.flight import (
     Request,
     RequestBroken,
     RouterError,
+    ToLauncher,
     ToRank,
     Unavailable,
 )
@@ -50,13 +51,14 @@ class Router:
 
     clock: monotonic seconds. max_running: sequences that one rank runs at once. max_queued: requests held beyond those.
     patience_s: how long requests in flight wait while no rank serves.
+    places: how many ranks there can be at most; 0: ep_size.
     """
 
     def __init__(
         self, ep_size: int, *, max_running: int, max_queued: int, patience_s: float, clock: Callable[[], float],
-        metrics: Metrics,
+        metrics: Metrics, places: int = 0,
     ) -> None:  # fmt: skip
-        self.roster = Roster(ep_size)
+        self.roster = Roster(ep_size, places)
         self.metrics = metrics
         self._max_running, self._max_queued, self._patience_s = max_running, max_queued, patience_s
         self._clock = clock
@@ -152,6 +154,26 @@ class Router:
             self._effects.append(ToRank(identity, m.Pause() if paused else m.Resume()))
         return [identity.rank for identity in told]
 
+    # --- the hands of `server.scaling`
+
+    def requests_on(self, identity: Identity) -> int:
+        """How many requests one identity has. LOCAL."""
+        return len(self._on.get(identity, ()))
+
+    def hand_over(self, identity: Identity) -> None:
+        """Give what a living rank has to others, which go on after the tokens that the clients have. LOCAL."""
+        for request_id in self._on.get(identity, ()):
+            self._effects.append(ToRank(identity, m.Abort(request_id=request_id)))
+        self._move([identity])
+
+    def tell(self, message: m.ToWorker | m.ToLauncher, to: Identity | None = None) -> None:
+        """Have a message sent, after all that was to be sent before it. `to` None: to the launcher. LOCAL."""
+        if isinstance(message, m.ToWorker):
+            assert to is not None
+            self._effects.append(ToRank(to, message))
+        else:
+            self._effects.append(ToLauncher(message))
+
     # --- the ranks' side
 
     def handle(self, message: m.ToServer) -> None:
@@ -176,7 +198,7 @@ class Router:
                 self._balanced(message)
             case m.CannotServe():
                 self.roster.cannot_serve(message)
-                self._tell_view(message.epoch, message.members)
+                self._tell_view(message.epoch, message.members, serving=False)
                 if message.epoch > self._mute_epoch and not self.roster.serving():
                     self._mute_epoch = message.epoch
                     self.metrics.recoveries.labels("failure", "cannot_serve").inc()
@@ -196,7 +218,7 @@ class Router:
         if self._report_by is not None and now >= self._report_by:
             self._close_tally("partial")
         states = self.roster.states()
-        if "healthy" in states or "paused" in states or not self._flights:
+        if {"healthy", "paused", "leaving"} & set(states) or not self._flights:
             self._troubled_since = None
         elif self._troubled_since is None:
             self._troubled_since = now
@@ -240,8 +262,9 @@ class Router:
         """The member with the fewest requests, then the fewest tokens, then the one that waited longest for its turn.
 
         A member in recovery is as good as any: it queues the request and runs it when it is through. A suspect is
-        taken only when nobody else is there."""
+        taken only when nobody else is there, and so is one that is to leave."""
         able = [r for r in self.roster.serving() if not r.paused]
+        able = [r for r in able if not r.leaving] or able
         able = [r for r in able if not r.suspected_by] or able
 
         def burden(record: RankRecord) -> tuple[int, int, int]:
@@ -411,18 +434,18 @@ class Router:
             self._close_tally("superseded")
         lost += self.roster.adopted(message)
         self._change(known, lost)
-        self._tell_view(message.epoch, message.members)
+        self._tell_view(message.epoch, message.members, serving=True)
         if newer:
             self._disturb(self.roster.epoch)
             if self.roster.tally is not None:
                 self._report_by = self._clock() + REPORT_PATIENCE_S
         self._place_held()
 
-    def _tell_view(self, epoch: int, members: list[m.MemberInfo]) -> None:
+    def _tell_view(self, epoch: int, members: list[m.MemberInfo], *, serving: bool) -> None:
         """The launcher hears of each view once, also of one that cannot serve: a rank that it evicted is replaced."""
         if members and epoch > self._told_epoch:
             self._told_epoch = epoch
-            self._effects.append(NewView(epoch, tuple(Identity(i.rank, i.incarnation) for i in members)))
+            self._effects.append(NewView(epoch, tuple(Identity(i.rank, i.incarnation) for i in members), serving))
 
     def _change(self, known: set[Identity], lost: list[Identity]) -> None:
         """After any change of who is there: meet the new, leave the lost, move what they had."""
@@ -445,7 +468,7 @@ class Router:
             self._moved = 0
 
     def _count(self, record: RankRecord) -> None:
-        if not record.counted:
+        if not record.counted and record.cause != "left":  # nothing is lost with one that was asked to end
             record.counted = True
             self.metrics.rank_failures.labels(record.cause).inc()
             self._effects.append(Lost(record.identity, record.cause, record.detail))

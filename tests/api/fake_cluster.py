@@ -250,7 +250,10 @@ class Cluster:
         """Say something as the launcher."""
         self._outbox.send(m.encode(message))
 
-    def meet(self, trigger: m.Trigger, lost: tuple[int, ...] = (), causes: dict[int, str] | None = None) -> None:
+    def meet(
+        self, trigger: m.Trigger, lost: tuple[int, ...] = (), causes: dict[int, str] | None = None,
+        left: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
         """The living agree on the next view and serve under it."""
         with self.lock:
             self.epoch += 1
@@ -261,7 +264,7 @@ class Cluster:
             for fake in self.alive.values():
                 fake.epoch = self.epoch
                 fake.say(m.Adopted(rank=fake.rank, incarnation=fake.incarnation, epoch=self.epoch, members=members,
-                                   trigger=trigger, lost=list(lost), causes=causes or {}))  # fmt: skip
+                                   trigger=trigger, lost=list(lost), causes=causes or {}, left=list(left)))  # fmt: skip
                 seconds = m.PhaseSeconds(detect=0.001 * (fake.rank + 1), total=0.05)
                 fake.say(m.Recovered(rank=fake.rank, incarnation=fake.incarnation, epoch=self.epoch, trigger=trigger,
                                      lost=list(lost), seconds=seconds, bytes_restored={"peer": 100},
@@ -275,6 +278,13 @@ class Cluster:
         if meet and self.alive:
             self.meet("failure", (rank,), {rank: "notice"})
         return dead
+
+    def leave(self, *ranks: int) -> list[FakeRank]:
+        """These ranks were told to: the others go on without them."""
+        with self.lock:
+            gone = [self.alive.pop(rank) for rank in ranks]
+        self.meet("scale", left=ranks)
+        return gone
 
     # --- waiting
 

@@ -26,13 +26,18 @@ class Tally:
     moved: int = 0
     rebalances: int = 0
     staged: int = 0
+    scaled_up: int = 0
+    """Ranks that came in because the service was scaled up."""
+    left: int = 0
+    """Ranks that left because it was scaled down."""
     kinds: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         return (
             f"{self.trials} trials: {self.deaths} deaths, {self.evictions} evictions, {self.recoveries} worlds, "
             f"{self.joins} joins, {self.moved} requests moved, {self.staged} experts staged, "
-            f"{self.rebalances} rebalances; " + ", ".join(f"{n} x {kind}" for kind, n in sorted(self.kinds.items()))
+            f"{self.rebalances} rebalances, {self.scaled_up} ranks added, {self.left} ranks left; "
+            + ", ".join(f"{n} x {kind}" for kind, n in sorted(self.kinds.items()))
         )
 
 
@@ -49,15 +54,19 @@ class Trial:
         ranks = rng.choice((2, 3, 4, 4, 5))
         experts = rng.choice((3, 4, 6))
         redundant = rng.choice((0, 1, experts))
+        starting = rng.choice((ranks, rng.randrange(1, ranks + 1)))
         self.cluster = Cluster(
             self.sim,
-            Shape(rng.choice((1, 2)), experts, ranks, experts, redundant),
+            Shape(rng.choice((1, 2)), experts, ranks, experts, redundant, starting),
             balance=Rules(window=4, interval=rng.choice((0, 2, 5)), min_gain=0.0, num_redundant=redundant),
             garbage=rng.choice((0.0, 0.1)),
             disk_read_s=rng.choice((0.0, 0.002, 0.008)),
             on_point=self._passed,
         )
-        self.spared = rng.randrange(ranks)
+        self.spared = rng.randrange(starting)
+        self._in_use = set(range(starting))
+        """The places that are wanted. Nobody is started again elsewhere."""
+        self._scalings_left = rng.choice((0, 0, 1, 2, 3))
         self._returns = rng.random() < 0.5
         self._notice = rng.choice(("early", "late", "never", "mixed"))
         self._named = {rng.choice(NAMED_POINTS): rng.choice((0.05, 0.2, 0.6)) for _ in range(rng.choice((0, 1, 2)))}
@@ -65,7 +74,7 @@ class Trial:
         self._last_freeze: dict[Process, float] = {}
 
     def run(self) -> None:
-        for rank in range(self.cluster.shape.ep_size):
+        for rank in sorted(self._in_use):
             self._start(rank, 0)
         requests = self.rng.choice((2, 4, 8))
         for _ in range(requests):
@@ -75,6 +84,8 @@ class Trial:
             )
         for _ in range(self._kills_left + 2):
             self.sim.after(self.rng.random() * 0.3, self._strike)
+        for _ in range(self._scalings_left):
+            self.sim.after(self.rng.random() * 0.3, self._scale)
         self._submitted = requests
         self.sim.after(0.31, self._end_when_done)
         self.sim.run()
@@ -82,13 +93,44 @@ class Trial:
 
     # --- the story
 
-    def _start(self, rank: int, incarnation: int) -> None:
-        process = self.cluster.start(rank, incarnation)
+    def _start(self, rank: int, incarnation: int, *, scaled: bool = False) -> None:
+        if rank not in self._in_use:
+            return
+        process = self.cluster.start(rank, incarnation, scaled=scaled)
         assert process.task is not None
         if rank != self.spared and self.rng.random() < 0.5:
             kill = self.rng.random() < 0.6
             action = (lambda: self._kill(process)) if kill else (lambda: self._freeze(process))
             process.task.points_left.append((self.rng.randrange(1, 400), action))
+
+    def _scale(self) -> None:
+        """An operator wants more ranks or fewer."""
+        if not self.cluster.worlds:
+            return
+        before = self._in_use
+        places = range(self.cluster.shape.ep_size)
+        self._in_use = {rank for rank in places if rank == self.spared or self.rng.random() < 0.5}
+        self.tally.kinds["scaling"] += 1
+        for rank in sorted(self._in_use - before):
+            last = [p.member.incarnation for p in self.cluster.processes if p.member.rank == rank]
+            self._bring(rank, max(last, default=0) + 1)
+        members = self.cluster.latest_members()
+        for process in self.cluster.processes:  # who has not come in yet is ended by the launcher
+            if process.alive and process.member.rank in before - self._in_use and process.member not in members:
+                self._end(process)
+        self.cluster.scale_down(before - self._in_use)
+
+    def _bring(self, rank: int, incarnation: int) -> None:
+        """Start a rank in a place whose last process may still be leaving: the launcher waits for its end."""
+        if any(p.alive and p.member.rank == rank for p in self.cluster.processes):
+            self.sim.after(0.01, lambda: self._bring(rank, incarnation))
+        else:
+            self._start(rank, incarnation, scaled=True)
+
+    def _end(self, process: Process) -> None:
+        process.declared = True
+        self.cluster.notices.declare_dead(process.member, "exit")
+        die(self.cluster, process)
 
     def _passed(self, process: Process, name: str) -> None:
         self.sim.point()
@@ -179,6 +221,8 @@ class Trial:
         tally.evictions += sum(p.evicted for p in self.cluster.processes)
         tally.recoveries += len(self.cluster.worlds)
         tally.joins += sum(p.member.incarnation > 0 and bool(p.epochs) for p in self.cluster.processes)
+        tally.scaled_up += sum(p.scaled and bool(p.epochs) for p in self.cluster.processes)
+        tally.left += sum(p.left for p in self.cluster.processes)
         tally.moved += self.cluster.router.moved
         tally.staged += self.cluster.moves
         tally.rebalances += len({a.world.epoch for _, a in self.cluster.adoptions if a.trigger == "rebalance"})

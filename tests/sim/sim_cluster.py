@@ -6,7 +6,7 @@ text depends on the bytes of every expert that its tokens pass, on their order, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,8 @@ from phalanx.elastic.balance import REBALANCE, Balancer, Rules
 from phalanx.elastic.planning import PlanHere
 from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.restore import DiskSource, PeerSource
-from phalanx.errors import Evicted, ExpertsLost, PeerLost, TooFewRanks, TooFewSlots
+from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, TooFewRanks, TooFewSlots
+from phalanx.messages import Trigger
 from phalanx.testing.faults import Faults
 from phalanx.world import Member, World
 
@@ -27,6 +28,9 @@ TOP_K = 2
 PRIME = 1_000_003
 JOIN = REBALANCE + 1
 """What a rank proposes when a newcomer asks to be let in."""
+LEAVE = JOIN + 1
+"""What a rank proposes that was told to leave."""
+TRIGGERS: dict[int, Trigger] = {REBALANCE: "rebalance", JOIN: "join", LEAVE: "scale"}
 PEER_TIMEOUT_S = 0.02
 HEARTBEAT_S = 0.01
 LIMITS = Limits(
@@ -214,6 +218,13 @@ class Process:
     evicted: bool = False
     long_silent: bool = False
     declared: bool = False
+    scaled: bool = False
+    """Started because the service was scaled up."""
+    leaving: tuple[tuple[int, int], ...] = ()
+    """With whom it was told to leave."""
+    deaf: bool = False
+    """What it is told does not reach it."""
+    left: bool = False
     epochs: list[int] = field(default_factory=list)
 
     @property
@@ -252,13 +263,20 @@ class Cluster:
         self._balance = balance or Rules(window=1, interval=0, min_gain=0.0, num_redundant=0)
         self.disk = SimDisk(sim, disk_read_s)
 
-    def start(self, rank: int, incarnation: int = 0) -> Process:
+    def scale_down(self, ranks: Iterable[int]) -> list[Process]:
+        """Tell the living processes of these ranks to leave, as a router does; returns them."""
+        going = [p for p in self.processes if p.alive and p.member.rank in set(ranks)]
+        for process in going:
+            process.leaving = tuple((p.member.rank, p.member.incarnation) for p in going)
+        return going
+
+    def start(self, rank: int, incarnation: int = 0, *, scaled: bool = False) -> Process:
         """Start a process, as a launcher does: it says so in the store when it is a newcomer."""
         if incarnation:
             self.store.coming(rank, incarnation)
         address = f"bank:{rank}.{incarnation}"
         member = Member(rank, incarnation, "here", 100 * rank + incarnation, f"sim:{rank}.{incarnation}", address)
-        process = Process(member)
+        process = Process(member, scaled=scaled)
         self.processes.append(process)
         process.task = self.sim.spawn(str(member), lambda: self._run(process))
         return process
@@ -294,17 +312,23 @@ class Cluster:
             load=balancer.load,
             prepared=balancer.prepared,
             step=lambda: engine.step_number,
+            scaled=process.scaled,
             faults=faults,
         )
         try:
             self._loop(process, comm, engine, recovery, balancer)
+        except Left:
+            process.left = True
+            assert process.leaving, f"{me} left, and nobody had told it to"
+            while True:  # its memory stays readable, until the launcher ends it
+                self.sim.sleep(0.01)
         except Evicted:
             process.evicted = True
             self._check_eviction(process)
 
     def _loop(self, process: Process, comm: SimComm, engine: Engine, recovery: Recovery, balancer: Balancer) -> None:
         """The worker's loop."""
-        rounds = 0
+        rounds, told = 0, False
         change: Change | None = Change("join" if process.member.incarnation else "start")
         if process.member.incarnation:
             recovery.prepare()
@@ -316,14 +340,19 @@ class Cluster:
                     engine.adopt(adoption)
                     balancer.adopted(adoption)
                     self.router.adopted(adoption.world)
+                    self._end_those_that_left(adoption.world)
                     change = None
                 engine.accept()
                 self._on_point(process, "step")
                 rounds += 1
                 asked = rounds % 4 == 0 and recovery.joiners()
-                idle, proposal = engine.step(JOIN if asked else balancer.proposal)
+                leave = bool(process.leaving) and not (told or process.deaf)
+                if leave:
+                    recovery.leave(process.leaving)
+                    told = True
+                idle, proposal = engine.step(LEAVE if leave else JOIN if asked else balancer.proposal)
                 if proposal:
-                    change = Change("rebalance" if proposal == REBALANCE else "join")
+                    change = Change(TRIGGERS[proposal])
                 balancer.work(engine.step_number)
                 self._reports(balancer)
                 if idle:
@@ -350,6 +379,17 @@ class Cluster:
         if not owner.alive:
             raise OSError(f"{address} is gone")
         return SimPeer(self.sim, self.wires.banks[address], self.garbage)
+
+    def _end_those_that_left(self, world: World) -> None:
+        """What a launcher does when it hears that a view serves."""
+        for process in self.processes:
+            if process.alive and process.leaving and process.member not in world.view:
+                self.sim.after(0.005 * self.sim.rng.random(), lambda process=process: self._end(process))
+
+    def _end(self, process: Process) -> None:
+        if process.alive:
+            self.notices.declare_dead(process.member, "exit")
+            die(self, process)
 
     # --- invariants
 
@@ -378,7 +418,7 @@ class Cluster:
             p.member.rank == process.member.rank and p.member.incarnation > process.member.incarnation
             for p in self.processes
         )
-        assert process.long_silent or process.declared or replaced, (
+        assert process.long_silent or process.declared or process.leaving or replaced, (
             f"{process.member} was evicted, though it was never silent for long"
         )
 

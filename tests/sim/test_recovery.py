@@ -25,7 +25,7 @@ class Story:
         self.sim = Scheduler(seed, max_time_s=20.0)
         self.at_point: dict[tuple[int, str], list[str]] = {}
         self.cluster = Cluster(self.sim, shape, limits=limits, on_point=self._passed)
-        self.ranks = [self.cluster.start(rank) for rank in range(shape.ep_size)]
+        self.ranks = [self.cluster.start(rank) for rank in range(shape.starting or shape.ep_size)]
 
     def requests(self, count: int = 4, length: int = 12) -> None:
         for n in range(count):

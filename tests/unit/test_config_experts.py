@@ -50,3 +50,32 @@ def test_slots_that_are_all_filled_leave_nothing_to_balance_with() -> None:
 def test_values_that_mean_nothing_are_refused_by_name(choices: dict[str, Any], flag: str) -> None:
     with pytest.raises(BadConfig, match=flag):
         slots(**choices)
+
+
+def test_a_service_that_may_shrink_has_slots_for_every_expert_at_its_smallest() -> None:
+    assert slots(max_ep_size=8) == 4
+    assert slots(max_ep_size=8, min_ranks=2) == 8
+    assert slots(max_ep_size=8, min_ranks=3, slots_per_rank=6) == 6
+    with pytest.raises(
+        BadConfig, match=r"--min-ranks 2, whose 12 slots .* raise --min-ranks to 3 or --slots-per-rank to 8"
+    ):
+        slots(max_ep_size=8, min_ranks=2, slots_per_rank=6)
+    assert slots(min_ranks=2, slots_per_rank=6) == 6, "without it fewer ranks wait for others, as ever"
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"max_ep_size": 3}, "--max-ep-size 3 is less than the --ep-size 4"),
+        ({"max_ep_size": -1}, "--max-ep-size must not be negative"),
+        ({"max_ep_size": 8, "elastic": False}, "--no-elastic"),
+    ],
+)
+def test_a_largest_size_that_makes_no_sense_is_refused(choices: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadConfig, match=words):
+        slots(**choices)
+
+
+def test_there_are_as_many_places_as_ranks_at_most() -> None:
+    assert ServeConfig(model="m", ep_size=4).places == 4
+    assert ServeConfig(model="m", ep_size=4, max_ep_size=9).places == 9

@@ -91,12 +91,13 @@ class Desk:
 
     def adopted(
         self, by: tuple[int, int], members: tuple[tuple[int, int], ...], trigger: m.Trigger = "failure",
-        causes: dict[int, str] | None = None, lost: tuple[int, ...] = (),
+        causes: dict[int, str] | None = None, lost: tuple[int, ...] = (), left: tuple[int, ...] = (),
+        ranks_needed: int = 1,
     ) -> None:  # fmt: skip
         infos = [m.MemberInfo(r, i, 100 + r, "localhost", "cpu") for r, i in members]
         self.hear(
             m.Adopted(rank=by[0], incarnation=by[1], epoch=self.epoch, members=infos, trigger=trigger,
-                      lost=list(lost), causes=causes or {})
+                      lost=list(lost), causes=causes or {}, left=list(left), ranks_needed=ranks_needed)
         )  # fmt: skip
 
     def hear(self, message: m.ToServer) -> None:
@@ -506,7 +507,9 @@ def test_a_recovery_is_the_slowest_rank_by_phase_and_the_sum_of_bytes(desk: Desk
     assert desk.router.roster.last_recovery.outcome == "partial"
     desk.hear(recovered(1, 2, 0.004, 50, [2]))
     last = desk.router.roster.status()["last_recovery"]
-    assert set(last) == {"trigger", "lost", "epoch", "seconds", "bytes_restored", "seconds_restored", "requests_moved"}
+    assert set(last) == {
+        "trigger", "lost", "joined", "left", "epoch", "seconds", "bytes_restored", "seconds_restored", "requests_moved",
+    }  # fmt: skip
     assert (last["trigger"], last["lost"], last["epoch"]) == ("failure", [2], 2)
     assert last["seconds"]["detect"] == 0.010
     assert last["bytes_restored"] == {"peer": 150, "vault": 0, "disk": 0}

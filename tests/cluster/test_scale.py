@@ -1,0 +1,123 @@
+"""Real processes that are added and taken away while clients stream: no request fails, and no text changes."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from streams import PROMPTS, SAMPLING, Streams
+
+from phalanx.testing.service import Service
+
+pytestmark = pytest.mark.cluster
+
+Unfailed = dict[str, list[Any]]
+Serve = Callable[..., Service]
+
+
+def scale(service: Service, size: int, **more: float) -> httpx.Response:
+    body = {"new_ep_size": size, **more}
+    return httpx.post(f"{service.url}/scale_elastic_ep", json=body, timeout=180)
+
+
+def apply(service: Service, instruction: str, **params: object) -> httpx.Response:
+    body = {"instruction": instruction, "params": params}
+    return httpx.post(f"{service.url}/fault_tolerance/apply", json=body, timeout=60)
+
+
+def arm(service: Service, rank: int, where: str) -> None:
+    """Have a rank kill itself when it comes to a point."""
+    body = {"kind": "kill", "rank": rank, "where": where}
+    assert httpx.post(f"{service.url}/chaos", json=body, timeout=60).status_code == 202
+
+
+def streaming(service: Service, kind: str) -> Streams:
+    running = Streams(service.url, PROMPTS, **SAMPLING[kind]).start()
+    running.wait_for_chunks(3)
+    return running
+
+
+def states(service: Service) -> dict[int, str]:
+    return {rank["rank"]: rank["state"] for rank in service.status()["ranks"]}
+
+
+def metric(service: Service, name: str, label: str) -> float:
+    text = httpx.get(f"{service.url}/metrics", timeout=60).text
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name) and label in line)
+
+
+def test_from_2_ranks_to_4_and_back_to_others_no_stream_changes(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(ep_size=2, max_ep_size=4, max_restarts=3)
+    assert (service.status()["ep_size"], service.status()["max_ep_size"]) == (2, 4)
+
+    running = streaming(service, "seeded")
+    answer = scale(service, 4)
+    assert (answer.status_code, answer.json()["ranks"]) == (200, [0, 1, 2, 3])
+    assert states(service) == dict.fromkeys(range(4), "healthy")
+    assert running.join() == unfailed["seeded"]
+
+    seen, running = service.lines, streaming(service, "greedy")
+    assert scale(service, 2, drain_timeout=0).status_code == 200
+    assert states(service) == {0: "healthy", 1: "healthy"}
+    assert running.join() == unfailed["greedy"]
+    for rank in (2, 3):
+        service.wait_for_line(rf"rank {rank}\.1 \(pid \d+\) ended: stopped", after=seen)
+    assert metric(service, "phalanx_requests_moved_total", "") > 0
+
+    seen, running = service.lines, streaming(service, "seeded")
+    assert scale(service, 3).status_code == 200  # the place that was left is taken again
+    assert apply(service, "scale_down", ranks=[0]).json()["ranks"] == [0]  # its streams may finish
+    service.wait_for_line(r"scaled from 3 to 2 ranks", after=seen)
+    assert states(service) == {1: "healthy", 2: "healthy"}
+    assert running.join() == unfailed["seeded"]
+    assert metric(service, "phalanx_recoveries_total", 'trigger="scale"') >= 4
+    assert metric(service, "phalanx_rank_failures_total", "") == 0
+    assert not re.search(r"WARNING|ERROR", service.log), service.log
+
+
+def test_deaths_while_the_service_is_scaled_change_neither_the_end_nor_a_stream(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve("kill@join:rank=2:incarnation=1", ep_size=2, max_ep_size=4, max_restarts=100)
+    running = streaming(service, "seeded")
+    assert scale(service, 4).status_code == 200  # one of the two new ranks dies on its way in
+    assert states(service) == dict.fromkeys(range(4), "healthy")
+    assert running.join() == unfailed["seeded"]
+
+    running = streaming(service, "greedy")
+    arm(service, 1, "roll_call")
+    arm(service, 3, "replan")
+    answer = scale(service, 2, drain_timeout=0)  # one that stays and one that leaves die
+    assert answer.status_code == 200, answer.text
+    assert running.join() == unfailed["greedy"]
+    assert states(service).keys() == {0, 1}
+
+    seen, running = service.lines, streaming(service, "seeded")
+    service.signal(1, signal.SIGKILL)  # a scaling up while a dead rank is on its way back
+    assert scale(service, 3).status_code == 200
+    assert running.join() == unfailed["seeded"]
+    service.wait_for_line(r"rank 2\.\d+ came in", after=seen)
+    assert service.status()["ep_size"] == 3
+
+
+def test_a_rank_that_does_not_start_ends_the_scaling_and_one_that_leaves_gives_its_experts_away(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve("raise@start:rank=3", ep_size=2, max_ep_size=4, max_restarts=1, expert_backup="none")
+    answer = scale(service, 4)
+    assert answer.status_code == 500
+    assert "rank 3 does not start" in answer.json()["error"]["message"]
+    assert "InjectedFault" in answer.json()["error"]["message"]
+    assert states(service) == dict.fromkeys(range(3), "healthy")
+    running = streaming(service, "seeded")
+    seen = service.lines
+    assert apply(service, "scale_down", ranks=[0, 2], drain_timeout=0).status_code == 202
+    service.wait_for_line(r"scaled from 3 to 1 ranks", after=seen)
+    assert states(service) == {1: "healthy"}
+    assert running.join() == unfailed["seeded"]
+    restored = service.status()["last_recovery"]["bytes_restored"]
+    assert (restored["vault"], restored["disk"], restored["peer"] > 0) == (0, 0, True), "nobody else has them"
