@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from phalanx.errors import BadConfig
+from phalanx.wire import split_address
 
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["cpu"]
@@ -66,6 +67,17 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How often a rank that died is started again within `restart_window_s`; 0: never."""
     restart_window_s: float = 60.0
     threads_per_rank: int = 1
+
+    # hosts
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str = ""
+    """HOST:PORT at which the first host (`node_rank` 0) listens for the launchers of the others."""
+    node_host: str = ""
+    """The address under which other hosts reach this one; "": the one that it has towards the first host."""
+    cluster_token_file: str = ""
+    elastic_ep_rejoin: bool = False
+    """A start that finds no cluster is an error."""
 
     # engine limits
     max_model_len: int = 0
@@ -170,7 +182,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Raise BadConfig for values that contradict themselves. LOCAL."""
         at_least_one = (
             "ep_size", "min_ranks", "threads_per_rank", "max_num_seqs", "max_num_batched_tokens", "block_size",
-            "max_queued_requests", "eplb_window", "vault_copies",
+            "max_queued_requests", "eplb_window", "vault_copies", "nnodes",
         )  # fmt: skip
         for field in at_least_one:
             if getattr(self, field) < 1:
@@ -194,6 +206,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.places > self.ep_size and not self.elastic:
             raise BadConfig("--max-ep-size is of no use with --no-elastic: leave one of them out")
+        self._check_hosts()
         if not 0 <= self.port <= 65535:
             raise BadConfig(f"--port must lie between 0 and 65535, not {self.port}")
         if self.roll_call_timeout_s <= self.peer_timeout_s:
@@ -201,6 +214,24 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"--roll-call-timeout ({self.roll_call_timeout_s} s) must be longer than --peer-timeout "
                 f"({self.peer_timeout_s} s) and the longest step, or a slow rank is evicted: raise it"
             )
+
+    def _check_hosts(self) -> None:
+        if self.nnodes > self.ep_size:
+            raise BadConfig(
+                f"--ep-size {self.ep_size} leaves some of the hosts of --nnodes {self.nnodes} without a rank: raise it"
+            )
+        if not 0 <= self.node_rank < self.nnodes:
+            raise BadConfig(
+                f"--node-rank must lie between 0 and {self.nnodes - 1} (--nnodes {self.nnodes}), not {self.node_rank}"
+            )
+        if self.nnodes > 1:
+            try:
+                split_address(self.dist_init_addr)
+            except ValueError:
+                raise BadConfig(
+                    f"--dist-init-addr {self.dist_init_addr!r} must be HOST:PORT, an address of the first host, the "
+                    "same on all"
+                ) from None
 
 
 def _flag(field: str) -> str:

@@ -1,11 +1,10 @@
-"""The launcher: one a host. It spawns server and workers, watches them, tells everybody who died, and starts the dead
-again.
+"""The launcher of the first host: it spawns the server and a crew, decides who is started again, and tells everybody
+who died.
 
-A worker's end is seen through its pidfd within a millisecond. The first thing that happens then is one word on the
-notice board, which every survivor reads in its waits; only after that comes anything slow. A dead rank gets another
-process, the next incarnation, which prepares alone and asks the others to be let in. Nothing here waits for anything
-but the next event. The launcher also owns the store in which the ranks agree, so it must live: docs/failures.md says
-what that means.
+A dead rank gets another process, the next incarnation, which prepares alone and asks the others to be let in. Nothing
+here waits for anything but the next event. This launcher also owns the store in which the ranks agree, so it must live:
+docs/failures.md says what that means. Other hosts have a launcher that only obeys (`agent`); to this one their ranks
+are ranks like its own, a little further away.
 """
 
 from __future__ import annotations
@@ -20,40 +19,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
+from phalanx import __version__
 from phalanx import messages as m
-from phalanx.comm.notices import NoticeBoard
 from phalanx.config import ServeConfig
-from phalanx.custodian import Custodian
+from phalanx.crew import STOP_PATIENCE_S, STOPPED, UNBORN, Crew, wait_until
 from phalanx.errors import BadConfig
-from phalanx.nursery import Born, Nursery
-from phalanx.process import (
-    EXIT_EVICTED,
-    EXIT_STOPPED,
-    VaultSpec,
-    WorkerSpec,
-    adopt_orphans,
-    last_words,
-    launcher_endpoint,
-    server_endpoint,
-)
-from phalanx.remains import reap_strangers, remove_files, stale_keys
+from phalanx.hosts.muster import Events, Muster
+from phalanx.hosts.places import Terms, next_incarnation
+from phalanx.hosts.talk import NoticeCause
+from phalanx.process import adopt_orphans, launcher_endpoint, server_endpoint, wake_on_signals
+from phalanx.remains import stale_keys
 from phalanx.restarts import Barren, Restarts
-from phalanx.world import Member
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 log = logging.getLogger("phalanx.launcher")
-
-STOP_PATIENCE_S = 5.0
-"""How long a process may take to end after it was asked to, before it is killed."""
 
 FIRST_WORLD = "world/1"
 """The store's key for the outcome of the first meeting (`elastic.agree`)."""
@@ -64,19 +51,15 @@ COMING = "coming/{}"
 EVICTION_GRACE_S = 1.0
 """An evicted process that can still run finds out and ends by itself; one that has not by then is killed."""
 
-BIRTH_TICK_S = 1.0
-"""How often it is looked whether a nursery that owes a worker still answers."""
-
 
 @dataclass
 class Worker:
-    """One incarnation of a rank, as the launcher sees it."""
+    """One incarnation of a rank, from the moment it is asked for."""
 
     rank: int
     incarnation: int
-    pid: int
-    pidfd: int
-    born_s: float
+    pid: int = 0
+    born_s: float = 0.0
     alive: bool = True
     masked: bool = False
     called_back: bool = False
@@ -105,71 +88,75 @@ def bind(config: ServeConfig) -> socket.socket:
 
 
 class Launcher:
-    """Runs one service on this host from its start to its end."""
+    """Runs one service from its start to its end."""
 
-    def __init__(self, config: ServeConfig, listener: socket.socket, faults: str = "") -> None:
+    def __init__(self, config: ServeConfig, listener: socket.socket, faults: str = "", *, model: str = "") -> None:
+        """model: what other hosts' models must equal (`hosts.places.Terms`)."""
         self.config = config
-        self._faults = faults
         self._stopping = False
         self._exit_code = 0
+        self._why = "it was asked to stop"
         self._run_dir = tempfile.mkdtemp(prefix="phalanx-")
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._workers: dict[int, Worker] = {}
-        self._by_pidfd: dict[int, Worker] = {}
+        """The newest incarnation of each rank."""
         self._restarts = Restarts(config.max_restarts if config.elastic else 0, config.restart_window_s)
         self._due: dict[int, float] = {}
         """When a dead rank is to be started again. Until the ranks have met for the first time nobody is."""
-        self._coming: set[int] = set()
-        """Ranks whose next process is asked for and not there yet."""
-        self._barren = Barren()
+        self._barren = {node: Barren() for node in range(config.nnodes)}
+        """By host: ranks that cannot be started because no process can be forked there."""
         self._in_use = set(range(config.ep_size))
         """The places where the dead are started again: those that an operator wants."""
         self._added: set[int] = set()
         """Those of them that were vacant and whose process is not in yet."""
         self._epoch = 0
         adopt_orphans()
-        self._wake, wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # the wake-up pipe carries it into the loop
+        self._wake = wake_on_signals()
+        self._others = self._muster(model)
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.bind(launcher_endpoint(self._run_dir))
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.setsockopt(zmq.LINGER, 500)
         self._outbox.connect(server_endpoint(self._run_dir))
         self._server, self._server_pidfd = self._start_server(listener)
-        self._nursery = Nursery()
-        self._notices = NoticeBoard.create(config.places)
+        self._crew = Crew(
+            config, self._run_dir, self._poller, self._hear_of_worker, site=self._others.site, faults=faults
+        )  # fmt: skip
         self._store = self._start_store()
-        self._vault = Custodian(config, self._tell)
+
+    def _muster(self, model: str) -> Muster:
+        events = Events(self._host_joined, self._host_lost, self._hear_of_worker, self._deaths)
+        try:
+            return Muster(
+                self.config, Terms.of(self.config, __version__, model), self._run_dir, self._poller, events
+            )  # fmt: skip
+        except BaseException:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+            raise
 
     # --- life
 
     def run(self) -> int:
         """Serve until asked to stop; the exit code. LOCAL, blocks."""
         try:
-            for source in (self._wake, self._server_pidfd, self._nursery.fd, self._inbox):
+            for source in (self._wake, self._server_pidfd, self._inbox):
                 self._poller.register(source, zmq.POLLIN)
-            for rank in range(self.config.ep_size):
-                self._ask_for(rank, incarnation=0)
-            self._fill_vault()
+            self._crew.begin(self._store.port)
+            self._others.open(self._store.port)
+            self._tell_hosts()
+            for rank in self._in_use.intersection(self._others.places.ranks_of(0)):
+                self._start(rank)
             while not self._stopping:
                 self._serve_events(dict(self._poller.poll(self._patience_ms())))
                 self._do_what_is_due(time.monotonic())
-                if not self._nursery.waiting:  # otherwise a newborn may not be known yet
-                    reap_strangers({self._server.pid, self._nursery.pid, self._vault.pid, *self._pids})
             return self._exit_code
         finally:
             self._shut_down()
 
     def _serve_events(self, events: dict[object, int]) -> None:
-        self._bury(events)  # deaths before anything else
-        if self._nursery.fd in events:
-            self._collect()
-        if self._vault.pidfd in events:
-            self._poller.unregister(self._vault.pidfd)
-            self._vault.buried()
+        self._crew.serve(events)  # deaths before anything else
+        self._others.serve(events)
         if self._wake in events:
             os.read(self._wake, 64)
             log.info("asked to stop: finishing streams for at most %.0f s", self.config.drain_timeout_s)
@@ -178,8 +165,7 @@ class Launcher:
             code = self._server.wait()
             self._stopping = True
             if code != 0:
-                log.error("the HTTP server ended with exit code %s: stopping the service", code)
-                self._exit_code = 1
+                self._fail(f"the HTTP server ended with exit code {code}: stopping the service")
         if self._inbox in events:
             self._drain_inbox()
 
@@ -199,9 +185,11 @@ class Launcher:
                     case m.ViewChanged(epoch=epoch, members=members, serving=serving):
                         self._hear_view(epoch, set(members), serving)
                     case m.ShutDown(reason=reason):
-                        log.error("the service cannot go on: %s", reason)
-                        self._exit_code = 1
-                        self._stopping = True
+                        self._fail(f"the service cannot go on: {reason}")
+
+    def _fail(self, why: str) -> None:
+        log.error("%s", why)
+        self._why, self._exit_code, self._stopping = why, 1, True
 
     # --- children
 
@@ -224,121 +212,70 @@ class Launcher:
 
         return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
 
-    def _ask_for(self, rank: int, incarnation: int) -> None:
-        """Have a worker forked; `_collect` takes it in when it is there."""
-        spec = WorkerSpec(
-            config=self.config,
-            rank=rank,
-            incarnation=incarnation,
-            run_dir=self._run_dir,
-            store_host="127.0.0.1",
-            store_port=self._store.port,
-            notices=self._notices.address,
-            launcher_pid=os.getpid(),
-            vault=self._vault.address,
-            faults=self._faults,
-            scaled=rank in self._added,
-            asked_s=time.monotonic(),
-        )
-        self._coming.add(rank)
+    def _start(self, rank: int) -> None:
+        """Have the next process of a rank started on its host; `_hear_of_worker` is told when it is there."""
+        last = self._workers.get(rank)
+        incarnation = next_incarnation(last.incarnation if last else None, self._have_met())
         if incarnation:
+            log.info("rank %d is started, as %d.%d", rank, rank, incarnation)
             self._store.set(COMING.format(rank), str(incarnation))
-        self._nursery.ask(spec)
+        self._workers[rank] = Worker(rank, incarnation)
+        self._hands(rank).start(rank, incarnation, scaled=rank in self._added)
 
-    def _collect(self) -> None:
-        """Take in who was born. A nursery that died meanwhile was replaced."""
-        before = self._nursery.fd
-        for born in self._nursery.collect():
-            self._take_in(born)
-        if self._nursery.fd != before or self._nursery.failed:
-            self._poller.unregister(before)
-            if self._nursery.failed:
-                self._nobody_is_born()
-            else:
-                self._poller.register(self._nursery.fd, zmq.POLLIN)
+    def _hands(self, rank: int) -> Crew | Muster:
+        """Whoever looks after a rank's process."""
+        return self._crew if self._others.places.host_of(rank) == 0 else self._others
 
-    def _nobody_is_born(self) -> None:
-        self._vault.nobody_is_born()
-        owed = {spec.rank: spec for spec in self._nursery.forsake()}
-        self._coming -= owed.keys()
-        for rank, spec in owed.items():
-            if rank not in self._workers:  # the others must not wait for it
-                self._workers[rank] = Worker(rank, spec.incarnation, 0, -1, time.monotonic(), alive=False)
-                self._notices.declare_dead(rank, spec.incarnation, "exit")
-                self._tell(m.Died(rank=rank, incarnation=spec.incarnation, cause="exit", detail="it never started"))
-        self._wait_for_a_nursery(owed.keys())
+    def _have_met(self) -> bool:
+        return self._epoch > 0 or self._store.check([FIRST_WORLD])
 
-    def _wait_for_a_nursery(self, ranks: Iterable[int]) -> None:
-        for rank in list(ranks):
-            self._due.pop(rank, None)
-            reason = self._barren.add([rank], time.monotonic())
-            self._give_up(self._workers[rank], reason)
+    # --- what is heard of workers and hosts
 
-    def _revive_nursery(self) -> None:
-        log.info("trying again to start the process that forks workers")
-        self._nursery.revive()
-        self._poller.register(self._nursery.fd, zmq.POLLIN)
-        self._due |= dict.fromkeys(self._barren.take(), time.monotonic())
+    def _hear_of_worker(self, report: m.Spawned | m.Died | m.VaultState) -> None:
+        match report:
+            case m.Spawned(rank=rank, incarnation=incarnation):
+                worker = self._current(rank, incarnation)
+                if worker is None:
+                    return
+                worker.pid, worker.born_s = report.pid, time.monotonic()
+                self._barren[self._others.places.host_of(rank)].born()
+                if incarnation:
+                    worker.doomed_s = worker.born_s + self.config.warmup_timeout_s + self.config.roll_call_timeout_s
+                if rank not in self._in_use:
+                    self._retire(worker)
+            case m.Died(cause=cause):
+                if cause == UNBORN:
+                    self._unborn(report)
+                else:
+                    self._died(report)
+                return
+        self._tell(report)
 
-    def _take_in(self, born: Born) -> None:
-        if isinstance(born.spec, VaultSpec):
-            self._vault.born(born.pid, born.pidfd)
-            self._poller.register(born.pidfd, zmq.POLLIN)
+    def _current(self, rank: int, incarnation: int) -> Worker | None:
+        """A living worker, when it is the newest of its rank; None for those that count as dead already."""
+        worker = self._workers.get(rank)
+        return worker if worker is not None and worker.alive and worker.incarnation == incarnation else None
+
+    def _died(self, report: m.Died) -> None:
+        """A worker's process is gone. The board of its own host says so already."""
+        if self._hands(report.rank) is self._others:
+            self._crew.notice(report.rank, report.incarnation, "exit")
+        self._others.notice(report.rank, report.incarnation, "exit")
+        worker = self._current(report.rank, report.incarnation)
+        if worker is not None and worker.retired and report.detail == STOPPED:
+            report = msgspec.structs.replace(report, cause="left")
+        self._tell(report)
+        if worker is None:
             return
-        rank, incarnation = born.spec.rank, born.spec.incarnation
-        worker = Worker(rank, incarnation, born.pid, born.pidfd, time.monotonic())
-        if incarnation:
-            worker.doomed_s = worker.born_s + self.config.warmup_timeout_s + self.config.roll_call_timeout_s
-        self._coming.discard(rank)
-        self._barren.born()
-        self._workers[rank] = self._by_pidfd[worker.pidfd] = worker
-        self._poller.register(worker.pidfd, zmq.POLLIN)
-        self._tell(m.Spawned(rank=rank, incarnation=incarnation, pid=born.pid))
-        if rank not in self._in_use:
-            self._retire(worker)
-
-    def _bury(self, events: dict[object, int]) -> None:
-        for fd in [fd for fd in events if fd in self._by_pidfd]:
-            self._buried(self._by_pidfd[fd])
-
-    def _fill_vault(self) -> None:
-        spec = VaultSpec(
-            config=self.config,
-            run_dir=self._run_dir,
-            store_host="127.0.0.1",
-            store_port=self._store.port,
-            notices=self._notices.address,
-            launcher_pid=os.getpid(),
-            vault=self._vault.address,
-            faults=self._faults,
-        )
-        self._vault.start(spec, self._nursery.ask)
-
-    def _buried(self, worker: Worker) -> None:
-        """A worker's process is gone: tell the survivors first, then find out why, then tell the server."""
         worker.alive = False
-        self._notices.declare_dead(worker.rank, worker.incarnation, "operator" if worker.masked else "exit")
-        self._poller.unregister(worker.pidfd)
-        del self._by_pidfd[worker.pidfd]
-        os.close(worker.pidfd)
-        cause, detail = self._autopsy(worker)
-        remove_files(self._run_dir, worker.rank, worker.incarnation)
-        cause = "left" if worker.retired and detail == "stopped" else cause
-        log.log(
-            logging.INFO if self._stopping or worker.retired else logging.WARNING,
-            "rank %d.%d (pid %d) ended: %s", worker.rank, worker.incarnation, worker.pid, detail,
-        )  # fmt: skip
-        self._tell(m.Died(rank=worker.rank, incarnation=worker.incarnation, cause=cause, detail=detail))
         if self._stopping:
             return
-        if not self._by_pidfd and not self._coming and not self._store.check([FIRST_WORLD]):
-            log.error("no rank lived to the first meeting: stopping the service")
-            self._exit_code, self._stopping = 1, True
+        if not self._anybody() and not self._have_met():
+            self._fail("no rank lived to the first meeting: stopping the service")
         elif worker.rank not in self._in_use:
             log.info("rank %d is out of use", worker.rank)
         elif not self.config.elastic:
-            log.error("a rank is gone and --no-elastic is set: stopping the service")
-            self._exit_code, self._stopping = 1, True
+            self._fail("a rank is gone and --no-elastic is set: stopping the service")
         elif worker.called_back:
             self._start_by_hand(worker.rank)
         elif worker.masked:
@@ -346,13 +283,85 @@ class Launcher:
         elif worker.retired:  # its place is wanted again already
             self._due[worker.rank] = time.monotonic()
         else:
-            self._plan_restart(worker, detail)
+            self._plan_restart(worker, report.detail)
+
+    def _unborn(self, report: m.Died) -> None:
+        """A process that was asked for cannot be forked: nobody ever had this name, so the next one may."""
+        worker = self._current(report.rank, report.incarnation)
+        if worker is None:
+            return
+        worker.alive = False
+        if worker.incarnation:
+            worker.incarnation -= 1
+        else:  # the others must not wait for it
+            self._notice(worker.rank, 0, "exit")
+            self._tell(m.Died(rank=worker.rank, incarnation=0, cause="exit", detail="it never started"))
+        self._wait_for_a_nursery(worker)
+
+    def _wait_for_a_nursery(self, worker: Worker) -> None:
+        barren = self._barren[self._others.places.host_of(worker.rank)]
+        self._give_up(worker, barren.add([worker.rank], time.monotonic()))
+
+    def _anybody(self) -> bool:
+        """Whether a worker lives, or is coming."""
+        return any(worker.alive for worker in self._workers.values())
+
+    def _notice(self, rank: int, incarnation: int, cause: NoticeCause) -> None:
+        """Everybody's waits are to know of a death."""
+        self._crew.notice(rank, incarnation, cause)
+        self._others.notice(rank, incarnation, cause)
+
+    def _deaths(self) -> list[tuple[int, int, NoticeCause]]:
+        """The last death of each rank, as a new notice board is to have it."""
+        board = self._crew.board
+        return [(rank, int(dead), board.cause(rank)) for rank, dead in enumerate(board.dead_words) if dead >= 0]
+
+    def _host_joined(self, node_rank: int, host: str) -> None:
+        ranks = self._others.places.ranks_of(node_rank)
+        self._tell(m.HostState(node_rank=node_rank, host=host, state="alive", ranks=ranks))
+        self._barren[node_rank] = Barren()
+        for rank in self._in_use.intersection(ranks) if not self._stopping else ():
+            self._restarts.forget(rank)
+            if rank not in self._workers and not self._have_met():
+                self._start(rank)
+            else:
+                self._due[rank] = time.monotonic()
+
+    def _host_lost(self, node_rank: int, reason: str) -> None:
+        """All its ranks are dead in one moment: first the boards, then the rest."""
+        ranks = self._others.places.ranks_of(node_rank)
+        gone = [worker for rank in ranks if (worker := self._workers.get(rank)) is not None and worker.alive]
+        for worker in gone:
+            worker.alive = False
+            self._notice(worker.rank, worker.incarnation, "host")
+        for rank in ranks:
+            self._due.pop(rank, None)
+        level = logging.INFO if self._stopping else logging.WARNING
+        log.log(level, "lost host %d (ranks %s): %s", node_rank, ranks, reason)
+        self._tell(
+            m.HostState(
+                node_rank=node_rank, state="lost", ranks=ranks, reason=reason,
+                lost=[(worker.rank, worker.incarnation) for worker in gone],
+            )
+        )  # fmt: skip
+        if self._stopping:
+            return
+        if not self.config.elastic:
+            self._fail("a host is gone and --no-elastic is set: stopping the service")
+
+    def _tell_hosts(self) -> None:
+        """The server is to know all hosts from the start."""
+        site, places = self._others.site, self._others.places
+        for node in range(self.config.nnodes):
+            state: m.HostPhase = "waiting" if node else "alive"
+            host = "" if node else site.host if site else "localhost"
+            self._tell(m.HostState(node_rank=node, host=host, state=state, ranks=places.ranks_of(node)))
 
     # --- the dead come back
 
     def _plan_restart(self, worker: Worker, last_words: str) -> None:
         now = time.monotonic()
-        delay_s = self._restarts.delay_s(worker.rank, now - worker.born_s, now)
+        delay_s = self._restarts.delay_s(worker.rank, now - (worker.born_s or now), now)
         if delay_s is None:
             again = ("scaling up again",) if worker.rank in self._added else ()
             self._give_up(worker, self._restarts.why_not(last_words, *again))
@@ -365,25 +374,20 @@ class Launcher:
         self._tell(m.GivenUp(rank=worker.rank, incarnation=worker.incarnation, reason=reason))
 
     def _start_by_hand(self, rank: int) -> None:
-        worker = self._workers.get(rank)
+        worker, node = self._workers.get(rank), self._others.places.host_of(rank)
         if worker is not None and worker.alive and (worker.masked or (worker.member and worker.doomed_s is not None)):
             log.warning("rank %d will be started again by an operator when its process has ended", rank)
             worker.called_back = True
             return
-        if worker is None or worker.alive or rank in self._coming or rank not in self._in_use:
+        if worker is None or worker.alive or rank not in self._in_use:
             log.warning("rank %d is not dead: nothing to do", rank)
+            return
+        if node and not self._others.is_in(node):
+            log.warning("rank %d cannot be started: its host %d is not there", rank, node)
             return
         log.warning("rank %d is started again by an operator", rank)
         self._restarts.forget(rank)
-        self._due[rank] = time.monotonic()
-        if self._nursery.failed:
-            self._revive_nursery()
-
-    @property
-    def _pids(self) -> list[int]:
-        return [worker.pid for worker in self._by_pidfd.values()]
-
-    # --- scaling
+        self._due |= dict.fromkeys({rank, *self._barren[node].take()}, time.monotonic())
 
     def _use(self, ranks: set[int]) -> None:
         """An operator wants these places in use, and no others. Members that are to go leave by a view change first:
@@ -393,11 +397,11 @@ class Launcher:
         for rank in gone:
             self._due.pop(rank, None)
             worker = self._workers.get(rank)
-            if worker is not None and worker.alive and not worker.member:
+            if worker is not None and worker.alive and worker.pid and not worker.member:
                 self._retire(worker)
         for rank in new:
-            worker = self._workers.setdefault(rank, Worker(rank, 0, 0, -1, time.monotonic(), alive=False))
-            if not worker.alive and rank not in self._coming:
+            worker = self._workers.get(rank)
+            if worker is None or not worker.alive:
                 self._restarts.forget(rank)
                 self._due[rank] = time.monotonic()
 
@@ -405,8 +409,8 @@ class Launcher:
         """Ask a process to end whose place is not in use, also one that was stopped."""
         worker.retired = True
         worker.doomed_s = time.monotonic() + STOP_PATIENCE_S
-        signal.pidfd_send_signal(worker.pidfd, signal.SIGTERM)
-        signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            self._hands(worker.rank).signal(worker.rank, worker.incarnation, number)
 
     def _hear_view(self, epoch: int, members: set[tuple[int, int]], serving: bool) -> None:
         """Who is in, as the ranks agreed. A process that is evicted has no right to anything, and its place is needed.
@@ -418,7 +422,9 @@ class Launcher:
         newest = {worker.rank: worker.incarnation for worker in self._workers.values()}
         for key in stale_keys(self._store.list_keys(), epoch, newest):
             self._store.delete_key(key)
-        for worker in self._by_pidfd.values():
+        for worker in self._workers.values():
+            if not worker.alive:
+                continue
             if (worker.rank, worker.incarnation) in members:
                 worker.member, worker.doomed_s = True, None
                 self._added.discard(worker.rank)
@@ -430,130 +436,95 @@ class Launcher:
 
     def _patience_ms(self) -> int | None:
         """Until when an event is waited for; None: for ever."""
-        now = time.monotonic()
         due = [*self._due.values()] if self._epoch else []
-        due += [worker.doomed_s for worker in self._by_pidfd.values() if worker.doomed_s is not None]
-        due += [now + BIRTH_TICK_S] if self._nursery.waiting and not self._nursery.failed else []
-        due += [self._barren.again_s] if self._barren.again_s is not None else []
-        return int(1000 * max(0.0, min(due) - now)) + 1 if due else None
+        due += [w.doomed_s for w in self._workers.values() if w.alive and w.doomed_s is not None]
+        wanted = [self._crew.due_s(), self._others.due_s(), *(barren.again_s for barren in self._barren.values())]
+        due += [at for at in wanted if at is not None]
+        return int(1000 * max(0.0, min(due) - time.monotonic())) + 1 if due else None
 
     def _do_what_is_due(self, now: float) -> None:
-        if self._nursery.failed and not self._by_pidfd and not self._stopping:
-            log.error("no worker is left, and none can be started: stopping the service")
-            self._exit_code, self._stopping = 1, True
-        if self._barren.again_s is not None and now >= self._barren.again_s and not self._stopping:
-            self._revive_nursery()
-        if self._nursery.waiting and not self._nursery.failed:
-            self._collect()  # also finds a nursery that hangs
-        for worker in self._by_pidfd.values():
-            if worker.doomed_s is not None and now >= worker.doomed_s:
+        self._others.tick(now)
+        self._crew.tick({self._server.pid})
+        if self._crew.failed and not self._anybody() and not self._stopping:
+            self._fail("no worker is left, and none can be started: stopping the service")
+        for barren in self._barren.values():
+            if barren.again_s is not None and now >= barren.again_s and not self._stopping:
+                self._due |= dict.fromkeys(barren.take(), now)
+        for worker in self._workers.values():
+            if worker.alive and worker.doomed_s is not None and now >= worker.doomed_s:
                 worker.doomed_s = None
                 why = "was evicted and does not end" if worker.member else "did not come in in time"
                 why = "was asked to end and does not" if worker.retired else why
                 log.warning("killing rank %d.%d (pid %d): it %s", worker.rank, worker.incarnation, worker.pid, why)
-                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-        ripe = [rank for rank, at in self._due.items() if now >= at and self._epoch and not self._stopping]
-        if self._nursery.failed:
-            self._wait_for_a_nursery(ripe)
-            return
-        for rank in ripe:
+                self._hands(worker.rank).signal(worker.rank, worker.incarnation, signal.SIGKILL)
+        for rank in [rank for rank, at in self._due.items() if now >= at and self._epoch and not self._stopping]:
             del self._due[rank]
-            incarnation = self._workers[rank].incarnation + 1
-            log.info("rank %d is started, as %d.%d", rank, rank, incarnation)
-            self._ask_for(rank, incarnation)
+            node = self._others.places.host_of(rank)
+            if node and not self._others.is_in(node):
+                log.warning("rank %d cannot be started: its host %d is not there", rank, node)
+            elif self._barren[node].again_s is not None:
+                self._wait_for_a_nursery(self._workers.setdefault(rank, Worker(rank, 0, alive=False)))
+            else:
+                self._start(rank)
 
-    def _autopsy(self, worker: Worker) -> tuple[str, str]:
-        try:
-            _, status = os.waitpid(worker.pid, 0)
-        except ChildProcessError:
-            return "exit", "its exit status is unknown"
-        code = os.waitstatus_to_exitcode(status)
-        if code < 0:
-            return "signal", f"killed by {_signal_name(-code)}"
-        if code == EXIT_STOPPED:
-            return "exit", "stopped"
-        if code == EXIT_EVICTED:
-            return "evicted", "the others had gone on without it"
-        with contextlib.suppress(OSError):
-            path = last_words(self._run_dir, worker.rank, worker.incarnation)
-            with open(path, encoding="utf-8") as file:
-                return "exception", file.read().strip()
-        return "exception", f"exit code {code}"
+    # --- an operator's hand
 
     def _signal(self, rank: int, number: signal.Signals) -> None:
         worker = self._workers.get(rank)
-        if worker is None or not worker.alive:
+        if worker is None or not worker.alive or not worker.pid:
             log.warning("no live process in rank %d to send %s to", rank, number.name)
             return
         log.warning("sending %s to rank %d (pid %d), as asked", number.name, rank, worker.pid)
-        signal.pidfd_send_signal(worker.pidfd, number)
+        self._hands(rank).signal(rank, worker.incarnation, number)
 
     def _mask(self, rank: int) -> None:
         """An operator takes a rank out: to its peers it is dead from this word on, and it exits when it reads it."""
         worker = self._workers.get(rank)
-        if worker is None or not worker.alive:
+        if worker is None or not worker.alive or not worker.pid:
             log.warning("no live process in rank %d to mask", rank)
             return
         log.warning("rank %d.%d is masked by an operator", rank, worker.incarnation)
         worker.masked = True
-        self._notices.declare_dead(rank, worker.incarnation, "operator")
-        self._notices.poke([Member(w.rank, w.incarnation, pid=w.pid) for w in self._workers.values() if w.alive])
+        self._notice(rank, worker.incarnation, "operator")
 
-    def _tell(self, message: m.Spawned | m.Died | m.GivenUp | m.VaultState) -> None:
+    def _tell(self, message: m.Spawned | m.Died | m.GivenUp | m.VaultState | m.HostState) -> None:
         with contextlib.suppress(zmq.Again):
             self._outbox.send(m.encode(message), zmq.NOBLOCK)
 
     # --- end
 
     def _shut_down(self) -> None:
-        self._stopping = True
-        if self._nursery.fd in self._poller:
-            self._poller.unregister(self._nursery.fd)  # nobody is welcomed any more
-        if self._vault.pidfd >= 0:
-            self._poller.unregister(self._vault.pidfd)
-        self._vault.close()  # those who mapped it keep it
+        self._stopping = self._crew.stopping = True
+        self._crew.close_nursery()
         if self._server.poll() is None:
             self._server.terminate()
-            if not self._await(lambda: self._server.poll() is not None, self.config.drain_timeout_s + STOP_PATIENCE_S):
+            if not wait_until(
+                lambda: self._server.poll() is not None, self._turn, self.config.drain_timeout_s + STOP_PATIENCE_S
+            ):
                 log.error("the HTTP server did not end in time: killing it")
                 self._server.kill()
                 self._server.wait()
         self._poller.unregister(self._server_pidfd)
-        self._nursery.close()
-        for worker in self._workers.values():
-            if worker.alive:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGTERM)
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)  # a stopped one must be able to hear it
-        self._await(lambda: not self._by_pidfd, STOP_PATIENCE_S)
-        for worker in list(self._by_pidfd.values()):
-            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-            self._buried(worker)
+        self._others.end(self._why, failed=self._exit_code != 0)
+        self._crew.close(self._turn)
+        wait_until(lambda: self._others.empty, self._turn, STOP_PATIENCE_S)
+        self._others.close()
         self._context.destroy(linger=0)
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
-    def _await(self, done: Callable[[], bool], patience_s: float) -> bool:
-        """Wait for an end, and go on telling who dies meanwhile: streams that are to finish are still moved. False
-        when it does not come in time, or when asked to stop once more."""
-        deadline = time.monotonic() + patience_s
-        while not done():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            events = dict(self._poller.poll(int(left * 1000) + 1))
-            self._bury(events)
-            if self._inbox in events:
-                self._drain_inbox()
-            if self._wake in events:
-                os.read(self._wake, 64)
-                log.warning("asked to stop once more: waiting no longer")
-                return False
+    def _turn(self, seconds: float) -> bool:
+        """Wait for an event on the way to the end, and go on telling who dies meanwhile: streams that are to finish are
+        still moved. False when asked to stop once more."""
+        due = self._others.due_s()
+        patience = seconds if due is None else min(seconds, max(0.0, due - time.monotonic()))
+        events = dict(self._poller.poll(int(patience * 1000) + 1))
+        self._crew.bury(events)
+        self._others.serve(events)
+        self._others.tick(time.monotonic())
+        if self._inbox in events:
+            self._drain_inbox()
+        if self._wake in events:
+            os.read(self._wake, 64)
+            log.warning("asked to stop once more: waiting no longer")
+            return False
         return True
-
-
-def _signal_name(number: int) -> str:
-    """Most real-time signals have no name of their own."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -15,6 +15,7 @@ Trigger = Literal["start", "failure", "join", "rebalance", "scale", "operator"]
 RankState = Literal["healthy", "suspected", "dead", "recovering", "rejoining", "paused", "leaving"]
 FinishReason = Literal["stop", "length", "abort"]
 VaultPhase = Literal["off", "filling", "full", "short", "given_up"]
+HostPhase = Literal["alive", "lost", "waiting"]
 FaultKind = Literal["kill", "stop", "raise"]
 
 
@@ -86,8 +87,8 @@ class Stop(Message, frozen=True):
 
 
 class Knock(Message, frozen=True):
-    """A newcomer asks to be let in (`elastic.agree`): look at who asks, and meet. Sent by the newcomer itself; a hint,
-    which may be lost or come twice."""
+    """A newcomer asks to be let in (`elastic.agree`): look at who asks, and meet. Sent by the newcomer itself, to
+    members on its host directly, to others by way of the server; a hint, which may be lost or come twice."""
 
     rank: int
     incarnation: int
@@ -277,7 +278,8 @@ class Spawned(Message, frozen=True):
 
 
 class Died(Message, frozen=True):
-    """The process is gone. cause: exit | signal | exception | evicted | left (its place was no longer in use)."""
+    """The process is gone. cause: exit | signal | exception | evicted | left (its place was no longer in use)
+    | host (its host is lost)."""
 
     rank: int
     incarnation: int
@@ -297,14 +299,27 @@ class VaultState(Message, frozen=True):
     """How the vault of a host is. Its process sends it while it fills; the launcher when there is none any more.
 
     filled_bytes of total_bytes: weights. restarts: how often its process was started again. short: it waits, because
-    the host has little memory left."""
+    the host has little memory left. node_rank: the host's number."""
 
     state: VaultPhase
+    node_rank: int = 0
     pid: int = 0
     restarts: int = 0
     filled_bytes: int = 0
     total_bytes: int = 0
     reason: str = ""
+
+
+class HostState(Message, frozen=True):
+    """How a host is, with all its ranks. waiting: it was never there. lost: (rank, incarnation) of the processes that
+    were alive on it; they died in one moment."""
+
+    node_rank: int
+    state: HostPhase
+    ranks: list[int]
+    host: str = ""
+    reason: str = ""
+    lost: list[tuple[int, int]] = []
 
 
 class Suspected(Message, frozen=True):
@@ -329,6 +344,8 @@ ToServer = (
     | GivenUp
     | Suspected
     | VaultState
+    | HostState
+    | Knock
 )
 
 

@@ -68,7 +68,11 @@ class Nursery:
         command = [sys.executable, "-m", "phalanx.nursery", str(theirs.fileno()), str(os.getpid())]
         # A session of its own: a Ctrl-C in the terminal is the launcher's to hear, not that of an import under way.
         self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ},  # a lost store is ours to tell, in one line
         )
         theirs.close()
         mine.setblocking(False)

@@ -113,6 +113,15 @@ def call_myself(name: str) -> None:
         file.write(name)
 
 
+def wake_on_signals() -> int:
+    """From now on SIGTERM and SIGINT do nothing but make the returned file descriptor readable. LOCAL."""
+    wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return wake
+
+
 def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:

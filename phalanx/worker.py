@@ -422,14 +422,20 @@ class Mail:
                 yield m.to_worker_decoder.decode(self._inbox.recv(zmq.NOBLOCK))
 
     def knock(self, view: View, me: Member) -> None:
-        """Tell the members of a view that `me` asks to be let in. LOCAL: who is not there does not hear it."""
+        """Tell the members of a view that `me` asks to be let in; those on other hosts by way of the server. LOCAL: who
+        is not there does not hear it."""
+        knock = m.Knock(rank=me.rank, incarnation=me.incarnation)
         for member in view.members:
+            if member.host != me.host:
+                continue
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, KNOCK_LINGER_MS)
             socket.connect(worker_endpoint(self._run_dir, member.rank, member.incarnation))
             with contextlib.suppress(zmq.Again):
-                socket.send(m.encode(m.Knock(rank=me.rank, incarnation=me.incarnation)), zmq.NOBLOCK)
+                socket.send(m.encode(knock), zmq.NOBLOCK)
             socket.close()
+        if any(member.host != me.host for member in view.members):
+            self.send(knock)
 
     @property
     def wake_fd(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -77,6 +78,12 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--heartbeat-interval", "Seconds between empty steps of an idle service.", type=float)
 @_option("--drain-timeout", "Seconds for streams to finish when the service is asked to stop.", type=float)
 @_option("--request-patience", "Seconds a request waits while no rank can serve it.", type=float)
+@_option("--nnodes", "Hosts over which the ranks are spread.", type=int)
+@_option("--node-rank", "Which of them this one is; 0 has the HTTP server and must live.", type=int)
+@_option("--dist-init-addr", "HOST:PORT of the first host, at which the others find it.")
+@_option("--node-host", "Address under which other hosts reach this one (by default the one used towards the first).")
+@_option("--cluster-token-file", "File with the secret that all hosts share.", type=click.Path())
+@click.option("--elastic-ep-rejoin", is_flag=True, help="Come back to a running cluster: an error when there is none.")
 @_option("--host", "Address to listen on.")
 @_option("--port", "Port to listen on (0: any free one).", type=int)
 @click.option("--api-key", default="", envvar="PHALANX_API_KEY", help="Key that clients must send.", show_default=False)
@@ -117,18 +124,25 @@ def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
     from phalanx.observe.log import set_up_logging
 
     config.check()
-    _check_model(config)
+    model = _check_model(config)
+    from phalanx.agent import Agent
     from phalanx.launcher import Launcher, bind
     from phalanx.testing import faults
 
-    set_up_logging(config.log_level, config.log_format, "launcher")
+    planned = faults.from_environment() if config.enable_chaos else ""
+    set_up_logging(
+        config.log_level, config.log_format, f"launcher {config.node_rank}" if config.nnodes > 1 else "launcher"
+    )
     for note in notes:
         log.info("%s", note)
-    return Launcher(config, bind(config), faults.from_environment() if config.enable_chaos else "").run()
+    if config.node_rank:
+        return Agent(config, planned, model=model).run()
+    return Launcher(config, bind(config), planned, model=model).run()
 
 
-def _check_model(config: ServeConfig) -> None:
-    """Raise for all that ranks and server would find wrong with the model, or with these flags for it. LOCAL."""
+def _check_model(config: ServeConfig) -> str:
+    """Raise for all that ranks and server would find wrong with the model, or with these flags for it; else a digest of
+    its shape, which is to be the same on each host. LOCAL."""
     from phalanx.elastic.fabric import chosen
     from phalanx.model.loader import Checkpoint
     from phalanx.observe.events import EventLog
@@ -141,3 +155,4 @@ def _check_model(config: ServeConfig) -> None:
     chosen(config)
     ModelText(config.model, config.chat_template)
     EventLog(config.events_file).close()
+    return hashlib.sha256(repr(model).encode()).hexdigest()

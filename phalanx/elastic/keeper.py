@@ -285,6 +285,7 @@ class Report:
 
     def __init__(self, spec: VaultSpec, vault: Vault) -> None:
         self._vault, self._restarts = vault, spec.incarnation
+        self._node_rank = spec.site.node_rank if spec.site else 0
         shape = vault.shape
         self._total = shape.weight_bytes
         self._filled = vault.filled_bytes
@@ -331,7 +332,7 @@ class Report:
             m.encode(
                 m.VaultState(
                     state=state, pid=os.getpid(), restarts=self._restarts, filled_bytes=self._filled,
-                    total_bytes=self._total, reason=reason,
+                    total_bytes=self._total, reason=reason, node_rank=self._node_rank,
                 )
             )
         )  # fmt: skip

@@ -7,7 +7,7 @@ means stands in docs/metrics.md; a test holds that page and this file equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -50,7 +50,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._loads: dict[tuple[int, int], Load] = {}
-        self._vault_starts = 0
+        self._vault_starts: dict[int, int] = {}
         self._described: list[tuple[str, str, tuple[str, ...]]] = []
         self._requests()
         self._ranks()
@@ -81,6 +81,7 @@ class Metrics:
         self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache")
 
     def _elasticity(self) -> None:
+        self.hosts_alive = self._gauge("hosts_alive", "Hosts whose launcher is there")
         self.ranks_alive = self._gauge("ranks_alive", "Members of the view that live")
         self.view_epoch = self._gauge("view_epoch", "Epoch of the newest view")
         self.rank_failures = self._counters("rank_failures", "Ranks lost", "cause")
@@ -168,12 +169,14 @@ class Metrics:
         for phase, seconds in recovery.seconds.items():
             self.recovery_seconds.labels(phase).observe(seconds)
 
-    def vault(self, state: VaultState) -> None:
-        """How the vault is."""
-        self._vault_filled.set(state.filled_bytes)
-        self._vault_total.set(state.total_bytes)
-        self._vault_restarts.inc(max(0, state.restarts - self._vault_starts))
-        self._vault_starts = max(self._vault_starts, state.restarts)
+    def vaults(self, states: Mapping[int, VaultState]) -> None:
+        """How the vaults are, by host: bytes of all hosts together."""
+        self._vault_filled.set(sum(state.filled_bytes for state in states.values()))
+        self._vault_total.set(sum(state.total_bytes for state in states.values()))
+        for node, state in states.items():
+            seen = self._vault_starts.get(node, 0)
+            self._vault_restarts.inc(max(0, state.restarts - seen))
+            self._vault_starts[node] = state.restarts
 
     def described(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """Name as scraped (histograms without their suffixes), type and labels of every metric. LOCAL."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
+
 from phalanx import messages as m
 from phalanx.observe.events import PHASES, SOURCES, Recovery, by_kind
 
@@ -124,7 +126,8 @@ class Roster:
         """The recovery in hand."""
         self.last_recovery: Recovery | None = None
         self.balance = Balance()
-        self.vault = m.VaultState(state="off")
+        self.hosts: dict[int, m.HostState] = {}
+        self.vaults: dict[int, m.VaultState] = {}
         self._all_paused = False
         self._unlike_all: set[int] = set()
         """Ranks of which an operator said last something else than of all ranks."""
@@ -204,11 +207,14 @@ class Roster:
             "ep_size": self.ep_size,
             "max_ep_size": self.places,
             "scaling": self.scaling,
-            "vault": {
-                "state": self.vault.state, "pid": self.vault.pid, "restarts": self.vault.restarts,
-                "filled_bytes": self.vault.filled_bytes, "total_bytes": self.vault.total_bytes,
-                "reason": self.vault.reason,
-            },
+            "vault": self._vault_status(0),
+            "hosts": [
+                {
+                    "node_rank": node, "host": host.host, "state": host.state, "ranks": host.ranks,
+                    "reason": host.reason, "vault": self._vault_status(node),
+                }
+                for node, host in sorted(self.hosts.items())
+            ],
             "ranks": [self._rank_status(rank) for rank in self.shown()],
             "last_recovery": None if last is None else {
                 "trigger": last.trigger, "lost": last.lost, "joined": last.joined, "left": last.left,
@@ -216,6 +222,13 @@ class Roster:
                 "bytes_restored": by_kind(last.bytes_restored), "seconds_restored": by_kind(last.seconds_restored),
                 "requests_moved": last.requests_moved,
             },
+        }  # fmt: skip
+
+    def _vault_status(self, node_rank: int) -> dict[str, Any]:
+        vault = self.vaults.get(node_rank, m.VaultState(state="off"))
+        return {
+            "state": vault.state, "pid": vault.pid, "restarts": vault.restarts, "filled_bytes": vault.filled_bytes,
+            "total_bytes": vault.total_bytes, "reason": vault.reason,
         }  # fmt: skip
 
     def reasons(self) -> dict[str, str]:
@@ -266,6 +279,18 @@ class Roster:
         if identity in self.members:
             self._needed_epoch = max(self._needed_epoch, self.epoch + 1)
         return [*lost, identity]
+
+    def host_state(self, message: m.HostState) -> list[Identity]:
+        """A host came, or went with all its ranks at once."""
+        before = self.hosts.get(message.node_rank)
+        if before is not None and not message.host:
+            message = msgspec.structs.replace(message, host=before.host)
+        self.hosts[message.node_rank] = message
+        if message.state == "lost" and message.node_rank in self.vaults:
+            self.vaults[message.node_rank] = m.VaultState(state="off", node_rank=message.node_rank)
+        detail = f"host {message.node_rank} is lost: {message.reason}"
+        deaths = (m.Died(rank=r, incarnation=i, cause="host", detail=detail) for r, i in message.lost)
+        return [identity for death in deaths for identity in self.died(death)]
 
     def given_up(self, message: m.GivenUp) -> None:
         who = Identity(message.rank, message.incarnation)

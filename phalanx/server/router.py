@@ -181,12 +181,8 @@ class Router:
         match message:
             case m.Stepped():
                 self._stepped(message)
-            case m.Spawned():
-                self._spawned(message)
-            case m.Died():
-                self._died(message)
-            case m.GivenUp():
-                self.roster.given_up(message)
+            case m.Spawned() | m.Died() | m.GivenUp() | m.HostState() | m.VaultState():
+                self._hear_launcher(message)
             case m.Adopted():
                 self._adopted(message)
             case m.Suspected():
@@ -207,9 +203,8 @@ class Router:
                 self._place_held()
             case m.Rejected():
                 self._rejected(message)
-            case m.VaultState():
-                self.roster.vault = message
-                self.metrics.vault(message)
+            case m.Knock():
+                self._pass_on(message)
         self._gauge()
 
     def expire(self) -> None:
@@ -398,6 +393,20 @@ class Router:
             self._drop(flight, abort=False)
             flight.request.sink.fail(RankRefused(message.reason))
 
+    def _hear_launcher(self, message: m.Spawned | m.Died | m.GivenUp | m.HostState | m.VaultState) -> None:
+        match message:
+            case m.Spawned():
+                self._spawned(message)
+            case m.Died():
+                self._died(message)
+            case m.GivenUp():
+                self.roster.given_up(message)
+            case m.HostState():
+                self._hear_host(message)
+            case m.VaultState():
+                self.roster.vaults[message.node_rank] = message
+                self.metrics.vaults(self.roster.vaults)
+
     def _spawned(self, message: m.Spawned) -> None:
         known = self._known()
         record, lost = self.roster.meet(Identity(message.rank, message.incarnation))
@@ -407,16 +416,34 @@ class Router:
 
     def _died(self, message: m.Died) -> None:
         known = self._known()
-        late = self.roster.records.get(message.rank)
-        lost = self.roster.died(message)
-        if late is not None and late.dead and late.identity == (message.rank, message.incarnation):
-            self._count(late)  # evicted before the launcher could say why
+        self._bury(known, self.roster.died(message), [Identity(message.rank, message.incarnation)])
+
+    def _hear_host(self, message: m.HostState) -> None:
+        """All ranks of a lost host are lost before any request moves, so that none moves from one to another."""
+        known = self._known()
+        lost = self.roster.host_state(message)
+        self._bury(known, lost, [Identity(*name) for name in message.lost])
+        self.metrics.hosts_alive.set(sum(host.state == "alive" for host in self.roster.hosts.values()))
+        self.metrics.vaults(self.roster.vaults)
+
+    def _bury(self, known: set[Identity], lost: list[Identity], named: Iterable[Identity]) -> None:
+        """After deaths, of which `lost` were news."""
+        for identity in named:
+            late = self.roster.records.get(identity.rank)
+            if late is not None and late.dead and late.identity == identity and identity not in lost:
+                self._count(late)  # evicted before the launcher could say why
         was_member = any(i in self.roster.members for i in lost)
         self._change(known, lost)
         if was_member:
             self._disturb(self.roster.epoch + 1)
         if self.roster.tally is not None and self._reported():
             self._close_tally("complete")
+
+    def _pass_on(self, knock: m.Knock) -> None:
+        """A newcomer cannot reach the members of other hosts by itself."""
+        for record in self.roster.serving():
+            if record.identity.rank != knock.rank:
+                self._effects.append(ToRank(record.identity, knock))
 
     def _reported(self) -> bool:
         tally = self.roster.tally

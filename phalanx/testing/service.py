@@ -31,9 +31,17 @@ class Service:
 
     model: the checkpoint's directory; "" when the flags name it."""
 
-    def __init__(self, model: str, *flags: str, env: dict[str, str] | None = None, echo: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        echo: bool = False,
+        within: Sequence[str] = (),
+    ) -> None:
+        """within: put before the command, `testing.netns` say."""
         named = [model] if model else []
-        self._command = [sys.executable, "-m", "phalanx", "serve", *named, "--port", "0", *flags]
+        self._command = [*within, sys.executable, "-m", "phalanx", "serve", *named, "--port", "0", *flags]
         self._env = {**os.environ, **(env or {})}
         self._echo = echo
         self._lines: list[str] = []
@@ -43,13 +51,21 @@ class Service:
 
     def start(self) -> Service:
         """Start the process and wait until it has said where it listens."""
+        return self.launch().find_url()
+
+    def find_url(self) -> Service:
+        """Wait until it has said where it listens."""
+        self.url = self.wait_for_line(LISTENING, timeout_s=60).group(1)
+        return self
+
+    def launch(self) -> Service:
+        """Start the process: all there is to wait for when it is one of the further hosts, which serve no HTTP."""
         self.process = subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env=self._env, start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.wait_for_line(LISTENING, timeout_s=60).group(1)
         return self
 
     def wait_ready(self, timeout_s: float = 120) -> Service:
