@@ -37,6 +37,9 @@ class Peers:
         self._reached: dict[int, Peer] = {}
         self.members: dict[int, Member] = {}
         self.lost: dict[int, tuple[str, float]] = {}
+        self.live: list[Peer] = []
+        self.streams: list[StreamPeer] = []
+        self.sources: list[Peer | None] = []
         self._regroup()
 
     @property
@@ -125,10 +128,9 @@ class Peers:
 
     def _regroup(self) -> None:
         """Write down who is sent to and awaited, after any change of the mask."""
-        self.live: list[Peer] = [peer for rank, peer in sorted(self._reached.items()) if rank not in self.lost]
-        self.streams: list[StreamPeer] = [peer for peer in self.live if isinstance(peer, StreamPeer)]
-        self.sources: list[Peer | None] = [*self.live, None]
-        self.sources.sort(key=lambda peer: peer.rank if peer else self.rank)
+        self.live = [peer for rank, peer in sorted(self._reached.items()) if rank not in self.lost]
+        self.streams = [peer for peer in self.live if isinstance(peer, StreamPeer)]
+        self.sources = sorted([*self.live, None], key=lambda peer: peer.rank if peer else self.rank)
         self.hangups = select.poll()
         for peer in self.live:
             if isinstance(peer, PeerSegment):

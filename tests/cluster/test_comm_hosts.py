@@ -247,6 +247,7 @@ def test_a_rank_killed_in_the_middle_of_a_frame_leaves_the_others_exact(passes: 
             got = node.comm.dispatch(torch.ones(4, HIDDEN, dtype=node.comm.dtype), slots.contiguous())
             node.comm.combine(torch.ones(got.row_M.numel(), HIDDEN, dtype=node.comm.dtype), got)
         node.tell_status()
+        node.comm.interrupt(2)  # who had everything goes on into a collective for which the others do not come
         node.adopt()
         for round_ in range(3):
             check_exchange(node, 3, round_, dead={1})
@@ -260,7 +261,9 @@ def test_a_rank_killed_in_the_middle_of_a_frame_leaves_the_others_exact(passes: 
         ranks.meet(1)
         ranks.bury(1)
         others = [0, 2, 3]
-        assert [ranks.hear(rank)["causes"] for rank in others] == [{"1": "notice"}] * 3
+        causes = [ranks.hear(rank)["causes"] for rank in others]
+        assert {"1": "notice"} in causes
+        assert all(cause in ({}, {"1": "notice"}) for cause in causes), causes
         ranks.meet(2, others)
         assert [ranks.hear(rank) for rank in others] == [CLEAN] * 3
 
