@@ -150,6 +150,7 @@ def test_a_stream_that_broke_is_made_anew_when_the_next_view_has_its_peer() -> N
             impostor.say(barrier(epoch))
             assert ranks.hear(0) == CLEAN
             ranks.meet(epoch + 1, tell=[0])
+            impostor.hear(tags.tag_of(epoch + 1, 1, tags.BARRIER))
             impostor.hang_up()
             assert ranks.hear(0)["causes"] == {"1": "notice"}
 
