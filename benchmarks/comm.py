@@ -3,11 +3,12 @@
     python benchmarks/comm.py --json
 
 Measured on 4 ranks of one host: an exchange of `--pair-kb` a pair by `CpuCommunicator` (a dispatch in which every
-token goes to one rank, and a combine) and by a gloo group, alternating in blocks; the same with `--work-ms` of
-compute before each exchange, where the ideal is ranks * work / cores; the price of elasticity, as the dispatch and
-combine with guards and a notice board against those without, alternating too; and the CPU time of one dispatch and
-one combine at `--tokens` tokens when nobody has to wait. Absolute figures depend on the machine and on its load; the
-ratios less.
+token goes to one rank, and a combine) and by a gloo group, alternating in blocks; the same between ranks that take
+each other for other hosts and so use TCP, over loopback, each rank alone (`tcp`) or two to a host (`mixed`); the same
+with `--work-ms` of compute before each exchange, where the ideal is ranks * work / cores; the price of elasticity, as
+the dispatch and combine with guards and a notice board against those without, alternating too; and the CPU time of one
+dispatch and combine at `--tokens` tokens when nobody has to wait. gloo uses TCP over loopback, too. Absolute figures
+depend on the machine and on its load; the ratios less.
 """
 
 from __future__ import annotations
@@ -31,9 +32,20 @@ import torch.distributed as dist
 from phalanx.comm.base import Dispatched
 from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.notices import NoticeBoard
+from phalanx.wire import Site
 from phalanx.world import Member, View
 
 HIDDEN = 512  # 1 KB a row in bfloat16
+
+COMMUNICATORS = 6
+"""Of each rank."""
+
+HOSTS: dict[str, Callable[[int], str]] = {
+    "shm": lambda rank: "all",
+    "tcp": lambda rank: f"host {rank}",
+    "mixed": lambda rank: f"host {rank // 2}",
+}
+"""Where ranks believe to be."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,12 @@ class Bench:
         shape = {"max_tokens": R * plan.pair_kb, "hidden": HIDDEN, "top_k": 1, "slots_per_rank": 1}
         wide = shape | {"max_tokens": plan.tokens, "top_k": 8, "slots_per_rank": 8}
         self.exchange = self._comm(shape, board)
+        self.tcp, self.mixed = self._comm(shape, board, "tcp"), self._comm(shape, board, "mixed")
         self.guarded, self.bare = self._comm(wide, board), self._comm(wide, "")
+        self.tcp_layer = self._comm(wide, board, "tcp")
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=R)
 
-    def _comm(self, shape: dict[str, int], board: str) -> CpuCommunicator:
+    def _comm(self, shape: dict[str, int], board: str, links: str = "shm") -> CpuCommunicator:
         comm = CpuCommunicator(
             self.rank,
             self.plan.ranks,
@@ -67,10 +81,12 @@ class Bench:
             peer_timeout_s=60.0,
             notices=NoticeBoard.open(board) if board else None,
             elastic=bool(board),
+            site=None if links == "shm" else Site(node_rank=0, host="127.0.0.1", token=b"of this benchmark"),
             **shape,
         )
         self.parent.send(comm.address)
-        members = (Member(rank, 0, comm_address=address) for rank, address in enumerate(self.parent.recv()))
+        where = HOSTS[links]
+        members = (Member(rank, 0, where(rank), comm_address=a) for rank, a in enumerate(self.parent.recv()))
         comm.adopt(View(1, self.plan.ranks, tuple(members)))
         return comm
 
@@ -91,11 +107,15 @@ class Bench:
 
         calls: dict[str, tuple[float, Callable[[], object]]] = {
             "exchange": (0.0, lambda: self.exchange.dispatch(x_TD, slots_TK)),
+            "exchange_tcp": (0.0, lambda: self.tcp.dispatch(x_TD, slots_TK)),
+            "exchange_mixed": (0.0, lambda: self.mixed.dispatch(x_TD, slots_TK)),
             "gloo": (0.0, lambda: dist.all_to_all_single(out, x_TD)),
             "exchange_with_work": (plan.work_ms, lambda: self.exchange.dispatch(x_TD, slots_TK)),
+            "exchange_tcp_with_work": (plan.work_ms, lambda: self.tcp.dispatch(x_TD, slots_TK)),
             "gloo_with_work": (plan.work_ms, lambda: dist.all_to_all_single(out, x_TD)),
             "layer_elastic": (0.0, lambda: layer(self.guarded)),
             "layer_bare": (0.0, lambda: layer(self.bare)),
+            "layer_tcp": (0.0, lambda: layer(self.tcp_layer)),
         }
         took: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(plan.blocks):
@@ -176,7 +196,7 @@ def measure(plan: Plan) -> dict[str, list[float]]:
         ]
         for process in processes:
             process.start()
-        for _ in range(3):
+        for _ in range(COMMUNICATORS):
             addresses = [ours.recv() for ours, _ in pipes]
             for ours, _ in pipes:
                 ours.send(addresses)
@@ -203,6 +223,9 @@ def summary(plan: Plan, took: dict[str, list[float]]) -> dict[str, Any]:
         "us": us,
         "own_cpu_us": own_cpu_us(plan),
         "gloo_over_exchange_p50": round(us["gloo"]["p50"] / us["exchange"]["p50"], 2),
+        "gloo_over_exchange_tcp_p50": round(us["gloo"]["p50"] / us["exchange_tcp"]["p50"], 2),
+        "exchange_tcp_over_shm_p50": round(us["exchange_tcp"]["p50"] / us["exchange"]["p50"], 2),
+        "layer_tcp_over_shm_p50": round(us["layer_tcp"]["p50"] / us["layer_elastic"]["p50"], 2),
         "gloo_over_exchange_with_work_p50": round(us["gloo_with_work"]["p50"] / us["exchange_with_work"]["p50"], 2),
         "exchange_with_work_over_ideal_p50": round(us["exchange_with_work"]["p50"] / ideal, 3),
         "elastic_over_bare_p50": round(us["layer_elastic"]["p50"] / us["layer_bare"]["p50"], 3),
@@ -225,12 +248,12 @@ def main(as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(result))
         return
     for name, values in result["us"].items():
-        click.echo(f"{name:20} p50 {values['p50']:8.1f}  p90 {values['p90']:8.1f}  p99 {values['p99']:8.1f} us")
+        click.echo(f"{name:22} p50 {values['p50']:8.1f}  p90 {values['p90']:8.1f}  p99 {values['p99']:8.1f} us")
     for name, value in result["own_cpu_us"].items():
         click.echo(f"{'own CPU of a ' + name:36} {value} us")
-    for name in ("gloo_over_exchange_p50", "gloo_over_exchange_with_work_p50", "exchange_with_work_over_ideal_p50"):
-        click.echo(f"{name:36} {result[name]}")
-    click.echo(f"{'elastic_over_bare_p50':36} {result['elastic_over_bare_p50']}")
+    for name, value in result.items():
+        if name.endswith("_p50"):
+            click.echo(f"{name:36} {value}")
 
 
 if __name__ == "__main__":

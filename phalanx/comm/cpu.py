@@ -29,10 +29,9 @@ import torch
 from torch import Tensor
 
 from phalanx.comm import rows, tags
-from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status
-from phalanx.comm.frames import header
-from phalanx.comm.links import Links
+from phalanx.comm.base import Communicator, Dispatched, Status
 from phalanx.comm.notices import NoticeBoard
+from phalanx.comm.peers import Peer, Peers
 from phalanx.comm.segment import (
     GATHER_WORDS,
     RINGING,
@@ -41,7 +40,6 @@ from phalanx.comm.segment import (
     OwnSegment,
     PeerSegment,
     Raw,
-    Unreachable,
     gone,
     memory_fence,
 )
@@ -50,9 +48,7 @@ from phalanx.comm.stream import Part, StreamPeer
 from phalanx.comm.tags import KINDS
 from phalanx.errors import Evicted
 from phalanx.wire import Site
-from phalanx.world import Member, View
-
-Peer = PeerSegment | StreamPeer
+from phalanx.world import View
 
 _SPIN_NS = 2_000_000
 """A wait this long is no longer about latency: look for trouble in each round."""
@@ -61,8 +57,6 @@ _TURN_NS = 300_000
 _NAP_S = 50e-6
 _ROUNDS_PER_LOOK = 16
 """While it spins, a wait looks for trouble every so many rounds (some 10 us)."""
-_LINGER_S = 0.05
-"""How long an interrupt waits for a frame that is on its way, so that what it says gets through behind it."""
 
 
 class CpuCommunicator(Communicator):
@@ -103,29 +97,21 @@ class CpuCommunicator(Communicator):
         self._layout = Layout(ep_size, max_tokens, hidden, top_k, dtype.itemsize)
         self._raw_dtype = torch.int16 if dtype.itemsize == 2 else torch.int32
         self._own = OwnSegment(self._layout, rank, incarnation)
-        shape = (ep_size, max_tokens, hidden, top_k, dtype.itemsize)
-        self._links = Links(site, rank, incarnation, shape, self._own.wake, self._greeting) if site else None
-        self._peers: dict[int, Peer] = {}
-        self._members: dict[int, Member] = {}
+        self._peers = Peers(self._own, rank, incarnation, elastic, site)
         self._notices = notices
         self._notices_seen = -1
         self._timeout_ns = int(peer_timeout_s * 1e9)
         self._fault_point = fault_point
         self._fence = memory_fence()
         self._epoch = self._number = self._roll_call = 0
-        self._lost: dict[int, tuple[str, float]] = {}
         self._failed = False
         self._parity = self._area = self._tag = 0
-        self._live: list[Peer] = []
-        self._streams: list[StreamPeer] = []  # those of the live ones that are on other hosts
-        self._sources: list[Peer | None] = []  # the live peers and None, for this rank itself, in rank order
-        self._regroup()
 
     # --- who is in
 
     @property
     def address(self) -> str:
-        return f"{self._own.address} {self._links.address}" if self._links else self._own.address
+        return self._peers.address
 
     @property
     def failed(self) -> bool:
@@ -137,95 +123,42 @@ class CpuCommunicator(Communicator):
         me = view.member(self.rank)
         if me is None or me.incarnation != self.incarnation:
             raise Evicted(self.rank, self.incarnation, view.epoch)
-        self._epoch, self._number, self._lost = view.epoch, 0, {}
+        self._epoch, self._number = view.epoch, 0
         if self._roll_call <= view.epoch:
             self._roll_call = 0
         # Whoever still waits under an earlier epoch learns from this word that it waits in vain.
         self._own.words[ROLL_CALL] = max(self._own.words[ROLL_CALL], view.epoch)
-        self._members = {m.rank: m for m in view.members}
-        unreachable = self._map(view, me.host)
-        self._regroup()
+        unreachable = self._peers.adopt(view)
+        self._failed = bool(self._roll_call)
         self._notices_seen = -1
         self._look("adopt")
         for rank in unreachable:
             self._lose(rank, "notice", 0.0, "adopt")
 
-    def _map(self, view: View, here: str) -> list[int]:
-        """Unmap who is gone, map who is new; returns the ranks that died before they could be mapped."""
-        wanted = {m.rank: m for m in view.members if m.rank != self.rank}
-        for rank, peer in list(self._peers.items()):
-            member = wanted.get(rank)
-            same = member and (member.incarnation, member.comm_address) == (peer.incarnation, peer.address)
-            if same and not peer.broken:
-                continue
-            self._live, self._sources, self._streams = [], [], []
-            del self._peers[rank]
-            if isinstance(peer, StreamPeer):  # the last that it hears: which epoch it is not in
-                self._tell(peer)
-            peer.close()
-        unreachable = []
-        for rank, member in wanted.items():
-            if rank not in self._peers:
-                try:
-                    self._peers[rank] = self._reach(member, here)
-                except Unreachable:
-                    unreachable.append(rank)
-        for peer in self._peers.values():
-            if isinstance(peer, StreamPeer):
-                peer.adopt(view.epoch)
-                peer.wake()
-        return unreachable
-
-    def _reach(self, member: Member, here: str) -> Peer:
-        if self._links is None or member.host == here:
-            return PeerSegment(member.comm_address, self._layout, member.rank, member.incarnation)
-        return StreamPeer(
-            self._links, self._own.words, self._layout, member.rank, member.incarnation, member.comm_address
-        )
-
-    def _regroup(self) -> None:
-        """Write down who is sent to and awaited, after any change of the mask."""
-        self._live = [peer for rank, peer in sorted(self._peers.items()) if rank not in self._lost]
-        self._sources = sorted([*self._live, None], key=lambda peer: peer.rank if peer else self.rank)
-        self._streams = [peer for peer in self._live if isinstance(peer, StreamPeer)]
-        self._hangups = select.poll()
-        for peer in self._live:
-            if isinstance(peer, PeerSegment):
-                self._hangups.register(peer.pidfd, select.POLLIN)
-        for stream in self._streams:
-            stream.number = self._number
-        self._failed = bool(self._lost or self._roll_call)
-
     def _lose(self, rank: int, cause: str, seconds: float, operation: str) -> None:
-        if rank in self._lost:
-            return
-        if not self.elastic and cause != "operator":
-            if cause == "timeout":
-                raise CollectiveTimeout(rank, operation, seconds)
-            raise PeerDied(rank, operation, seconds)
-        self._lost[rank] = (cause, seconds)
-        self._regroup()
+        self._peers.lose(rank, cause, seconds, operation)
+        self._failed = True
 
     def query_mask(self) -> Tensor:
         mask = torch.zeros(self.ep_size, dtype=torch.uint8)
-        mask[[rank for rank in self._members if rank not in self._lost]] = 1
+        mask[[rank for rank in self._peers.members if rank not in self._peers.lost]] = 1
         return mask
 
     def update_mask(self, rank: int, alive: bool) -> None:
-        assert rank in self._members, f"rank {rank} is not in epoch {self._epoch}"
+        assert rank in self._peers.members, f"rank {rank} is not in epoch {self._epoch}"
         assert rank != self.rank, "a rank cannot mask itself"
         if not alive:
             self._lose(rank, "operator", 0.0, "update_mask")
-        elif rank in self._peers:
-            self._lost.pop(rank, None)
-            self._regroup()
+        else:
+            self._peers.clear(rank, self._number)
+            self._failed = bool(self._peers.lost or self._roll_call)
 
     def status(self) -> Status:
         return Status(
-            lost=frozenset(self._lost),
+            lost=frozenset(self._peers.lost),
             interrupted=self._roll_call,
-            causes=tuple((rank, cause) for rank, (cause, _) in sorted(self._lost.items())),
-            detect_s=tuple((rank, seconds) for rank, (_, seconds) in sorted(self._lost.items())),
+            causes=tuple((rank, cause) for rank, (cause, _) in sorted(self._peers.lost.items())),
+            detect_s=tuple((rank, seconds) for rank, (_, seconds) in sorted(self._peers.lost.items())),
         )
 
     def interrupt(self, epoch: int) -> None:
@@ -235,18 +168,7 @@ class CpuCommunicator(Communicator):
         words = self._own.words
         words[ROLL_CALL] = max(words[ROLL_CALL], epoch)
         self._fence()
-        for peer in self._peers.values():
-            self._tell(peer)
-
-    def _greeting(self) -> bytes:
-        """What a connection begins with: our roll call, or the epoch that we are in. Called in other threads."""
-        return header(tags.tag_of(self._own.words[ROLL_CALL], 0, tags.ROLL_CALL), 0)
-
-    def _tell(self, peer: Peer) -> None:
-        """Have a peer read our words, even behind a frame that is only half sent."""
-        peer.wake()
-        if peer.unsent and isinstance(peer, StreamPeer):
-            peer.linger(_LINGER_S)
+        self._peers.tell()
 
     def _hear_roll_call(self, epoch: int) -> None:
         self._roll_call = max(self._roll_call, epoch)
@@ -261,12 +183,7 @@ class CpuCommunicator(Communicator):
             self._timeout_ns = before
 
     def close(self) -> None:
-        self._live, self._sources, self._streams = [], [], []
-        for peer in self._peers.values():
-            peer.close()
-        self._peers = {}
-        if self._links is not None:
-            self._links.close()
+        self._peers.close()
         self._own.close()
 
     # --- collectives
@@ -279,14 +196,14 @@ class CpuCommunicator(Communicator):
         if not self._begin(tags.DISPATCH):
             return self._nothing(T)
         x, slots = self._raw(x_TD), slots_TK.numpy().reshape(-1)
-        if self._live:
+        if self._peers.live:
             parity = self._parity
             np.copyto(self._own.x[parity][:T], x)
             self._own.slots[parity][: T * K] = slots
             self._own.words[self._area + Layout.TOKENS] = T
-        if self._streams:
+        if self._peers.streams:
             order_P, bounds = rows.sort_by_rank(slots, self.ep_size, self.slots_per_rank)
-            wants = {peer.rank: rows.wanted_by(peer.rank, order_P, bounds, K) for peer in self._streams}
+            wants = {peer.rank: rows.wanted_by(peer.rank, order_P, bounds, K) for peer in self._peers.streams}
             self._send({rank: (x[tokens], slots.reshape(T, K)[tokens]) for rank, tokens in wants.items()})
         else:
             self._send()
@@ -299,7 +216,7 @@ class CpuCommunicator(Communicator):
         """Copy from every source the tokens that want one of our slots."""
         layout, parity, tokens_word = self._layout, self._parity, self._area + Layout.TOKENS
         sources: list[rows.Tokens] = []
-        for peer in self._sources:
+        for peer in self._peers.sources:
             if peer is None:
                 sources.append((self.rank, x, slots))
                 continue
@@ -330,15 +247,15 @@ class CpuCommunicator(Communicator):
             return torch.zeros(handle.tokens, K, D, dtype=self.dtype)
         y = self._raw(y_MD)
         own_a, own_b = handle.cuts[self.rank]
-        if self._live:
+        if self._peers.live:
             mine, words = self._own.y[self._parity], self._own.words
             np.copyto(mine[:own_a], y[:own_a])  # own rows need not travel
             np.copyto(mine[own_b:M], y[own_b:])
             start, count = self._area + self._layout.START, self._area + self._layout.COUNT
-            for peer in self._live:
+            for peer in self._peers.live:
                 a, b = handle.cuts.get(peer.rank, (0, 0))
                 words[start + peer.rank], words[count + peer.rank] = a, b - a
-            frames = {peer.rank: handle.cuts.get(peer.rank, (0, 0)) for peer in self._streams}
+            frames = {peer.rank: handle.cuts.get(peer.rank, (0, 0)) for peer in self._peers.streams}
             self._send({rank: (np.ascontiguousarray(y[a:b]),) for rank, (a, b) in frames.items()})
         if not self._receive():
             return torch.zeros(handle.tokens, K, D, dtype=self.dtype)
@@ -350,7 +267,7 @@ class CpuCommunicator(Communicator):
         area, layout = self._area, self._layout
         start_word, count_word = area + layout.START + self.rank, area + layout.COUNT + self.rank
         parts = []
-        for peer in self._sources:
+        for peer in self._peers.sources:
             rank = peer.rank if peer else self.rank
             at = handle.order_P[handle.bounds[rank] : handle.bounds[rank + 1]]
             n = len(at)
@@ -370,12 +287,12 @@ class CpuCommunicator(Communicator):
         rows_Rn = np.zeros((self.ep_size, n), np.int64)
         if self._begin(tags.ALL_GATHER):
             own = row.numpy().reshape(-1)
-            if self._live:
+            if self._peers.live:
                 self._own.gather[self._parity][:n] = own
                 self._own.words[self._area + Layout.TOKENS] = n
-                self._send({peer.rank: (np.ascontiguousarray(own),) for peer in self._streams})
+                self._send({peer.rank: (np.ascontiguousarray(own),) for peer in self._peers.streams})
             if self._receive():
-                for peer in self._sources:
+                for peer in self._peers.sources:
                     if peer:
                         rows_Rn[peer.rank] = peer.gather[self._parity][:n]
                     else:
@@ -399,8 +316,7 @@ class CpuCommunicator(Communicator):
         self._area = self._layout.areas[self._parity]
         self._tag = tags.tag_of(self._epoch, self._number, kind)
         self._own.words[self._area + Layout.BEGUN] = self._tag
-        for peer in self._streams:
-            peer.number = self._number
+        self._peers.begin(self._number)
         self._fence()
         return True
 
@@ -409,7 +325,7 @@ class CpuCommunicator(Communicator):
         self._fence()
         words, sent, tag, point = self._own.words, self._area + Layout.SENT, self._tag, self._fault_point
         cut = None if point is None else lambda: point("half_framed")
-        for i, peer in enumerate(self._live):
+        for i, peer in enumerate(self._peers.live):
             if i == 1 and point is not None:
                 point("half_sent")
             if isinstance(peer, StreamPeer):
@@ -422,7 +338,7 @@ class CpuCommunicator(Communicator):
     def _receive(self) -> bool:
         """Wait for every unmasked peer; False when a roll call ended the wait."""
         at, tag = self._area + Layout.SENT + self.rank, self._tag
-        pending = self._missing(self._live, at, tag)
+        pending = self._missing(self._peers.live, at, tag)
         if pending:
             self._wait(pending, at, tag)
         self._fence()
@@ -432,7 +348,7 @@ class CpuCommunicator(Communicator):
 
     def _missing(self, peers: list[Peer], at: int, tag: int) -> list[Peer]:
         """Those whose part is not here yet, or who do not have ours in full."""
-        for stream in self._streams:
+        for stream in self._peers.streams:
             if stream.unsent or stream.words[at] != tag:
                 stream.pump()
         return [peer for peer in peers if peer.words[at] != tag or peer.unsent]
@@ -456,7 +372,7 @@ class CpuCommunicator(Communicator):
                 silence = Silence(peer.pid for peer in pending)
             elif rounds % _ROUNDS_PER_LOOK != 1:
                 continue
-            if any(peer.words[ROLL_CALL] > self._epoch for peer in self._live):
+            if any(peer.words[ROLL_CALL] > self._epoch for peer in self._peers.live):
                 # Who opened it may have finished this very collective: then all parts are here, or will be at once.
                 os.sched_yield()
                 if not self._missing(pending, at, tag):
@@ -470,24 +386,24 @@ class CpuCommunicator(Communicator):
                     self._time_out(pending, silence, (time.monotonic_ns() - start) / 1e9)
             if self._roll_call:
                 return
-            pending = [peer for peer in pending if peer.rank not in self._lost]
+            pending = [peer for peer in pending if peer.rank not in self._peers.lost]
 
     def _look(self, operation: str, since_ns: int | None = None) -> None:
         """Read what the launcher and the peers' segments say: deaths and open roll calls. since_ns: when a wait began,
         for which a peer's life lock, or the end of its stream, is looked at too."""
-        for stream in self._streams:
+        for stream in self._peers.streams:
             stream.pump()
-        for peer in self._live:  # before deaths: what a peer said last counts
+        for peer in self._peers.live:  # before deaths: what a peer said last counts
             if peer.words[ROLL_CALL] > self._epoch:
                 self._hear_roll_call(peer.words[ROLL_CALL])
         if since_ns is not None:
-            for peer in list(self._live):
+            for peer in list(self._peers.live):
                 if peer.died:
                     self._lose(peer.rank, "notice", (time.monotonic_ns() - since_ns) / 1e9, operation)
         if self._notices is not None and self._notices_seen != (version := self._notices.version):
             self._notices_seen = version
             now = time.monotonic_ns()
-            for rank, member in self._members.items():
+            for rank, member in self._peers.members.items():
                 if not self._notices.is_dead(member):
                     continue
                 if rank == self.rank:  # an operator took us out: stop, and read so in the roll call
@@ -498,9 +414,9 @@ class CpuCommunicator(Communicator):
 
     def _look_for_hangups(self, operation: str, since_ns: int) -> None:
         """Ask the kernel which peers' processes have ended."""
-        if self._hangups.poll(0):
+        if self._peers.hangups.poll(0):
             seconds = (time.monotonic_ns() - since_ns) / 1e9
-            for peer in list(self._live):
+            for peer in list(self._peers.live):
                 if isinstance(peer, PeerSegment) and gone(peer.pidfd):
                     self._lose(peer.rank, "notice", seconds, operation)
 
@@ -529,7 +445,7 @@ class CpuCommunicator(Communicator):
             return
         self._fence()
         begun, tag = self._area + Layout.BEGUN, self._tag
-        for peer in self._live:
+        for peer in self._peers.live:
             if peer.words[begun] != tag:
                 if peer.words[ROLL_CALL] > self._epoch:
                     self._hear_roll_call(peer.words[ROLL_CALL])
@@ -544,7 +460,7 @@ class CpuCommunicator(Communicator):
     def ring(self) -> None:
         self._own.words[RINGING] = tags.tag_of(self._epoch, self._number + 1)
         self._fence()
-        for peer in self._live:
+        for peer in self._peers.live:
             peer.wake()
 
     def sleep(self, timeout_s: float, wake_fds: tuple[int, ...] = ()) -> bool:
@@ -555,10 +471,10 @@ class CpuCommunicator(Communicator):
             self._own.drain()
             self._fence()
             self._look("sleep", time.monotonic_ns())
-            for peer in list(self._live):
+            for peer in list(self._peers.live):
                 if isinstance(peer, PeerSegment) and peer.pidfd in ready:
                     self._lose(peer.rank, "notice", 0.0, "sleep")
-            if self._failed or any(peer.words[RINGING] > finished for peer in self._live):
+            if self._failed or any(peer.words[RINGING] > finished for peer in self._peers.live):
                 return True
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not ready.isdisjoint(wake_fds):
@@ -570,7 +486,7 @@ class CpuCommunicator(Communicator):
         poller = select.poll()
         for fd in (self._own.wake_read, *wake_fds):
             poller.register(fd, select.POLLIN)
-        for peer in self._live:
+        for peer in self._peers.live:
             if isinstance(peer, StreamPeer):
                 peer.register(poller)
             else:

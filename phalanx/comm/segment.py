@@ -131,6 +131,11 @@ class Layout:
         return self.control_bytes + 2 * self.buffer_bytes
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """What must be the same on both sides."""
+        return self.ep_size, self.max_tokens, self.hidden, self.top_k, self.itemsize
+
+    @property
     def raw(self) -> type[np.generic]:
         """Rows travel as raw values of their width: what the bits mean is the caller's business."""
         return np.int16 if self.itemsize == 2 else np.int32
@@ -376,8 +381,7 @@ def _map_readonly(address: str, header: list[int], size: int) -> mmap.mmap:
 
 
 def _header(layout: Layout, rank: int, incarnation: int) -> list[int]:
-    shape = [layout.ep_size, layout.max_tokens, layout.hidden, layout.top_k, layout.itemsize]
-    return [MAGIC, rank, incarnation, *shape]
+    return [MAGIC, rank, incarnation, *layout.shape]
 
 
 def _name(rank: int, incarnation: int) -> str:
