@@ -191,9 +191,9 @@ class OtherHost:
 
     def _is_there(self) -> bool:
         value = self.store.get(stall_key(1))
-        return bool(value) and (
-            not self.has_mooncake or bool(msgspec.msgpack.decode(value or b"", type=Stall).mooncake)
-        )
+        if not value:
+            return False
+        return not self.has_mooncake or bool(msgspec.msgpack.decode(value, type=Stall).mooncake)
 
 
 def send_raw(listener: socket.socket, size: int) -> None:
@@ -261,14 +261,14 @@ def main(model: str | None, turns: int, experts: int, as_json: bool) -> None:
         report(rig, rates, from_device, as_json)
 
 
+def over(these: list[float], those: list[float]) -> float:
+    """The median of the turns' ratios."""
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
+
+
 def report(rig: Rig, rates: dict[str, list[float]], from_device: list[int], as_json: bool) -> None:
-    ratios = {
-        kind: statistics.median(v / r for v, r in zip(rates["vault"], rates[kind], strict=True)) for kind in rates
-    }
-    over_socket = {
-        kind: statistics.median(v / r for v, r in zip(rates[kind], rates["socket"], strict=True))
-        for kind in rates if kind.startswith("vault, ")
-    }  # fmt: skip
+    ratios = {kind: over(rates["vault"], rates[kind]) for kind in rates}
+    over_socket = {kind: over(rates[kind], rates["socket"]) for kind in rates if kind.startswith("vault, ")}
     result = {
         "machine": platform.processor() or platform.machine(), "kernel": platform.release(),
         "experts": len(rig.moves), "bytes": rig.size, "expert_bytes": rig.bank.expert_bytes,
