@@ -1,4 +1,5 @@
-"""How fast a rank's slots are filled from the vault, from a peer and from disk, against a plain memory copy.
+"""How fast a rank's slots are filled from the vault, from a peer, from another host's vault and from disk, against a
+plain memory copy and a plain socket.
 
     python benchmarks/restore.py [MODEL] [--turns 5] [--json]
 
@@ -8,35 +9,55 @@ MODEL a checkpoint is made in a temporary directory, with experts of Qwen3-30B-A
 
 Cold means that the page cache was told to drop the files (posix_fadvise) after they were closed; how many bytes the
 kernel then read from the device is shown beside it.
+
+The other host is a process on this one that serves a vault at 127.0.0.2, so both ends share these cores, and there is
+no network between them: what is measured is what our part costs. Beside it stands a raw copy through one TCP socket:
+another process sends as many bytes from its memory, this one receives them into slots.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
+import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
+import msgspec
 import numpy as np
 import torch
+from torch.distributed import TCPStore
 
+from phalanx import wire
+from phalanx.config import ServeConfig
 from phalanx.elastic.agree import Agreed
+from phalanx.elastic.mooncake import MooncakeTransport
+from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import Move
 from phalanx.elastic.restore import DiskSource, PeerSource, Restore, Source, VaultSource
+from phalanx.elastic.shares import Share
+from phalanx.elastic.stall import serve
+from phalanx.elastic.store import TcpStore
+from phalanx.elastic.transport import Stall, TcpTransport, Transport, stall_key
 from phalanx.elastic.vault import Follower, Vault, VaultMemory, VaultShape
 from phalanx.model.loader import Checkpoint
 from phalanx.moe.experts import SlotBank, digest
+from phalanx.process import VaultSpec
 from phalanx.testing.tiny import make_tiny
+from phalanx.wire import Site
 from phalanx.world import Member, Placement, View
 
 DTYPE = torch.bfloat16
-KINDS = ("memcpy", "vault", "peer", "disk, warm", "disk, cold")
+TOKEN = b"a token for this run"
+KINDS = ("memcpy", "vault", "peer", "socket", "vault, tcp", "vault, mooncake", "disk, warm", "disk, cold")
 
 
 class Rig:
@@ -51,7 +72,7 @@ class Rig:
         shape = model.num_moe_layers, model.num_experts, model.hidden, model.expert_width
         self.bank, self._peer = SlotBank(*shape, DTYPE), SlotBank(*shape, DTYPE)
         self.size = len(self.moves) * self.bank.expert_bytes
-        memory = VaultMemory(VaultShape(*shape[:2], self.bank.expert_bytes, 0, 1))
+        memory = VaultMemory(VaultShape(*shape[:2], self.bank.expert_bytes, 0, 1, Share(1, 2, 2)))
         keeper = Vault.open_for_writing(memory.address)
         self._vault = Vault.open(memory.address)
         digest_LE = np.zeros(shape[:2], np.uint64)
@@ -63,6 +84,7 @@ class Rig:
             self._peer.mark(layer, slot, expert, found)
             keeper.write(keeper.shape.expert_start(layer, expert), out)
             keeper.publish(layer, expert, found)
+        keeper.publish_dense([])
         follower = Follower(self._vault, interval_s=0.01)
         follower.start()
         if len(self.moves) == digest_LE.size:
@@ -75,7 +97,13 @@ class Rig:
             View(1, 2, (self._me, other)), Placement(wanted_LP, shape[1], shape[1]), held_LP, digest_LE,
             np.zeros(shape[:2], np.int64), "failure", 0, 0.0,
         )  # fmt: skip
+        self._there = OtherHost(memory, len(self.moves) == digest_LE.size)
         self._from, self._to = (np.ones(self.bank.expert_bytes * 16, np.uint8) for _ in range(2))
+
+    @property
+    def has_mooncake(self) -> bool:
+        """Whether the Transfer Engine is installed; it is offered only for a vault that is full."""
+        return self._there.has_mooncake
 
     def memcpy(self) -> float:
         """Seconds to copy as many bytes as the experts have, in pieces of their size, all of it resident."""
@@ -86,7 +114,7 @@ class Rig:
             np.copyto(self._to[at : at + step], self._from[at : at + step])
         return time.perf_counter() - began
 
-    def restore(self, source: Source) -> float:
+    def restore(self, source: Source | Remote, name: str = "") -> float:
         """Seconds to restore every expert into empty slots."""
         for layer, slot, _ in self.moves:
             self.bank.clear(layer, slot)
@@ -95,7 +123,7 @@ class Rig:
         job.advance(lambda: True)
         seconds = time.perf_counter() - began
         assert not job.lost
-        assert job.bytes_by_source == {source.name: self.size}
+        assert job.bytes_by_source == {name or getattr(source, "name", ""): self.size}
         return seconds
 
     def vault(self) -> float:
@@ -111,6 +139,27 @@ class Rig:
     def disk(self) -> float:
         return self.restore(DiskSource(Checkpoint.open(self._path), DTYPE))
 
+    def socket(self) -> float:
+        """Seconds to receive as many bytes as the experts have from one socket, into empty slots."""
+        for layer, slot, _ in self.moves:
+            self.bank.clear(layer, slot)
+        connection = socket.create_connection(self._there.raw)
+        began = time.perf_counter()
+        connection.sendall(len(self.moves).to_bytes(8, "little"))
+        for layer, slot, _ in self.moves:
+            out = self.bank.slot_bytes(layer, slot).data
+            at = 0
+            while at < len(out):
+                at += connection.recv_into(out[at : at + (1 << 20)])
+        seconds = time.perf_counter() - began
+        connection.close()
+        return seconds
+
+    def remote(self, transport: Transport) -> float:
+        """Seconds to restore every expert from the other host's vault."""
+        source = Remote(self._me, 0, 2, self._there.store, [transport], patience_s=30.0)
+        return self.restore(source, "vault_remote")
+
     def forget(self) -> None:
         """Drop the checkpoint's files from the page cache. Nobody has them open now."""
         for file in self._path.glob("*.safetensors"):
@@ -118,6 +167,43 @@ class Rig:
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
+
+
+class OtherHost:
+    """A process that serves the vault as another host would, and one that sends bytes as a raw socket copy does."""
+
+    def __init__(self, memory: VaultMemory, full: bool) -> None:
+        self._server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = TcpStore("127.0.0.1", self._server.port)
+        self.has_mooncake = importlib.util.find_spec("mooncake") is not None and full
+        spec = VaultSpec(
+            config=ServeConfig(model="", vault_transport="mooncake" if self.has_mooncake else "tcp"), run_dir="",
+            store_host="127.0.0.1", store_port=self._server.port, notices="", launcher_pid=os.getpid(),
+            vault=memory.address, site=Site(node_rank=1, host="127.0.0.2", token=TOKEN, nnodes=2),
+        )  # fmt: skip
+        fork = get_context("fork")
+        fork.Process(target=serve, args=(spec, wire.listen("127.0.0.2")), daemon=True).start()
+        while not self._is_there():
+            time.sleep(0.05)
+        listener = wire.listen("127.0.0.2")
+        self.raw: tuple[str, int] = listener.getsockname()[:2]
+        fork.Process(target=send_raw, args=(listener, memory.shape.expert_bytes), daemon=True).start()
+
+    def _is_there(self) -> bool:
+        value = self.store.get(stall_key(1))
+        if not value:
+            return False
+        return not self.has_mooncake or bool(msgspec.msgpack.decode(value, type=Stall).mooncake)
+
+
+def send_raw(listener: socket.socket, size: int) -> None:
+    """Send as many times `size` bytes as each caller asks for."""
+    data = np.ones(size, np.uint8).data
+    while True:
+        connection, _ = listener.accept()
+        for _ in range(int.from_bytes(connection.recv(8), "little")):
+            connection.sendall(data)
+        connection.close()
 
 
 def device_bytes() -> int:
@@ -148,11 +234,21 @@ def main(model: str | None, turns: int, experts: int, as_json: bool) -> None:
     torch.set_num_threads(1)
     with checkpoint_at(model, experts) as path:
         rig = Rig(path, experts)
-        rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        tcp, mooncake = TcpTransport(TOKEN), MooncakeTransport("127.0.0.1", "tcp", "")
         from_device: list[int] = []
         runs: dict[str, Callable[[], float]] = dict(
-            zip(KINDS, (rig.memcpy, rig.vault, rig.peer, rig.disk, rig.disk), strict=True)
-        )
+            zip(
+                KINDS,
+                (
+                    rig.memcpy, rig.vault, rig.peer, rig.socket, lambda: rig.remote(tcp), lambda: rig.remote(mooncake),
+                    rig.disk, rig.disk,
+                ),
+                strict=True,
+            )
+        )  # fmt: skip
+        if not rig.has_mooncake:
+            del runs["vault, mooncake"]
+        rates: dict[str, list[float]] = {kind: [] for kind in runs}
         rig.memcpy()
         for _ in range(turns):
             for kind, run in runs.items():
@@ -165,25 +261,31 @@ def main(model: str | None, turns: int, experts: int, as_json: bool) -> None:
         report(rig, rates, from_device, as_json)
 
 
+def over(these: list[float], those: list[float]) -> float:
+    """The median of the turns' ratios."""
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
+
+
 def report(rig: Rig, rates: dict[str, list[float]], from_device: list[int], as_json: bool) -> None:
-    ratios = {
-        kind: statistics.median(v / r for v, r in zip(rates["vault"], rates[kind], strict=True)) for kind in KINDS
-    }
+    ratios = {kind: over(rates["vault"], rates[kind]) for kind in rates}
+    over_socket = {kind: over(rates[kind], rates["socket"]) for kind in rates if kind.startswith("vault, ")}
     result = {
         "machine": platform.processor() or platform.machine(), "kernel": platform.release(),
         "experts": len(rig.moves), "bytes": rig.size, "expert_bytes": rig.bank.expert_bytes,
         "gb_per_s": {kind: statistics.median(values) for kind, values in rates.items()},
-        "vault_over": ratios, "cold_bytes_from_device": statistics.median(from_device),
+        "vault_over": ratios, "over_socket": over_socket, "cold_bytes_from_device": statistics.median(from_device),
     }  # fmt: skip
     if as_json:
         click.echo(json.dumps(result))
         return
     click.echo(f"{len(rig.moves)} experts of {rig.bank.expert_bytes} bytes, {rig.size / 1e9:.2f} GB a turn")
-    click.echo(f"{'source':12} {'GB/s':>8} {'lowest':>8} {'highest':>8}   vault is so many times as fast")
+    click.echo(f"{'source':15} {'GB/s':>8} {'lowest':>8} {'highest':>8}   vault is so many times as fast")
     for kind, values in rates.items():
         click.echo(
-            f"{kind:12} {statistics.median(values):8.2f} {min(values):8.2f} {max(values):8.2f}   {ratios[kind]:.2f}"
+            f"{kind:15} {statistics.median(values):8.2f} {min(values):8.2f} {max(values):8.2f}   {ratios[kind]:.2f}"
         )
+    for kind, ratio in over_socket.items():
+        click.echo(f"{kind} over a raw socket: {ratio:.2f}")
     click.echo(f"cold: {statistics.median(from_device) / rig.size:.2f} of the bytes came from the device")
 
 

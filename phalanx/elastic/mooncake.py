@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.elastic.transport import Arrived, Bytes, Gate, Piece, Stall
+from phalanx.elastic.transport import CHUNK_BYTES, Arrived, Bytes, Gate, Piece, Stall
 from phalanx.errors import PhalanxError
 
 log = logging.getLogger("phalanx.vault")
@@ -120,10 +120,14 @@ class MooncakeTransport:
 def _hand_out(batch: list[Entry], pieces: Sequence[Piece], bounce: Bytes, arrived: Arrived, gate: Gate) -> bool:
     """Copy what came to where it is wanted; false when nobody wants it any more."""
     for number, at in (place for entry in batch for place in entry.pieces):
-        with gate.writing() as may:
-            if not may:
-                return False
-            np.copyto(pieces[number].out, bounce[at : at + pieces[number].out.nbytes])
+        out = pieces[number].out
+        for first in range(0, out.nbytes, CHUNK_BYTES):
+            part = out[first : first + CHUNK_BYTES]
+            with gate.writing() as may:
+                if not may:
+                    return False
+                np.copyto(part, bounce[at + first : at + first + part.nbytes])
+            pieces[number].grew(part)
         arrived(number)
     return True
 

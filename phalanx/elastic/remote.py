@@ -32,7 +32,7 @@ from phalanx.elastic.store import Store
 from phalanx.elastic.transport import Bytes, Gate, Piece, Stall, Transport, shape_of, stall_key
 from phalanx.elastic.vault import FILLED, VaultShape
 from phalanx.errors import PhalanxError
-from phalanx.moe.experts import SlotLayout, digest
+from phalanx.moe.experts import RunningDigest, SlotLayout
 from phalanx.world import Member
 
 log = logging.getLogger("phalanx.elastic")
@@ -254,12 +254,13 @@ class _Run:
         there = [(n, want, start, named) for n, (want, copies) in enumerate(batch)
                  if (entry := shelf.find(want, copies[0])) is not None for start, named in [entry]]  # fmt: skip
         began, came = time.monotonic(), 0
+        digests = [RunningDigest() for _ in there]
 
         def arrived(i: int) -> None:
             nonlocal began, came
             number, want, _, named = there[i]
             came += 1
-            found = digest(want.out.data)
+            found = digests[i].value
             now = time.monotonic()
             if named in (0, found) and want.wanted in (0, found):
                 done.add(number)
@@ -270,7 +271,7 @@ class _Run:
                 )
             began = now
 
-        pieces = [Piece(start, want.out) for _, want, start, _ in there]
+        pieces = [Piece(start, want.out, digests[i].add) for i, (_, want, start, _) in enumerate(there)]
         timeout_s = self._patience_s + sum(piece.out.nbytes for piece in pieces) / SLOWEST_BYTES_PER_S
         if pieces:
             first.transport.read(first.node_rank, pieces, timeout_s, arrived, self.gate, first.slots)

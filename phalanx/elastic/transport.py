@@ -35,7 +35,9 @@ Bytes = npt.NDArray[np.uint8]
 CONNECT_S = 2.0
 """How long another host may take to accept a connection and prove who it is."""
 
-_CHUNK = 1 << 20
+CHUNK_BYTES = 512 << 10
+"""What is taken in at once: little enough to be in the cache when its digest is taken."""
+
 _TICK_MS = 20
 _LANE_BYTES = 4 << 20
 
@@ -74,10 +76,12 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A range of another host's memory from byte `start` on, and where it goes: uint8 [size]."""
+    """A range of another host's memory from byte `start` on, and where it goes: uint8 [size]. grew: told each part of
+    `out` as it comes, in order, for who wants to look at it while it is in the cache."""
 
     start: int
     out: Bytes
+    grew: Callable[[Bytes], object] = len
 
 
 class Gate:
@@ -254,18 +258,20 @@ class _Lane:
 
     def take(self, arrived: Arrived, gate: Gate) -> bool:
         """Read what is there; whether more is to come."""
-        out = self._pieces[self._due[0]].out
+        piece = self._pieces[self._due[0]]
+        part = piece.out[self._at : self._at + CHUNK_BYTES]
         try:
             with gate.writing() as may:
-                count = self.connection.recv_into(out[self._at : self._at + _CHUNK].data) if may else 0
+                count = self.connection.recv_into(part.data) if may else 0
         except BlockingIOError:
             return True
         except OSError:
             return False
         if count == 0:
             return False
+        piece.grew(part[:count])
         self._at += count
-        if self._at == out.nbytes:
+        if self._at == piece.out.nbytes:
             self._at = 0
             arrived(self._due.popleft())
         return bool(self._due)

@@ -48,6 +48,22 @@ def digest(data: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+class RunningDigest:
+    """The digest of bytes that come in parts: each is taken in while it is still in the processor's cache."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+
+    def add(self, part: Bytes) -> None:
+        """The next bytes. LOCAL."""
+        self._state.update(part.data)
+
+    @property
+    def value(self) -> int:
+        """`digest` of all bytes so far."""
+        return self._state.intdigest()
+
+
 class SlotBank:
     """L x S expert slots in one sparse memory file, of which only filled slots take memory.
 

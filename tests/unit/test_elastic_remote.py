@@ -90,6 +90,7 @@ class Hosts:
                 if not may:
                     return
                 piece.out[:] = data
+            piece.grew(piece.out)
             arrived(number)
         if how == "torn":
             for piece in pieces[end:]:
