@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import httpx
 
+from phalanx.cli.bench_return import Return
+from phalanx.cli.bench_return import figures as return_figures
+from phalanx.cli.bench_return import rows as return_rows
 from phalanx.cli.chaos import inject
 from phalanx.cli.errors import ServiceError, headers, talking_to
 from phalanx.cli.figures import cells, machine, percentiles, prompts, served_model
@@ -41,13 +44,8 @@ CONTROL_PHASES = ("detect", "agree", "mask", "replan")
 _PATIENCE_S = 60.0
 _LOOK_EVERY_S = 0.05
 _WATCH_EVERY_S = 0.02
-_JOIN_SEEN_LATE_S = 0.1
-"""How long after a rank was let in the status may show it, at the latest, as this program sees it."""
-
 _REPORTS_S = 0.3
 """How long the ranks' reports of a return are waited for."""
-
-_CAME_IN = r"rank {}\.{} came in (?P<total>[\d.]+) s after it was started \((?P<phases>[^)]*)\)"
 
 
 @dataclass(frozen=True)
@@ -87,18 +85,6 @@ class Watch:
     """The recovery that let the victim in again."""
     back_s: float | None = None
     """When the victim was seen to be healthy again."""
-
-
-@dataclass(frozen=True)
-class Return:
-    """How a victim came back. after_s: from the failure until the service was seen at full strength. pause_s: how long
-    the healthy ranks stood still for it, by their own word. stalls_s: the longest gap around that moment, of each
-    stream that was not over. prepared_s: what the newcomer did by itself, in a service of ours."""
-
-    after_s: float
-    pause_s: float
-    stalls_s: list[float]
-    prepared_s: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -374,7 +360,7 @@ async def _round(target: Target, load: Load, model: str, kind: str, victim: int,
         failed=sum(bool(stream.error) for stream in streams),
         different=sum(mine.different_tokens(theirs) for mine, theirs in zip(streams, unfailed, strict=True)),
         recovery=seen.failure,
-        back=_return(target, seen, done.at_s, streams, victim, incarnation + 1, log_line) if returns else None,
+        back=_return(target, seen, done.at_s, streams, (victim, incarnation + 1), log_line) if returns else None,
     )
 
 
@@ -401,22 +387,11 @@ async def _watch(
 
 
 def _return(
-    target: Target, seen: Watch, hurt_s: float, streams: list[Stream], victim: int, incarnation: int, log_line: int
+    target: Target, seen: Watch, hurt_s: float, streams: list[Stream], newcomer: tuple[int, int], log_line: int
 ) -> Return:
     assert seen.back_s is not None
     assert target.service is not None
-    pause_s = float(seen.join["seconds"]["total"]) if seen.join else 0.0
-    line = target.service.wait_for_line(_CAME_IN.format(victim, incarnation), after=log_line)
-    words = (phase.split() for phase in line["phases"].split(", "))
-    since, until = seen.back_s - pause_s - _JOIN_SEEN_LATE_S, seen.back_s
-    gaps = [
-        [end - start for start, end in itertools.pairwise(stream.arrivals_s) if end > since and start < until]
-        for stream in streams
-        if stream.arrivals_s and stream.arrivals_s[-1] >= until
-    ]
-    return Return(
-        seen.back_s - hurt_s, pause_s, [max(each) for each in gaps if each], {name: float(s) for name, s in words}
-    )
+    return Return.seen(target.service, streams, newcomer, (hurt_s, seen.back_s), log_line)
 
 
 def _incarnation(state: dict[str, Any], rank: int) -> int:
@@ -438,8 +413,6 @@ def summary(unfailed: Sequence[Stream], rounds: Sequence[Round]) -> dict[str, An
     seconds = [one.recovery["seconds"] for one in rounds]
     phases = {phase: percentiles([float(each.get(phase, 0.0)) for each in seconds]) for phase in PHASES}
     phases["control"] = percentiles([sum(float(each.get(phase, 0.0)) for phase in CONTROL_PHASES) for each in seconds])
-    returned = [one.back for one in rounds if one.back is not None]
-    names = list(dict.fromkeys(name for back in returned for name in back.prepared_s))
     compared_by = "token ids" if any(stream.ids for stream in unfailed) else "text"
     return {
         "rounds": len(rounds),
@@ -450,14 +423,7 @@ def summary(unfailed: Sequence[Stream], rounds: Sequence[Round]) -> dict[str, An
         "kill_to_next_token_s": percentiles(list(itertools.chain.from_iterable(one.stalls_s for one in rounds))),
         "longest_gap_unfailed_s": percentiles([max(stream.gaps_s) for stream in unfailed if stream.gaps_s]),
         "phases_s": phases,
-        "return": {
-            "kill_to_full_strength_s": percentiles([back.after_s for back in returned]),
-            "pause_of_healthy_ranks_s": percentiles([back.pause_s for back in returned]),
-            "longest_gap_at_the_join_s": percentiles(list(itertools.chain.from_iterable(b.stalls_s for b in returned))),
-            "prepared_s": {name: percentiles([back.prepared_s.get(name, 0.0) for back in returned]) for name in names},
-        }
-        if returned
-        else None,
+        "return": return_figures([one.back for one in rounds if one.back is not None]),
         "gap_unfailed_s": percentiles(list(itertools.chain.from_iterable(stream.gaps_s for stream in unfailed))),
         "requests_moved": sum(int(one.recovery["requests_moved"]) for one in rounds),
         "each": [one.as_json() for one in rounds],
@@ -480,12 +446,8 @@ def _show(figures: dict[str, Any], kind: str) -> None:
         table.add_row(title, *cells(figures["phases_s"][phase], *names))
     if figures["return"]:
         table.add_section()
-        back = figures["return"]
-        table.add_row(f"{kind} to full strength", *cells(back["kill_to_full_strength_s"], *names))
-        for phase, seconds in back["prepared_s"].items():
-            table.add_row(f"  newcomer alone: {phase}", *cells(seconds, *names))
-        table.add_row("healthy ranks' pause for the return", *cells(back["pause_of_healthy_ranks_s"], *names))
-        table.add_row("longest gap around the return", *cells(back["longest_gap_at_the_join_s"], *names))
+        for row in return_rows(kind, figures["return"], names):
+            table.add_row(*row)
         table.add_row("any gap without a failure", *cells(figures["gap_unfailed_s"], *names))
     console = Console()
     console.print(table)

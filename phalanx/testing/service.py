@@ -45,6 +45,7 @@ class Service:
         self._env = {**os.environ, **(env or {})}
         self._echo = echo
         self._lines: list[str] = []
+        self._came_s: list[float] = []
         self._news = threading.Condition()
         self._ended = False
         self.url = ""
@@ -75,14 +76,20 @@ class Service:
 
     def wait_for_line(self, pattern: re.Pattern[str] | str, timeout_s: float = 60, *, after: int = 0) -> re.Match[str]:
         """The first match in the log from line number `after` on; ServiceEnded or TimeoutError when none comes."""
+        return self.line_at(pattern, timeout_s, after=after)[0]
+
+    def line_at(
+        self, pattern: re.Pattern[str] | str, timeout_s: float = 60, *, after: int = 0
+    ) -> tuple[re.Match[str], float]:
+        """As `wait_for_line`, with when the line came, by time.monotonic()."""
         pattern = re.compile(pattern)
         deadline = time.monotonic() + timeout_s
         seen = after
         with self._news:
             while True:
-                for line in self._lines[seen:]:
-                    if match := pattern.search(line):
-                        return match
+                for number in range(seen, len(self._lines)):
+                    if match := pattern.search(self._lines[number]):
+                        return match, self._came_s[number]
                 seen = len(self._lines)
                 left = deadline - time.monotonic()
                 if self._ended:
@@ -151,6 +158,7 @@ class Service:
                 sys.stderr.write(line)
             with self._news:
                 self._lines.append(line.rstrip("\n"))
+                self._came_s.append(time.monotonic())
                 self._news.notify_all()
         with self._news:
             self._ended = True

@@ -1,0 +1,126 @@
+"""What `phalanx bench recovery` measures of a return: how long it took, what others felt of it, and what it brought.
+
+The service says when it let the rank in, and for how long the healthy ranks stood. What that did to a stream is the gap
+between its two tokens around that moment, and a gap without a return is one step: so it is given in steps, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phalanx.cli.figures import cells, percentiles
+from phalanx.testing.service import Service
+from phalanx.testing.streams import Stream
+
+_LET_IN = r"recovered:.* ranks \[[^\]]*\b{}\b[^\]]*\] rejoined.* total (?P<total>[\d.]+) s"
+_CAME_IN = r"rank {}\.{} came in (?P<total>[\d.]+) s after it was started \((?P<phases>[^)]*)\)"
+
+_FEWEST_STEPS = 8
+"""Steps in which a rate is counted; fewer say nothing."""
+
+
+@dataclass(frozen=True)
+class Return:
+    """How a victim came back.
+
+    after_s: from the failure until the service was seen at full strength. pause_s: from the step boundary until the end
+    of the first step with the newcomer, by the healthy ranks' own word. step_s: the median gap between two tokens of a
+    stream before the failure. stalls_s: the gap around the return, of each stream that was not over. prepared_s: what
+    the newcomer did by itself. before_per_s, after_per_s: pieces of all streams a second, before the failure and after
+    the return, while all ran; 0 when that was for too short a time."""
+
+    after_s: float
+    pause_s: float
+    step_s: float
+    stalls_s: list[float]
+    prepared_s: dict[str, float]
+    before_per_s: float
+    after_per_s: float
+
+    @classmethod
+    def seen(
+        cls,
+        service: Service,
+        streams: Sequence[Stream],
+        victim: tuple[int, int],
+        times_s: tuple[float, float],
+        line: int,
+    ) -> Return:
+        """victim: rank and incarnation of the newcomer. times_s: when the failure happened, and when full strength was
+        seen. line: the log's length before the failure. LOCAL."""
+        hurt_s, back_s = times_s
+        rank, incarnation = victim
+        let_in, let_in_s = service.line_at(_LET_IN.format(rank), after=line)
+        came_in, _ = service.line_at(_CAME_IN.format(rank, incarnation), after=line)
+        pause_s = float(let_in["total"])
+        words = (phase.split() for phase in came_in["phases"].split(", "))
+        running = [stream for stream in streams if stream.arrivals_s and stream.arrivals_s[-1] > let_in_s]
+        gaps = [gap for stream in streams for gap in itertools.pairwise(stream.arrivals_s) if gap[1] <= hurt_s]
+        step_s = statistics.median(end - start for start, end in gaps) if gaps else 0.0
+        began_s = max((stream.arrivals_s[0] for stream in streams if stream.arrivals_s), default=hurt_s)
+        first_end_s = min((stream.arrivals_s[-1] for stream in streams if stream.arrivals_s), default=let_in_s)
+        return cls(
+            after_s=back_s - hurt_s,
+            pause_s=pause_s,
+            step_s=step_s,
+            stalls_s=[_gap_around(stream, let_in_s - pause_s / 2) for stream in running],
+            prepared_s={name: float(seconds) for name, seconds in words},
+            before_per_s=_rate(streams, began_s, hurt_s, step_s),
+            after_per_s=_rate(streams, let_in_s, first_end_s, step_s),
+        )
+
+
+def _gap_around(stream: Stream, moment_s: float) -> float:
+    after = bisect_right(stream.arrivals_s, moment_s)
+    if after in (0, len(stream.arrivals_s)):
+        return 0.0
+    return stream.arrivals_s[after] - stream.arrivals_s[after - 1]
+
+
+def _rate(streams: Sequence[Stream], since_s: float, until_s: float, step_s: float) -> float:
+    """Pieces a second that came in a stretch of time in which all streams ran; 0 for one that is too short."""
+    if step_s <= 0 or until_s - since_s < _FEWEST_STEPS * step_s:
+        return 0.0
+    return sum(since_s < at <= until_s for stream in streams for at in stream.arrivals_s) / (until_s - since_s)
+
+
+def figures(returned: Sequence[Return]) -> dict[str, Any] | None:
+    """Of all returns; None when nobody came back. `_steps` are multiples of that round's median step. LOCAL."""
+    if not returned:
+        return None
+    names = list(dict.fromkeys(name for back in returned for name in back.prepared_s))
+    rated = [back for back in returned if back.before_per_s and back.after_per_s]
+    stepped = [back for back in returned if back.step_s]
+    return {
+        "kill_to_full_strength_s": percentiles([back.after_s for back in returned]),
+        "step_s": percentiles([back.step_s for back in stepped]),
+        "pause_of_healthy_ranks_s": percentiles([back.pause_s for back in returned]),
+        "pause_of_healthy_ranks_steps": percentiles([back.pause_s / back.step_s for back in stepped]),
+        "gap_around_the_return_s": percentiles([gap for back in returned for gap in back.stalls_s]),
+        "gap_around_the_return_steps": percentiles([gap / back.step_s for back in stepped for gap in back.stalls_s]),
+        "rate_after_over_before": percentiles([back.after_per_s / back.before_per_s for back in rated]),
+        "prepared_s": {name: percentiles([back.prepared_s.get(name, 0.0) for back in returned]) for name in names},
+    }
+
+
+def rows(kind: str, back: dict[str, Any], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The table's lines for `figures`. LOCAL."""
+    return [
+        (f"{kind} to full strength", *cells(back["kill_to_full_strength_s"], *names)),
+        *((f"  newcomer alone: {phase}", *cells(seconds, *names)) for phase, seconds in back["prepared_s"].items()),
+        ("median step", *cells(back["step_s"], *names)),
+        ("healthy ranks' pause for the return", *cells(back["pause_of_healthy_ranks_s"], *names)),
+        ("  in median steps", *_plain(back["pause_of_healthy_ranks_steps"], names)),
+        ("streams' gap around the return", *cells(back["gap_around_the_return_s"], *names)),
+        ("  in median steps", *_plain(back["gap_around_the_return_steps"], names)),
+        ("rate after the return, over before", *_plain(back["rate_after_over_before"], names)),
+    ]
+
+
+def _plain(values: dict[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{values[name]:.2f}" if name in values else "-" for name in names]
