@@ -64,9 +64,12 @@ def plan(
         from phalanx.cli.plan_picture import require_matplotlib
 
         require_matplotlib()
-    windows = read_load(load_file) if load_file else synthetic(kind, layers, experts, seed=seed)
-    _check_size(windows.shape[1], windows.shape[2], ranks)
-    experts = windows.shape[2]
+    if load_file:
+        windows = read_load(load_file)
+        layers, experts = windows.shape[1:]
+    _check_size(layers, experts, ranks)
+    if not load_file:
+        windows = synthetic(kind, layers, experts, seed=seed)
     if experts % groups:
         raise BadConfig(f"--groups {groups}: {experts} experts are not so many equal groups")
     if not math.isfinite(expert_mb):
@@ -197,6 +200,8 @@ def _said(slots_R: list[int]) -> str:
 
 def _print(title: str, stages: list[Stage], rows: list[list[str]], lines: list[str]) -> None:
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file has no width: no need to break lines
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for stage in stages:

@@ -67,7 +67,7 @@ def _heat(axes: Axes, stage: Stage, layer: int, most: float) -> None:
                 shade = 0.35 + 0.65 * float(part[expert] / most) ** 0.4
                 picture[rank, column[expert]] = colormaps[PROTECTED if count[expert] > 1 else ALONE](shade)
     axes.imshow(picture, aspect="auto", interpolation="nearest")
-    axes.set_xlabel("experts, hottest first")
+    axes.set_xlabel("experts, hottest first", loc="left")
     axes.set_ylabel("rank")
     exposed = int((at_risk(placement, view)[layer] > 0).sum())
     axes.set_title(
@@ -81,7 +81,7 @@ def _heat(axes: Axes, stage: Stage, layer: int, most: float) -> None:
             Patch(color=colormaps[ALONE](0.7), label="nobody else has it"),
             Patch(color="0.86", label="dead rank"),
         ][: 2 + (len(view.ranks) < view.ep_size)],
-        loc="upper right", fontsize=8, framealpha=0.9,
+        loc="upper right", bbox_to_anchor=(1.0, -0.05), ncols=3, fontsize=8, frameon=False, borderaxespad=0.2,
     )  # fmt: skip
     _host_lines(axes, stage)
 

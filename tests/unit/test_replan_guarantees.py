@@ -94,7 +94,7 @@ def on_rank(case: Case, placement: Placement) -> npt.NDArray[np.bool_]:
 
 
 many = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 
 
