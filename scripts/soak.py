@@ -196,6 +196,7 @@ class Soak:
     async def _rest(self, ground: Ground) -> Rest:
         """Count when the vault is full, and what ended was waited for; a plan under way is a process of its own."""
         status = await ground.until("a full vault", lambda status: status["vault"]["state"] == "full")
+        keys = await asyncio.to_thread(self._store_keys, ground.launcher)  # first: it connects, which is a file
         expected = {"launcher": 1, "server": 1, "nursery": 1, "keeper": 1, "rank": self._ranks}
         deadline = time.monotonic() + 30
         while True:
@@ -207,7 +208,6 @@ class Soak:
                 self.story.problems.append(f"not the processes that there should be: {found}")
                 break
             await asyncio.sleep(0.2)
-        keys = await asyncio.to_thread(self._store_keys, ground.launcher)
         return Rest(status["epoch"], census, keys, sum(1 for path in self._files.rglob("*") if not path.is_dir()))
 
     def _store_keys(self, launcher: int) -> int | None:

@@ -4,9 +4,6 @@ Commands that are written down for those two run here with the program's name re
 as one of ours (`alias`), says what is always so here or changes nothing but speed (`accepted`, a line of log tells), or
 asks for something else (`refused`, with the reason). FOREIGN is the whole truth: the options that the command line
 knows and the table in docs/operations.md are made from it (`python -m phalanx.cli.aliases` prints the latter).
-
-Some of our own flags may not exist in every version; an alias of such a flag is then accepted or refused, as its entry
-says.
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ class Foreign:
     reading: how an alias's number becomes ours: the same; a number of ranks, on which all such flags must agree; or
     shared, a sum over all ranks of which each rank gets its part, rounded up.
     only: the values that this kind is for; with any other the flag is refused, because of `otherwise`.
-    until: what an alias is while this version does not have the target.
     """
 
     names: tuple[str, ...]
@@ -48,7 +44,6 @@ class Foreign:
     reading: Reading = "same"
     only: tuple[str, ...] = ()
     otherwise: str = ""
-    until: Literal["", "accepted", "refused"] = ""
 
     @property
     def field(self) -> str:
@@ -107,11 +102,10 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(("--enable-elastic-expert-backup",), "alias", "all weights in host memory", target="--expert-backup",
             value="dram"),
     Foreign(("--mooncake-ib-device",), "alias",
-            "devices for transfers between hosts; no effect where there is one host", "text", target="--ib-device",
-            until="accepted"),
+            "devices for transfers between hosts; no effect where there is one host", "text", target="--ib-device"),
     Foreign(("--elastic-ep-join-mode",), "alias",
             "for a whole host; a single rank that died is started again by the service itself", "text",
-            target="--elastic-ep-rejoin", value=True, only=("recover",), until="refused", otherwise=_BY_ITSELF),
+            target="--elastic-ep-rejoin", value=True, only=("recover",), otherwise=_BY_ITSELF),
     Foreign(("--elastic-ep-join-rank-offset",), "refused", _BY_ITSELF, "int"),
     # experts
     Foreign(("--ep-num-redundant-experts",), "alias", "replicas beyond one of each expert", "int",
@@ -173,10 +167,10 @@ def taken_from(parameters: dict[str, Any]) -> Given:
     return [(name, value) for name, value in values if value is not None]
 
 
-def translate(given: Given, chosen: Mapping[str, Any], fields: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+def translate(given: Given, chosen: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What the foreign flags `given` mean: parameters to set, and a line for each flag that tells how it was read.
 
-    chosen: our own parameters that the user set, by name; fields: all that there are.
+    chosen: our own parameters that the user set, by name.
     Raises BadConfig for what is refused and for contradictions. LOCAL."""
     found: dict[str, tuple[Any, str]] = {name: (value, _said(name, value)) for name, value in chosen.items()}
     known = [(name, value, _entry(name)) for name, value in given]
@@ -184,8 +178,8 @@ def translate(given: Given, chosen: Mapping[str, Any], fields: Collection[str]) 
     _refuse_sharded_attention(dict(given))
     notes = []
     for name, value, entry in known:
-        _refuse(name, value, entry, entry.field in fields)
-        if entry.kind != "alias" or entry.field not in fields:
+        _refuse(name, value, entry)
+        if entry.kind != "alias":
             notes.append(f"{_as_written(name, value)}: {entry.says}")
             continue
         mine = _value(entry, name, value, size or 1)
@@ -233,10 +227,10 @@ def _said(field: str, value: object) -> str:
     return f"--{'' if value is not False else 'no-'}{flag}" + ("" if isinstance(value, bool) else f" {value}")
 
 
-def _refuse(name: str, value: object, entry: Foreign, exists: bool) -> None:
+def _refuse(name: str, value: object, entry: Foreign) -> None:
     if entry.only and str(value) not in entry.only:
         raise BadConfig(f"{_as_written(name, value)} cannot be had: {entry.otherwise}")
-    if entry.kind == "refused" or (entry.kind == "alias" and not exists and entry.until == "refused"):
+    if entry.kind == "refused":
         raise BadConfig(f"{_as_written(name, value)} cannot be had: {entry.says}")
     if entry.kind == "alias" and entry.takes == "int" and entry.reading != "same" and int(str(value)) < 1:
         raise BadConfig(f"{name} must be at least 1, not {value}")

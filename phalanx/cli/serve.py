@@ -109,7 +109,7 @@ def understood(context: click.Context, options: dict[str, Any]) -> tuple[ServeCo
     given = aliases.taken_from(options)
     unsaid = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
     chosen = {name: value for name, value in options.items() if context.get_parameter_source(name) not in unsaid}
-    translated, notes = aliases.translate(given, chosen, options.keys())
+    translated, notes = aliases.translate(given, chosen)
     options |= translated
     aliases.refuse_device(options["device"], get_args(Device))
     if not options["model"]:
