@@ -153,6 +153,12 @@ class Ranks:
             channel.tell({"error": traceback.format_exc()})
             os._exit(1)
 
+    def start(self, *bodies: Body) -> None:
+        """Fork every rank, with its own body or all with the one that there is, and send them the first view."""
+        for rank in range(self.ep_size):
+            self.spawn(rank, bodies[rank % len(bodies)])
+        self.meet(1)
+
     def meet(self, epoch: int, ranks: list[int] | None = None, tell: list[int] | None = None) -> None:
         """Send `ranks` (or only those in `tell`) the view of all of them."""
         ranks = sorted(self.members) if ranks is None else ranks

@@ -119,9 +119,7 @@ def test_a_notice_alone_masks_a_rank_and_tells_it_to_stop(hosts: Hosts | None) -
         node.hear()
 
     with Ranks(3, hosts=hosts) as ranks:
-        for rank in range(3):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         assert ranks.board
         ranks.board.declare_dead(2, 0, "operator")
         assert ranks.hear(2)["interrupted"] == 2
@@ -157,9 +155,7 @@ def barriers(node: Node) -> None:
 
 def test_a_pause_shorter_than_the_time_out_evicts_nobody(hosts: Hosts | None) -> None:
     with Ranks(3, peer_timeout_s=5.0, hosts=hosts) as ranks:
-        for rank in range(3):
-            ranks.spawn(rank, barriers)
-        ranks.meet(1)
+        ranks.start(barriers)
         with ranks.stopped(2):
             for rank in range(3):
                 ranks.tell(rank, "barrier")
@@ -169,9 +165,7 @@ def test_a_pause_shorter_than_the_time_out_evicts_nobody(hosts: Hosts | None) ->
 
 def test_a_waiter_that_was_stopped_for_longer_than_the_time_out_suspects_nobody(pair_hosts: Hosts | None) -> None:
     with Ranks(2, peer_timeout_s=0.5, hosts=pair_hosts) as ranks:
-        for rank in range(2):
-            ranks.spawn(rank, barriers)
-        ranks.meet(1)
+        ranks.start(barriers)
         ranks.tell(0, "barrier")
         assert ranks.channels[0].silent_for(0.1)
         with ranks.stopped(0):
@@ -191,9 +185,7 @@ def test_patience_gives_a_slow_peer_more_time_and_then_takes_it_back(pair_hosts:
         node.tell_status()
 
     with Ranks(2, peer_timeout_s=0.2, hosts=pair_hosts) as ranks:
-        ranks.spawn(0, patient)
-        ranks.spawn(1, barriers)
-        ranks.meet(1)
+        ranks.start(patient, barriers)
         assert ranks.channels[0].silent_for(0.5)
         ranks.tell(1, "barrier")
         assert ranks.hear(0) == CLEAN
@@ -224,9 +216,7 @@ def test_computing_ranks_on_a_machine_with_too_few_cpus_are_not_suspected() -> N
     with Ranks(3, peer_timeout_s=timeout_s) as ranks, Ranks(8) as hogs:
         for i in range(8):
             hogs.spawn(i, hog)
-        for rank in range(3):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         said = [ranks.hear(rank) for rank in range(3)]
         assert [clean for clean, _ in said] == [True] * 3
         assert max(slowest for _, slowest in said) > timeout_s, "the machine was not loaded enough to show anything"
@@ -332,9 +322,7 @@ def test_an_interrupt_ends_every_wait_and_every_later_collective_until_its_epoch
         node.hear()
 
     with Ranks(3, hosts=hosts) as ranks:
-        for rank in range(3):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         assert [ranks.hear(rank) for rank in (0, 1)] == ["waiting"] * 2
         ranks.tell(2)
         assert [ranks.hear(rank) for rank in range(3)] == [CLEAN | {"interrupted": 2}] * 3
@@ -435,9 +423,7 @@ def test_nothing_is_sent_to_a_masked_rank_and_a_cleared_one_is_heard_again(pair_
         node.hear()
 
     with Ranks(2, hosts=pair_hosts) as ranks:
-        for rank in range(2):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         assert [ranks.hear(rank) for rank in range(2)] == ["masked"] * 2
         for rank in range(2):
             ranks.tell(rank)
@@ -456,9 +442,7 @@ def test_without_elasticity_a_lost_peer_is_an_error_that_names_it(pair_hosts: Ho
         node.hear()
 
     with Ranks(2, peer_timeout_s=0.2, elastic=False, board=False, hosts=pair_hosts) as ranks:
-        for rank in range(2):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         if kill:
             ranks.kill(1)
         ranks.tell(0)

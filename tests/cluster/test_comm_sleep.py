@@ -52,9 +52,7 @@ def test_thousands_of_random_rings_sleeps_and_steps_lose_no_wake_up_and_invent_n
         node.hear()
 
     with Ranks(4, hosts=hosts) as ranks:
-        for rank in range(4):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         for rank in range(4):
             assert ranks.hear(rank) > rounds / 4
             assert ranks.hear(rank) == CLEAN
@@ -77,9 +75,7 @@ def test_a_ring_before_the_sleep_counts_and_a_ring_of_a_finished_collective_does
         node.hear()
 
     with Ranks(2, hosts=pair_hosts) as ranks:
-        ranks.spawn(0, ringer)
-        ranks.spawn(1, sleeper)
-        ranks.meet(1)
+        ranks.start(ringer, sleeper)
         assert ranks.hear(0) == "rang"
         ranks.tell(1)
         assert ranks.hear(1) is True
@@ -103,9 +99,7 @@ def test_a_ring_under_the_next_epoch_wakes_a_rank_that_adopts_it_later(pair_host
         node.hear()
 
     with Ranks(2, hosts=pair_hosts) as ranks:
-        ranks.spawn(0, ringer)
-        ranks.spawn(1, sleeper)
-        ranks.meet(1)
+        ranks.start(ringer, sleeper)
         ranks.meet(2, tell=[0])
         assert ranks.hear(0) == "rang"
         ranks.meet(2, tell=[1])
@@ -139,9 +133,7 @@ def test_the_death_of_a_peer_wakes_sleepers_and_is_in_their_status(hosts: Hosts 
         node.hear()
 
     with Ranks(3, board=board, hosts=hosts) as ranks:
-        for rank in range(3):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         assert [ranks.hear(rank) for rank in range(3)] == ["asleep"] * 3
         ranks.kill(0)
         assert [ranks.hear(rank) for rank in (1, 2)] == [True, True]
@@ -161,9 +153,7 @@ def test_the_launcher_wakes_sleepers_to_a_notice_about_a_living_rank(
         node.hear()
 
     with Ranks(2, hosts=pair_hosts) as ranks:
-        for rank in range(2):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         assert [ranks.hear(rank) for rank in range(2)] == ["asleep"] * 2
         assert ranks.board
         members = list(ranks.members.values())
@@ -191,9 +181,7 @@ def test_an_interrupt_wakes_sleepers(pair_hosts: Hosts | None) -> None:
         node.hear()
 
     with Ranks(2, hosts=pair_hosts) as ranks:
-        for rank in range(2):
-            ranks.spawn(rank, body)
-        ranks.meet(1)
+        ranks.start(body)
         assert ranks.hear(1) == "asleep"
         ranks.tell(0)
         assert [ranks.hear(rank) for rank in range(2)] == [4, 4]
