@@ -422,19 +422,22 @@ class Mail:
                 yield m.to_worker_decoder.decode(self._inbox.recv(zmq.NOBLOCK))
 
     def knock(self, view: View, me: Member) -> None:
-        """Tell the members of a view that `me` asks to be let in; those on other hosts by way of the server. LOCAL: who
-        is not there does not hear it."""
+        """Tell the members of a view that `me` asks to be let in; those whose launcher is another, by way of the server.
+        LOCAL: who is not there does not hear it."""
         knock = m.Knock(rank=me.rank, incarnation=me.incarnation)
+        elsewhere = False
         for member in view.members:
-            if member.host != me.host:
+            endpoint = worker_endpoint(self._run_dir, member.rank, member.incarnation)
+            if not os.path.exists(endpoint.removeprefix("ipc://")):
+                elsewhere = True
                 continue
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, KNOCK_LINGER_MS)
-            socket.connect(worker_endpoint(self._run_dir, member.rank, member.incarnation))
+            socket.connect(endpoint)
             with contextlib.suppress(zmq.Again):
                 socket.send(m.encode(knock), zmq.NOBLOCK)
             socket.close()
-        if any(member.host != me.host for member in view.members):
+        if elsewhere:
             self.send(knock)
 
     @property

@@ -224,8 +224,16 @@ class Roster:
             },
         }  # fmt: skip
 
+    def vaults_within_reach(self) -> dict[int, m.VaultState]:
+        """By host, as its keeper said last: one that was cut off keeps its vault, and says nothing when it is back."""
+        return {
+            node: vault
+            for node, vault in self.vaults.items()
+            if node not in self.hosts or self.hosts[node].state == "alive"
+        }
+
     def _vault_status(self, node_rank: int) -> dict[str, Any]:
-        vault = self.vaults.get(node_rank, m.VaultState(state="off"))
+        vault = self.vaults_within_reach().get(node_rank, m.VaultState(state="off"))
         return {
             "state": vault.state, "pid": vault.pid, "restarts": vault.restarts, "filled_bytes": vault.filled_bytes,
             "total_bytes": vault.total_bytes, "reason": vault.reason,
@@ -286,8 +294,6 @@ class Roster:
         if before is not None and not message.host:
             message = msgspec.structs.replace(message, host=before.host)
         self.hosts[message.node_rank] = message
-        if message.state == "lost" and message.node_rank in self.vaults:
-            self.vaults[message.node_rank] = m.VaultState(state="off", node_rank=message.node_rank)
         detail = f"host {message.node_rank} is lost: {message.reason}"
         deaths = (m.Died(rank=r, incarnation=i, cause="host", detail=detail) for r, i in message.lost)
         return [identity for death in deaths for identity in self.died(death)]

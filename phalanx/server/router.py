@@ -405,7 +405,7 @@ class Router:
                 self._hear_host(message)
             case m.VaultState():
                 self.roster.vaults[message.node_rank] = message
-                self.metrics.vaults(self.roster.vaults)
+                self.metrics.vaults(self.roster.vaults_within_reach())
 
     def _spawned(self, message: m.Spawned) -> None:
         known = self._known()
@@ -424,7 +424,7 @@ class Router:
         lost = self.roster.host_state(message)
         self._bury(known, lost, [Identity(*name) for name in message.lost])
         self.metrics.hosts_alive.set(sum(host.state == "alive" for host in self.roster.hosts.values()))
-        self.metrics.vaults(self.roster.vaults)
+        self.metrics.vaults(self.roster.vaults_within_reach())
 
     def _bury(self, known: set[Identity], lost: list[Identity], named: Iterable[Identity]) -> None:
         """After deaths, of which `lost` were news."""

@@ -196,6 +196,42 @@ def test_what_cannot_become_a_host_of_the_cluster_is_told_why(tiny: Path, tmp_pa
         lonely.wait_for_line(r"phalanx serve: --elastic-ep-rejoin: no cluster answers at --dist-init-addr")
 
 
+def test_a_host_that_was_stopped_returns_and_one_that_lost_the_first_waits_for_the_next_first(tiny: Path) -> None:
+    with ExitStack() as stack:
+
+        def start(node_rank: int) -> Service:
+            service = Service(
+                str(tiny), "--ep-size", "2", "--nnodes", "2", "--node-rank", str(node_rank), "--peer-timeout", "4",
+                "--dist-init-addr", f"127.0.0.1:{port}", "--roll-call-timeout", "10",
+            )  # fmt: skip
+            stack.callback(service.stop)
+            return service.launch()
+
+        def ready_first() -> Service:
+            first = start(0).find_url()
+            first.wait_for_line(r"ready: .* on 2 ranks", 120)
+            return first
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        other = start(1)  # the order does not matter
+        other.wait_for_line("waiting for the first host at")
+        first = ready_first()
+        first.wait_for_line("NO --cluster-token-file: whoever reaches --dist-init-addr can join")
+        seen = first.lines
+        other.process.send_signal(signal.SIGSTOP)
+        first.wait_for_line(r"lost host 1 \(ranks \[1\]\): silent for more than", after=seen)
+        other.process.send_signal(signal.SIGCONT)
+        first.wait_for_line(r"recovered: ranks \[1\] rejoined", 90, after=seen)
+        seen = other.lines
+        first.process.kill()
+        other.wait_for_line(r"lost the first host: hang-up; the ranks \[1\] of this host stop serving", after=seen)
+        first = ready_first()
+        other.wait_for_line("the first host was started anew", after=seen)
+        assert [(rank["incarnation"], rank["state"]) for rank in first.status()["ranks"]] == [(0, "healthy")] * 2
+        assert (first.stop(), exit_of(other)) == (0, 0)
+
+
 def open_ports(hosts: netns.Hosts, host: int) -> list[int]:
     """Of a host's TCP listeners, those that others can reach and that are not HTTP."""
     listed = subprocess.run(

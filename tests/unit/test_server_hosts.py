@@ -69,6 +69,9 @@ def test_status_and_metrics_show_hosts_and_what_runs_where(desk: Desk) -> None:
     assert there["vault"]["state"] == "off"
     assert desk.value("phalanx_hosts_alive") == 1
     assert desk.value("phalanx_vault_filled_bytes") == 10
+    desk.hear(m.HostState(node_rank=1, host="10.0.0.2", state="alive", ranks=[2, 3]))
+    assert desk.router.roster.status()["hosts"][1]["vault"]["state"] == "full", "a cut does not empty a vault"
+    assert desk.value("phalanx_vault_filled_bytes") == 20
 
 
 def test_a_host_that_comes_back_brings_the_next_incarnations(desk: Desk) -> None:
