@@ -160,7 +160,6 @@ class Worker:
             sources.insert(-1, other)
         parts = vault.dense_parts() if vault is not None else None
         weights = DenseWeights.of(parts) if parts else checkpoint.dense_weights(dtype)
-        store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
         checked = partial(
             once, store, f"products/{spec.host}", me=f"{spec.rank}.{spec.incarnation}", patience_s=CHECK_PATIENCE_S
         )

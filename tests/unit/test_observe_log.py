@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.observe.events import EventLog, Recovery
+from phalanx.observe.events import PHASES, EventLog, Recovery, by_kind
 from phalanx.observe.log import QuietProbes, set_up_logging
 
 
@@ -96,6 +96,18 @@ def test_a_recovery_reads_as_one_line() -> None:
         "restore 0.050, replay 0.018), 5 requests moved, 1000000000 bytes from peer at 2.00 GB/s a rank, 24 bytes "
         "from disk restored"
     )
+
+
+def test_bytes_from_another_host_are_told_apart_in_the_line_and_added_in_the_status() -> None:
+    found = {"peer": 1, "vault": 2, "peer_remote": 10, "vault_remote": 20, "disk": 0}
+    recovery = Recovery(
+        trigger="failure", lost=[2], joined=[], epoch=4, previous_epoch=3, requests_moved=0, steps_replayed=0,
+        seconds=dict.fromkeys(PHASES, 0.0), bytes_restored=found, seconds_restored={"vault_remote": 1e-8},
+        causes={}, outcome="complete",
+    )  # fmt: skip
+    assert "20 bytes from vault of another host at 2.00 GB/s a rank" in recovery.summary()
+    assert "10 bytes from peer of another host" in recovery.summary()
+    assert by_kind(found) == {"peer": 11, "vault": 22, "disk": 0}
 
 
 def test_a_pipe_that_nobody_reads_loses_lines_and_stops_nobody() -> None:
