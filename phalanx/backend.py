@@ -129,8 +129,16 @@ class CudaBackend:
 
     With `--deterministic` every product and sum is taken in one order for all batches and placements."""
 
-    def __init__(self, place: Place, *, device: torch.device | None = None, memory: PeerMemory | None = None) -> None:
-        """device, memory: elsewhere than on CUDA, for kernels that an interpreter runs."""
+    def __init__(
+        self,
+        place: Place,
+        *,
+        graph_sizes: tuple[int, ...] | None = None,
+        device: torch.device | None = None,
+        memory: PeerMemory | None = None,
+    ) -> None:
+        """graph_sizes: batches of decodes to capture graphs for, instead of those that the config calls for. device,
+        memory: elsewhere than on CUDA, for kernels that an interpreter runs."""
         from phalanx.comm.cuda import CudaCommunicator, LaunchShape
         from phalanx.moe.cuda import DeviceBank, DeviceLoad
 
@@ -139,8 +147,11 @@ class CudaBackend:
             device = torch.device("cuda", place.rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
         self._place, self._device = place, device
+        if graph_sizes is None:
+            graph_sizes = ladder(min(config.cuda_graph_max_bs, config.max_num_seqs))
+        self._graph_sizes = graph_sizes if device.type == "cuda" else ()
         shape = LaunchShape.of(model.hidden) if device.type == "cuda" else LaunchShape.of(model.hidden, programs=2)
-        self.bank = self._bank = DeviceBank(
+        self.bank: DeviceBank = DeviceBank(
             model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype, device
         )
         self.comm = self._comm = CudaCommunicator(
@@ -177,15 +188,22 @@ class CudaBackend:
         )  # fmt: skip
         routes = RouteTable(model.num_moe_layers, model.num_experts, self._place.route_width, device)
         experts = DeviceExperts(
-            self._bank, routes, self._comm, self._load, top_k=model.top_k, num_experts=model.num_experts,
+            self.bank, routes, self._comm, self._load, top_k=model.top_k, num_experts=model.num_experts,
             norm_topk=model.norm_topk, pairs=config.places * config.max_num_batched_tokens * model.top_k,
             weigh_early=not exact,
         )  # fmt: skip
         kv = DeviceKV(model, limits.num_blocks, limits.block_size, self._place.dtype, device)
         decoder = DeviceModel(model, to_device(weights, device), experts, kv, shape, exact=exact)
-        sizes = ladder(min(config.cuda_graph_max_bs, limits.max_num_seqs)) if device.type == "cuda" else ()
         return CudaRunner(
-            decoder, shape, self._comm, routes, self._load, self._bank, graph_sizes=sizes, exact=exact, device=device
+            decoder,
+            shape,
+            self._comm,
+            routes,
+            self._load,
+            self.bank,
+            graph_sizes=self._graph_sizes,
+            exact=exact,
+            device=device,
         )
 
     def load(self) -> Loads:

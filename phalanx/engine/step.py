@@ -149,6 +149,10 @@ class Engine:
         """The number of the last step that this rank committed."""
         return self._step
 
+    def next_plan(self) -> Plan:
+        """What the next step would run, as things stand. LOCAL, changes nothing."""
+        return self._scheduler.schedule()
+
     def load(self) -> Load:
         """How occupied this rank is. LOCAL."""
         return self._scheduler.load()
