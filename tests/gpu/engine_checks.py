@@ -355,8 +355,11 @@ def check_engine(device: torch.device, large: bool) -> None:
             model=path, num_kv_blocks=256, max_model_len=700, max_num_batched_tokens=64, max_num_seqs=16,
             cuda_graph_max_bs=16 if large else 0,
         )  # fmt: skip
-        _compare_logits(base, device, board)
-        _same_tokens(replace_config(base, deterministic=True), device, board, 24 if large else 5)
+        # The interpreter cuts bfloat16 where a device rounds; float16 it rounds as well.
+        _compare_logits(
+            base if large else replace_config(base, dtype="float16"), device, board, 8e-2 if large else 5e-3
+        )
+        _same_tokens(replace_config(base, deterministic=True), device, board, *((6, 24) if large else (3, 4)))
     board.close()
 
 
@@ -367,7 +370,7 @@ def replace_config(config: ServeConfig, **changes: Any) -> ServeConfig:
     return msgspec.structs.replace(config, **changes)
 
 
-def _compare_logits(config: ServeConfig, device: torch.device, board: NoticeBoard) -> None:
+def _compare_logits(config: ServeConfig, device: torch.device, board: NoticeBoard, most: float) -> None:
     """Every row of a prefill in two chunks and of a decode."""
     reference, device_engine = SoloEngine(config), SoloEngine(config, parts=on_device(device, board))
     tokens = torch.randint(0, 200, (45,), generator=torch.Generator().manual_seed(2))
@@ -383,15 +386,15 @@ def _compare_logits(config: ServeConfig, device: torch.device, board: NoticeBoar
             for e in (reference, device_engine)
         )
         worst = max(worst, error_of(got, want))
-    assert worst < 4e-2, f"logits differ by {worst:.1e} from the CPU's"
-    print(f"    logits: relative difference at most {worst:.1e} from the CPU's (bfloat16 both)")
+    print(f"    logits: relative difference at most {worst:.1e} from the CPU's ({config.dtype} both)")
+    assert worst < most, f"logits differ by {worst:.1e} from the CPU's"
     reference.close()
     device_engine.close()
 
 
-def _same_tokens(config: ServeConfig, device: torch.device, board: NoticeBoard, length: int) -> None:
+def _same_tokens(config: ServeConfig, device: torch.device, board: NoticeBoard, count: int, length: int) -> None:
     """Alone, in a batch, moved half-way, without graphs, with small chunks: always the same tokens."""
-    prompts = [[5 + (7 * i + j * j) % 190 for j in range(3 + 4 * i)] for i in range(6)]
+    prompts = [[5 + (7 * i + j * j) % 190 for j in range(3 + 4 * i)] for i in range(count)]
 
     def submit(i: int, output: list[int] | None = None) -> Submit:
         sampling = SamplingParams(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,10 +157,10 @@ def _profiled(do: Any) -> list[str]:
 COMMANDS = {"make": make, "serve_alike": serve_alike, "decode": decode}
 
 
-def ladder(script: str, devices: int, *, layers: int, deterministic: bool = False, batches: Any = BATCHES) -> None:
+def ladder(devices: int, *, layers: int, deterministic: bool = False, batches: Any = BATCHES) -> None:
     """Build, then one line a batch size, each as soon as it is known."""
     ep_size = 2 if devices > 1 else 1
-    with party(script, ep_size, devices) as p:
+    with party(str(Path(__file__).resolve()), ep_size, devices) as p:
         _open(p, layers, deterministic)
         for batch in batches:
             answers = p.all("decode", batch=batch, profile=False) if batch != 64 else _with_profile(p, batch)
@@ -201,3 +202,7 @@ def _open(p: Party, layers: int, deterministic: bool) -> None:
     p.epoch += 1
     members = [m.member() for m in p.ranks.values()]
     p.all("serve_alike", epoch=p.epoch, members=members)
+
+
+if __name__ == "__main__":
+    RankProcess(COMMANDS).run()

@@ -30,7 +30,7 @@ class Stage:
     lane: int = 0
 
 
-def stages(script: str, interpret: bool) -> dict[str, Stage]:
+def stages(interpret: bool) -> dict[str, Stage]:
     """Name -> stage, in the order of running."""
     import engine_checks as checks
 
@@ -38,10 +38,10 @@ def stages(script: str, interpret: bool) -> dict[str, Stage]:
     device = torch.device("cpu") if interpret else torch.device("cuda", 0)
     large = not interpret
     table = {
-        "attention": Stage(lambda: checks.check_attention(device, large), 40, 1),
-        "experts": Stage(lambda: checks.check_experts(device, large), 40, 2),
-        "sampler": Stage(lambda: checks.check_sampler(device, large), 40, 2),
-        "engine-one": Stage(lambda: checks.check_engine(device, large), 60, 3),
+        "attention": Stage(lambda: checks.check_attention(device, large), 60 if large else 280, 1),
+        "experts": Stage(lambda: checks.check_experts(device, large), 60 if large else 280, 2),
+        "sampler": Stage(lambda: checks.check_sampler(device, large), 40 if large else 280, 2),
+        "engine-one": Stage(lambda: checks.check_engine(device, large), 80 if large else 280, 3),
     }
     if interpret:
         return table
@@ -49,10 +49,10 @@ def stages(script: str, interpret: bool) -> dict[str, Stage]:
 
     return {
         **table,
-        "ladder": Stage(lambda: ladder(script, count, layers=48), 75),
-        "serve": Stage(serve_and_kill, 75),
+        "serve": Stage(serve_and_kill, 110, 4),
+        "ladder": Stage(lambda: ladder(count, layers=48), 80),
         "ladder-exact": Stage(
-            lambda: ladder(script, count, layers=48, deterministic=True, batches=(1, 64, 256)), 60
+            lambda: ladder(count, layers=48, deterministic=True, batches=(1, 64, 256)), 60
         ),
     }  # fmt: skip
 
@@ -75,7 +75,7 @@ def serve_and_kill() -> None:
                        expert_width=256)  # fmt: skip
         flags = flags_of(
             device="cuda", ep_size=2, deterministic=True, max_model_len=1024, max_num_seqs=16, cuda_graph_max_bs=16,
-            warmup_timeout=60, log_level="info",
+            warmup_timeout=100, expert_backup="dram", log_level="info",
         )  # fmt: skip
         with Service(model, *flags) as service:
             options = {"temperature": [0.0, 0.8] * 4, "top_p": 0.9, "seed": list(range(8)), "max_tokens": 200}
