@@ -79,7 +79,7 @@ def make(
     config = ServeConfig(
         model="random", device="cuda", ep_size=ep_size, max_num_batched_tokens=CHUNK, max_num_seqs=max(BATCHES),
         max_model_len=512, num_kv_blocks=max(BATCHES) * 20, enable_prefix_caching=False, deterministic=deterministic,
-        peer_timeout_s=20.0,
+        slots_per_rank=model.num_experts // ep_size, peer_timeout_s=20.0,
     )  # fmt: skip
     place = Place(config, model, rank, 0, NoticeBoard.open(board), 1)
     made = CudaBackend(place, graph_sizes=BATCHES)
@@ -114,8 +114,9 @@ def decode(ranks: RankProcess, batch: int, profile: bool) -> Reply:
     for i in range(batch):
         prompt = g.integers(0, served.model.vocab_size, PROMPT).tolist()
         served.engine.accept([Submit(f"{batch}-{i}", 0, prompt, SamplingParams(max_tokens=256, temperature=0.0))])
-    prefill = -(-batch * PROMPT // CHUNK) + 1
-    prefill_s = _timed(served.engine.step, prefill)
+    prefill_s = []
+    while len(served.engine.next_plan().chunks) < batch or any(c.length > 1 for c in served.engine.next_plan().chunks):
+        prefill_s += _timed(served.engine.step, 1)
     step_s = _timed(served.engine.step, STEPS)
     # The same decode again and again, without engine, header and commit: all that it writes it writes again.
     forward = build_batch(served.engine.next_plan())
