@@ -28,7 +28,7 @@ from phalanx.model.attention import KVStore
 from phalanx.model.config import ModelConfig
 from phalanx.model.layers import DenseWeights
 from phalanx.model.transformer import Transformer
-from phalanx.moe.experts import SlotBank
+from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
 from phalanx.moe.linear import Checked, do
 from phalanx.wire import Site
@@ -84,6 +84,9 @@ class Backend(Protocol):
     def load(self) -> Loads:
         """This rank's tokens by layer and expert, int64 [L, E]; it only grows. LOCAL."""
 
+    def reached(self, pages: Bytes) -> object:
+        """These pages of the vault have an expert that this rank may be lent. LOCAL, called from the vault's thread."""
+
 
 class CpuBackend:
     """On CPU cores, in shared memory."""
@@ -122,6 +125,9 @@ class CpuBackend:
         """See `Backend`."""
         load_LE: Loads = self._load_LE.numpy()
         return load_LE
+
+    def reached(self, pages: Bytes) -> object:
+        """See `Backend`. Nothing more is to be done for a CPU."""
 
 
 class CudaBackend:
@@ -209,6 +215,10 @@ class CudaBackend:
     def load(self) -> Loads:
         """See `Backend`."""
         return self._load.read()
+
+    def reached(self, pages: Bytes) -> object:
+        """See `Backend`. The device can read them at the full rate from now on, where that is allowed."""
+        return self.bank.pin(pages)
 
 
 def backend(place: Place) -> Backend:

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import NoReturn
@@ -29,7 +29,7 @@ from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.remote import Remote
 from phalanx.elastic.restore import DiskSource, PeerSource, Source, VaultSource
 from phalanx.elastic.transports import transports
-from phalanx.elastic.vault import Follower, Vault, VaultGone
+from phalanx.elastic.vault import Bytes, Follower, Vault, VaultGone
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
 from phalanx.model.layers import DenseWeights
@@ -138,7 +138,7 @@ class Worker:
         bank = self._bank = rank_parts.bank
         self._comm = rank_parts.comm
         self._me = Member(spec.rank, spec.incarnation, spec.host, os.getpid(), self._comm.address, bank.address)
-        vault = _open_vault(spec.vault)
+        vault = _open_vault(spec.vault, rank_parts.reached)
         disk = DiskSource(checkpoint, dtype, first_load_only=config.expert_backup == "none")
         store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
         sources: list[Source | Remote] = [PeerSource(self._me), disk]
@@ -430,7 +430,7 @@ class Mail:
         return int(self._inbox.getsockopt(zmq.FD))
 
 
-def _open_vault(address: str) -> Vault | None:
+def _open_vault(address: str, reached: Callable[[Bytes], object]) -> Vault | None:
     """This host's vault, if it has one, with a thread that keeps its contents within reach."""
     if not address:
         return None
@@ -439,7 +439,7 @@ def _open_vault(address: str) -> Vault | None:
     except VaultGone as error:
         log.warning("going on without the vault: %s", error)
         return None
-    Follower(vault).start()
+    Follower(vault, reached=reached).start()
     return vault
 
 

@@ -182,7 +182,8 @@ class CudaRunner:
             self._compute(on_device, size)
             self._wait()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Another thread may register the vault's memory meanwhile, which is none of the capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 hidden_TD = self._compute(on_device, size)
             self._pool = graph.pool()
         return Replay(graph, hidden_TD)

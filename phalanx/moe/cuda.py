@@ -8,6 +8,7 @@ Shape suffixes: L MoE layers, S slots a rank, F expert width, D model width, T t
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from phalanx.comm.cuda import CudaCommunicator
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
+
+_PAGE = mmap.PAGESIZE
 
 
 class DeviceMemoryShort(PhalanxError):
@@ -50,6 +53,7 @@ class DeviceBank(SlotBank):
         on_device = device.type == "cuda"
         self._landing = torch.empty(elements, dtype=dtype, pin_memory=on_device)
         self._landed: tuple[int, int] | None = None
+        self._pinned: list[int] = []
         self._side = torch.cuda.Stream(device) if on_device else None  # type: ignore[no-untyped-call]
 
     def slot_bytes(self, layer: int, slot: int) -> Bytes:
@@ -77,6 +81,26 @@ class DeviceBank(SlotBank):
         """Say that the slot's bytes, written on the device itself, are those of `expert`: for random weights. LOCAL."""
         self._enter(layer, slot, expert, digest)
 
+    def pin(self, data: Bytes) -> bool:
+        """Have the device read host memory that `borrow` will be given at the full rate, from now on. False where that
+        is refused: it is then read at the rate of pageable memory. May be called from any thread. LOCAL.
+
+        Only ever registered for reading: otherwise the system would make a private copy of every page."""
+        device = self.weights_LSX.device
+        if device.type != "cuda":
+            return False
+        from cuda.bindings import runtime
+
+        runtime.cudaSetDevice(device.index)  # what is current is a thread's own
+        begin = data.ctypes.data // _PAGE * _PAGE
+        size = -(-(data.ctypes.data + data.nbytes - begin) // _PAGE) * _PAGE
+        (error,) = runtime.cudaHostRegister(begin, size, runtime.cudaHostRegisterReadOnly)
+        if error != runtime.cudaError_t.cudaSuccess:
+            runtime.cudaGetLastError()  # it must not surface in somebody else's check
+            return False
+        self._pinned.append(begin)
+        return True
+
     def ready(self) -> None:
         """What is launched from now on sees all slots as they were marked. LOCAL, does not wait."""
         if self._side is not None:
@@ -90,6 +114,12 @@ class DeviceBank(SlotBank):
         if self._side is not None:
             self._side.synchronize()
         self.weights_LSX = self.weights_LSX.new_empty(0)
+        if self._pinned:
+            from cuda.bindings import runtime
+
+            for begin in self._pinned:
+                runtime.cudaHostUnregister(begin)
+            self._pinned.clear()
         super().close()
 
     def _send(self, layer: int, slot: int, data: Tensor) -> None:
