@@ -17,7 +17,7 @@ from phalanx.errors import BadConfig
 from phalanx.wire import split_address
 
 Dtype = Literal["bfloat16", "float32"]
-Device = Literal["cpu"]
+Device = Literal["cpu", "cuda"]
 Backup = Literal["dram", "disk", "none"]
 VaultTransport = Literal["auto", "mooncake", "tcp"]
 
@@ -31,6 +31,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str = ""
     dtype: Dtype = "bfloat16"
     device: Device = "cpu"
+    deterministic: bool = False
+    """On cuda: every sum in one order whatever the batch and the placement, at a price. On cpu it is always so."""
+    cuda_graph_max_bs: int = 256
+    """The largest batch of decodes that a CUDA graph is captured for; 0: none."""
     chat_template: str = ""
     seed: int = 0
 
@@ -189,7 +193,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise BadConfig(f"{_flag(field)} must be at least 1, not {getattr(self, field)}")
         not_negative = (
             "num_redundant_experts", "slots_per_rank", "max_restarts", "max_model_len", "num_kv_blocks",
-            "kv_cache_memory_mb", "eplb_interval", "eplb_min_gain", "max_ep_size",
+            "kv_cache_memory_mb", "eplb_interval", "eplb_min_gain", "max_ep_size", "cuda_graph_max_bs",
         )  # fmt: skip
         for field in not_negative:
             if getattr(self, field) < 0:
@@ -197,6 +201,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         for field in self.__struct_fields__:
             if field.endswith("_s") and getattr(self, field) <= 0:
                 raise BadConfig(f"{_flag(field)} must be more than 0 seconds, not {getattr(self, field)}")
+        if self.device == "cuda" and self.dtype != "bfloat16":
+            raise BadConfig(f"--device cuda computes in bfloat16, not in --dtype {self.dtype}")
+        if self.device == "cuda" and self.nnodes > 1:
+            raise BadConfig(f"--device cuda serves one host in this version, not --nnodes {self.nnodes}")
         if self.min_ranks > self.ep_size:
             raise BadConfig(f"--min-ranks {self.min_ranks} is more than --ep-size {self.ep_size}")
         if self.max_ep_size and self.max_ep_size < self.ep_size:

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import NoReturn
@@ -19,7 +19,7 @@ import torch
 import zmq
 
 from phalanx import messages as m
-from phalanx.comm.cpu import CpuCommunicator
+from phalanx.backend import Place, backend
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
 from phalanx.elastic.balance import REBALANCE, Balancer, Rules
@@ -29,16 +29,11 @@ from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.remote import Remote
 from phalanx.elastic.restore import DiskSource, PeerSource, Source, VaultSource
 from phalanx.elastic.transports import transports
-from phalanx.elastic.vault import Follower, Vault, VaultGone
-from phalanx.engine.runner import Runner, limits_for
+from phalanx.elastic.vault import Bytes, Follower, Vault, VaultGone
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
-from phalanx.model.attention import KVStore
 from phalanx.model.layers import DenseWeights
 from phalanx.model.loader import Checkpoint
-from phalanx.model.transformer import Transformer
-from phalanx.moe.experts import SlotBank
-from phalanx.moe.gate import RouteTable
 from phalanx.observe.log import set_up_logging
 from phalanx.process import (
     EXIT_EVICTED,
@@ -120,7 +115,6 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         config = spec.config
         self._prepared = Stopwatch(spec.asked_s)
-        dtype = getattr(torch, config.dtype)
         chaos = config.enable_chaos
         self._faults = faults.armed(spec.faults, spec.rank, spec.incarnation) if chaos else faults.NO_FAULTS
         self._faults.point("start")
@@ -128,27 +122,23 @@ class Worker:
         self._mail = Mail(spec)
         checkpoint = Checkpoint.open(config.model)
         model = checkpoint.config
-        slots = config.expert_slots(model.num_experts)
         notices = NoticeBoard.open(spec.notices)
-        bank = self._bank = SlotBank(model.num_moe_layers, slots, model.hidden, model.expert_width, dtype)
-        self._comm = CpuCommunicator(
+        place = Place(
+            config,
+            model,
             spec.rank,
-            config.places,
-            incarnation=spec.incarnation,
-            max_tokens=config.max_num_batched_tokens,
-            hidden=model.hidden,
-            top_k=model.top_k,
-            slots_per_rank=slots,
-            dtype=dtype,
-            peer_timeout_s=config.peer_timeout_s,
-            notices=notices,
-            elastic=config.elastic,
+            spec.incarnation,
+            notices,
+            ROUTE_WIDTH,
             fault_point=self._faults.point if chaos else None,
             site=spec.site,
         )
+        slots, dtype = place.slots, place.dtype
+        rank_parts = backend(place)
+        bank = self._bank = rank_parts.bank
+        self._comm = rank_parts.comm
         self._me = Member(spec.rank, spec.incarnation, spec.host, os.getpid(), self._comm.address, bank.address)
-        routes = RouteTable(model.num_moe_layers, model.num_experts, ROUTE_WIDTH)
-        vault = _open_vault(spec.vault)
+        vault = _open_vault(spec.vault, rank_parts.reached)
         disk = DiskSource(checkpoint, dtype, first_load_only=config.expert_backup == "none")
         store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
         sources: list[Source | Remote] = [PeerSource(self._me), disk]
@@ -163,10 +153,8 @@ class Worker:
         checked = partial(
             once, store, f"products/{spec.host}", me=f"{spec.rank}.{spec.incarnation}", patience_s=CHECK_PATIENCE_S
         )
-        transformer = Transformer(model, weights, bank, routes, self._comm, dtype, checked)
-        self._limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
-        kv = KVStore(model, self._limits.num_blocks, self._limits.block_size, dtype)
-        self._runner = Runner(transformer, kv, routes, model.vocab_size)
+        self._limits = rank_parts.limits
+        self._runner = rank_parts.runner(weights, checked)
         self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
         shape = Shape(
             model.num_moe_layers, model.num_experts, config.places, slots, config.num_redundant_experts, config.ep_size
@@ -185,7 +173,7 @@ class Worker:
             clock=clock,
             bank=bank,
             sources=sources,
-            counter=transformer.load_LE.numpy,
+            counter=rank_parts.load,
             planner=PlanProcess(),
             faults=self._faults,
         )
@@ -421,7 +409,7 @@ class Mail:
                 yield m.to_worker_decoder.decode(self._inbox.recv(zmq.NOBLOCK))
 
     def knock(self, view: View, me: Member) -> None:
-        """Tell the members of a view that `me` asks to be let in; those whose launcher is another, by way of the server.
+        """Tell the members of a view that `me` asks to be let in, by way of the server those whose launcher is another.
         LOCAL: who is not there does not hear it."""
         knock = m.Knock(rank=me.rank, incarnation=me.incarnation)
         elsewhere = False
@@ -445,7 +433,7 @@ class Mail:
         return int(self._inbox.getsockopt(zmq.FD))
 
 
-def _open_vault(address: str) -> Vault | None:
+def _open_vault(address: str, reached: Callable[[Bytes], object]) -> Vault | None:
     """This host's vault, if it has one, with a thread that keeps its contents within reach."""
     if not address:
         return None
@@ -454,7 +442,7 @@ def _open_vault(address: str) -> Vault | None:
     except VaultGone as error:
         log.warning("going on without the vault: %s", error)
         return None
-    Follower(vault).start()
+    Follower(vault, reached=reached).start()
     return vault
 
 

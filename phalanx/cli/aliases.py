@@ -40,7 +40,7 @@ class Foreign:
     says: str
     takes: Literal["", "int", "float", "text"] = ""
     target: str = ""
-    value: str | bool | None = None
+    value: str | bool | int | None = None
     reading: Reading = "same"
     only: tuple[str, ...] = ()
     otherwise: str = ""
@@ -56,7 +56,6 @@ class Foreign:
 
 
 _EACH_RANK = "a rank is one attention replica and one share of the experts, so this is the number of ranks"
-_NO_GRAPHS = "nothing is captured in graphs on the CPU"
 _OWN_KERNELS = "kernels are Phalanx's own"
 _BY_ITSELF = "the service starts its new ranks itself: --max-ep-size, and POST /scale_elastic_ep when it is time"
 _ONE_KIND = "every rank does prefill and decode"
@@ -138,9 +137,12 @@ FOREIGN: tuple[Foreign, ...] = (
             target="--no-enable-prefix-caching", value=False),
     Foreign(("--enable-two-batch-overlap",), "accepted", "no effect: a batch is computed in one piece"),
     Foreign(("--disable-overlap-schedule",), "accepted", "a step is scheduled after the one before was committed"),
-    Foreign(("--cuda-graph-max-bs", "--cuda-graph-max-bs-decode"), "accepted", _NO_GRAPHS, "int"),
-    Foreign(("--disable-cuda-graph", "--enforce-eager"), "accepted", _NO_GRAPHS),
-    Foreign(("--cuda-graph-backend-decode", "--cuda-graph-backend-prefill"), "accepted", _NO_GRAPHS, "text"),
+    Foreign(("--cuda-graph-max-bs-decode",), "alias", "the largest batch of decodes with a CUDA graph", "int",
+            target="--cuda-graph-max-bs"),
+    Foreign(("--disable-cuda-graph", "--enforce-eager"), "alias", "nothing is captured in CUDA graphs",
+            target="--cuda-graph-max-bs", value=0),
+    Foreign(("--cuda-graph-backend-decode", "--cuda-graph-backend-prefill"), "accepted",
+            "decodes are captured up to --cuda-graph-max-bs, prefills are not", "text"),
     # around it
     Foreign(("--enable-metrics",), "accepted", "/metrics is always there"),
 )  # fmt: skip

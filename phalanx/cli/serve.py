@@ -40,6 +40,8 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_option("--served-model-name", "The model's name in the API; by default the directory's.")
 @_option("--dtype", "What weights and activations are computed in.", type=click.Choice(get_args(Dtype)))
 @_option("--device", "Where to compute.", type=DEVICE, metavar="|".join(get_args(Device)))
+@click.option("--deterministic", is_flag=True, help="On cuda: the same tokens whatever the batch (on cpu always).")
+@_option("--cuda-graph-max-bs", "Largest batch of decodes with a CUDA graph (0: none).", type=int)
 @_option("--chat-template", "A Jinja file to use instead of the model's chat template.", type=click.Path())
 @_option("--seed", "Seeds the requests that bring no seed of their own (0: each at random).", type=int)
 @_option("--ep-size", "Expert-parallel ranks.", type=int)
@@ -124,6 +126,7 @@ def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
     from phalanx.observe.log import set_up_logging
 
     config.check()
+    _check_device(config)
     model = _check_model(config)
     from phalanx.agent import Agent
     from phalanx.launcher import Launcher, bind
@@ -138,6 +141,14 @@ def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
     if config.node_rank:
         return Agent(config, planned, model=model).run()
     return Launcher(config, bind(config), planned, model=model).run()
+
+
+def _check_device(config: ServeConfig) -> None:
+    """Raise when this host has not what `--device` asks for. LOCAL."""
+    if config.device != "cpu":
+        from phalanx.backend import check_device
+
+        check_device(config)
 
 
 def _check_model(config: ServeConfig) -> str:

@@ -23,6 +23,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -399,9 +400,12 @@ class Follower(threading.Thread):
     """Has a worker's page table point to what is in the vault, as it fills, at low priority: a restore then finds every
     byte within reach, and page faults, the dearest part of it, are paid outside the failure path."""
 
-    def __init__(self, vault: Vault, interval_s: float = 0.2) -> None:
+    def __init__(
+        self, vault: Vault, interval_s: float = 0.2, *, reached: Callable[[Bytes], object] | None = None
+    ) -> None:
+        """reached: told of the pages of each expert that has come within reach, in this thread."""
         super().__init__(name="vault-follower", daemon=True)
-        self._vault, self._interval_s = vault, interval_s
+        self._vault, self._interval_s, self._reached = vault, interval_s, reached
 
     def run(self) -> None:
         """Ends when everything is there and within reach."""
@@ -412,6 +416,8 @@ class Follower(threading.Thread):
             new_LE = self._vault.filled_LE & ~seen_LE
             for layer, expert in np.argwhere(new_LE).tolist():
                 self._vault.prefault(layer, expert)
+                if self._reached is not None:
+                    self._reached(self._vault.expert_bytes(layer, expert))
             seen_LE = seen_LE | new_LE
             if seen_LE.all():
                 return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from phalanx.comm.base import Status
 from phalanx.config import ServeConfig
 from phalanx.engine import sampler
+from phalanx.engine.batch import StepBatch
 from phalanx.engine.sampler import FloatRow
 from phalanx.engine.scheduler import Limits
 from phalanx.messages import SamplingParams
@@ -39,6 +42,34 @@ class Routes(Protocol):
         """Write the table in place. LOCAL."""
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a forward pass left, until the next one.
+
+    logits: float32 [len(rows), V] of these rows of the batch. tokens: rows whose next token was chosen on the device
+    already. status: what the collectives of the pass ended with, where it came along with its results; None: ask the
+    communicator."""
+
+    logits: Callable[[Sequence[int]], FloatRow]
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    status: Status | None = None
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a rank's model: `Runner`, or `engine.cuda.CudaRunner`."""
+
+    vocab_size: int
+
+    def run(self, batch: StepBatch) -> Ran:
+        """The forward pass of a step. COLLECTIVE: every rank calls it in every step, with T = 0 when it has nothing."""
+
+    def adopt(self, routes_LEW: npt.NDArray[np.int32]) -> None:
+        """Send tokens by these routes from now on. LOCAL."""
+
+    def warm_up(self, limits: Limits) -> None:
+        """Run everything that serving runs once, alone. LOCAL in effect."""
+
+
 class Runner:
     """The model, its KV storage and its routes, as one rank's engine uses them."""
 
@@ -53,6 +84,11 @@ class Runner:
         with torch.inference_mode():
             return self._model.forward(batch, self._kv)
 
+    def run(self, batch: StepBatch) -> Ran:
+        """See `StepRunner`. COLLECTIVE."""
+        hidden_TD = self.forward(batch.forward)
+        return Ran(lambda rows: self.logits(hidden_TD, rows))
+
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> FloatRow:
         """The model's raw logits of some rows of a batch: float32 [len(rows), V]. LOCAL."""
         if not rows:
@@ -61,7 +97,7 @@ class Runner:
             logits_NV: FloatRow = self._model.logits(hidden_TD[list(rows)]).numpy()
         return logits_NV
 
-    def adopt(self, routes_LEW: npt.NDArray[np.int32] | Tensor) -> None:
+    def adopt(self, routes_LEW: npt.NDArray[np.int32]) -> None:
         """Send tokens by these routes from now on. LOCAL."""
         self._routes.adopt(routes_LEW)
 
@@ -75,7 +111,7 @@ class Runner:
         batches = [[(0, length)], [(half, length - half)] if length > half else [], [(length - 1, 1)]]
         decodes = min(_WARM_DECODES, limits.max_num_seqs, limits.max_num_batched_tokens)
         for chunks in (*batches, [(length - 1, 1)] * decodes, []):
-            hidden_TD = self.forward(_scratch_batch(chunks, limits.block_size))
+            hidden_TD = self.forward(scratch_batch(chunks, limits.block_size))
             logits_NV = self.logits(hidden_TD, range(hidden_TD.shape[0])[-decodes:])
             for logits_V in logits_NV[:1]:
                 for temperature in (0.0, 1.0):
@@ -98,7 +134,7 @@ def limits_for(config: ServeConfig, model: ModelConfig, kv_bytes_per_block: int)
     )
 
 
-def _scratch_batch(chunks: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:
+def scratch_batch(chunks: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:
     """Token 0 over and over, as (start, length) chunks of sequences that all lie in the first blocks."""
     slices, positions = [], list[int]()
     for start, length in chunks:

@@ -73,25 +73,30 @@ def logprobs(logits_V: FloatRow, token_id: int, count: int) -> list[Logprob]:
     return [chosen, *(entry(int(token), int(rank)) for token, rank in zip(top, ranks, strict=True))]
 
 
+def adjusts(sampling: SamplingParams, output_length: int, stop_ids: frozenset[int]) -> bool:
+    """Whether the request changes its logits before temperature and thresholds. LOCAL, pure."""
+    too_short = output_length < sampling.min_tokens and bool(stop_ids)
+    penalized = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+    repeated = sampling.repetition_penalty != 1.0
+    return too_short or bool(sampling.logit_bias) or repeated or (penalized and output_length > 0)
+
+
 def _adjust(logits_V: FloatRow, sampling: SamplingParams, tokens: Sequence[int], prompt_length: int,
             stop_ids: frozenset[int]) -> FloatRow:  # fmt: skip
     """Minimum tokens, bias and penalties; the row itself when the request asks for none of them."""
     output_length = len(tokens) - prompt_length
-    too_short = output_length < sampling.min_tokens and bool(stop_ids)
-    penalized = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-    repeated = sampling.repetition_penalty != 1.0
-    if not (too_short or sampling.logit_bias or repeated or (penalized and output_length)):
+    if not adjusts(sampling, output_length, stop_ids):
         return logits_V
     row_V = logits_V.copy()
-    if too_short:
+    if output_length < sampling.min_tokens:
         row_V[[token for token in stop_ids if 0 <= token < row_V.size]] = -np.inf
     for token, bias in (sampling.logit_bias or {}).items():
         row_V[token] += np.float32(bias)
-    if repeated:
+    if sampling.repetition_penalty != 1.0:
         seen = np.unique(np.asarray(tokens, np.int64))
         factor = np.float32(sampling.repetition_penalty)
         row_V[seen] = np.where(row_V[seen] > 0, row_V[seen] / factor, row_V[seen] * factor)
-    if penalized and output_length:
+    if output_length and (sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0):
         seen, times = np.unique(np.asarray(tokens[prompt_length:], np.int64), return_counts=True)
         row_V[seen] -= np.float32(sampling.frequency_penalty) * times.astype(np.float32)
         row_V[seen] -= np.float32(sampling.presence_penalty)

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from phalanx.comm.base import Communicator
+from phalanx.comm.base import Communicator, Status
 from phalanx.engine import sampler
 from phalanx.engine.batch import PromptRows, StepBatch, build
 from phalanx.engine.request import Request
-from phalanx.engine.runner import Runner
+from phalanx.engine.runner import Ran, StepRunner
 from phalanx.engine.scheduler import Limits, Plan, Scheduler
 from phalanx.errors import PeerLost
 from phalanx.messages import Abort, Load, Logprob, Pause, PromptLogprobs, Resume, Submit, TokenOut, ToWorker
@@ -78,7 +77,7 @@ class Engine:
     """
 
     def __init__(
-        self, limits: Limits, runner: Runner, comm: Communicator, eos_ids: Iterable[int], faults: Faults = NO_FAULTS
+        self, limits: Limits, runner: StepRunner, comm: Communicator, eos_ids: Iterable[int], faults: Faults = NO_FAULTS
     ) -> None:
         self._limits = limits
         self._runner = runner
@@ -109,10 +108,10 @@ class Engine:
         prompt_tokens = sum(min(c.length, max(0, c.request.prompt_length - c.start)) for c in plan.chunks)
         if header_RN[:, _TOKENS].any():
             self._faults.point("prefill" if prompt_tokens else "decode")
-            hidden_TD = self._runner.forward(batch.forward)
+            ran = self._runner.run(batch)
             # The last collective is over and what follows is local: the check can stand before the sampler.
-            self._check()
-            outcome = self._sample(batch, hidden_TD)
+            self._check(ran.status)
+            outcome = self._sample(batch, ran)
         else:
             outcome = _Outcome({}, {}, {})
         self._faults.point("commit")
@@ -131,7 +130,7 @@ class Engine:
             elif isinstance(message, Resume):
                 self._paused = False
 
-    def adopt(self, world: World, routes_LEW: npt.NDArray[np.int32] | Tensor) -> None:
+    def adopt(self, world: World, routes_LEW: npt.NDArray[np.int32]) -> None:
         """Serve under `world` from now on; the communicator has adopted its view. Requests and KV stay. LOCAL."""
         self._epoch = world.epoch
         self._runner.adopt(routes_LEW)
@@ -150,6 +149,10 @@ class Engine:
         """The number of the last step that this rank committed."""
         return self._step
 
+    def next_plan(self) -> Plan:
+        """What the next step would run, as things stand. LOCAL, changes nothing."""
+        return self._scheduler.schedule()
+
     def load(self) -> Load:
         """How occupied this rank is. LOCAL."""
         return self._scheduler.load()
@@ -163,23 +166,24 @@ class Engine:
     def _header(self, plan: Plan, proposal: int) -> npt.NDArray[np.int64]:
         """What every rank brings to this step: int64 [R, 5]. It is read only if it is complete. COLLECTIVE."""
         row = torch.tensor([plan.num_tokens, proposal, self._epoch, bool(plan), self._step + 1], dtype=torch.int64)
-        header_RN: npt.NDArray[np.int64] = self._comm.all_gather(row).numpy()
+        header_RN: npt.NDArray[np.int64] = self._comm.all_gather(row).cpu().numpy()
         self._check()
         present = header_RN[header_RN[:, _STEP] > 0]
         assert (present[:, _EPOCH] == self._epoch).all(), f"ranks in a step of epochs {present[:, _EPOCH].tolist()}"
         return header_RN
 
-    def _check(self) -> None:
+    def _check(self, status: Status | None = None) -> None:
         """The one place where a failure surfaces. LOCAL."""
-        status = self._comm.status()
+        status = status or self._comm.status()
         if not status.clean:
             raise PeerLost(status.lost, status.interrupted)
 
-    def _sample(self, batch: StepBatch, hidden_TD: Tensor) -> _Outcome:
-        outcome = _Outcome({}, {}, {})
-        for first in range(0, len(batch.samples), _ROWS_AT_ONCE):
-            samples = batch.samples[first : first + _ROWS_AT_ONCE]
-            logits_NV = self._runner.logits(hidden_TD, [row for _, row in samples])
+    def _sample(self, batch: StepBatch, ran: Ran) -> _Outcome:
+        outcome = _Outcome({r.request_id: ran.tokens[row] for r, row in batch.samples if row in ran.tokens}, {}, {})
+        left = [(request, row) for request, row in batch.samples if row not in ran.tokens]
+        for first in range(0, len(left), _ROWS_AT_ONCE):
+            samples = left[first : first + _ROWS_AT_ONCE]
+            logits_NV = ran.logits([row for _, row in samples])
             for (request, _), logits_V in zip(samples, logits_NV, strict=True):
                 token_id = sampler.choose(
                     logits_V, request.sampling, request.tokens, request.prompt_length, request.stop_ids
@@ -190,15 +194,15 @@ class Engine:
                         logits_V, token_id, request.sampling.logprobs
                     )
         for prompt in batch.prompts:
-            outcome.prompt_logprobs[prompt.request.request_id] = self._prompt_logprobs(prompt, hidden_TD)
+            outcome.prompt_logprobs[prompt.request.request_id] = self._prompt_logprobs(prompt, ran)
         return outcome
 
-    def _prompt_logprobs(self, prompt: PromptRows, hidden_TD: Tensor) -> list[list[Logprob]]:
+    def _prompt_logprobs(self, prompt: PromptRows, ran: Ran) -> list[list[Logprob]]:
         entries: list[list[Logprob]] = []
         count = prompt.request.sampling.prompt_logprobs or 0
         for first in range(0, prompt.count, _ROWS_AT_ONCE):
             offsets = range(first, min(first + _ROWS_AT_ONCE, prompt.count))
-            logits_NV = self._runner.logits(hidden_TD, [prompt.first_row + i for i in offsets])
+            logits_NV = ran.logits([prompt.first_row + i for i in offsets])
             for i, logits_V in zip(offsets, logits_NV, strict=True):
                 token_id = prompt.request.tokens[prompt.first_token + i]
                 entries.append(sampler.logprobs(logits_V, token_id, count))

@@ -18,9 +18,9 @@ class RouteTable:
     Column w is a replica: the token at position p of its sequence uses column p % W. So which replica computes a token
     is a function of (token, layer, placement), and a replay asks the same one."""
 
-    def __init__(self, num_layers: int, num_experts: int, width: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int, width: int, device: torch.device | None = None) -> None:
         self.width = width
-        self.table_LEW = torch.full((num_layers, num_experts, width), -1, dtype=torch.int32)
+        self.table_LEW = torch.full((num_layers, num_experts, width), -1, dtype=torch.int32, device=device)
         self._flat_LX = self.table_LEW.view(num_layers, num_experts * width)
 
     def adopt(self, table_LEW: IntArray) -> None:

@@ -6,19 +6,22 @@ For tests that need the real model without processes, for benchmarks, and for pr
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from phalanx.backend import Backend
 from phalanx.comm.base import Communicator
 from phalanx.comm.local import LocalCommunicator
 from phalanx.config import ServeConfig
-from phalanx.engine.runner import Runner, limits_for
+from phalanx.engine.runner import Runner, StepRunner, limits_for
 from phalanx.engine.step import Engine
 from phalanx.messages import ToWorker
 from phalanx.model.attention import KVStore
+from phalanx.model.config import ModelConfig
 from phalanx.model.loader import Checkpoint
 from phalanx.model.transformer import Transformer
 from phalanx.moe.experts import SlotBank, digest
@@ -37,18 +40,31 @@ class Generated:
 class SoloEngine:
     """The engine of rank 0 of 1. `config` says model, dtype and limits, as for `phalanx serve`."""
 
-    def __init__(self, config: ServeConfig, comm: Communicator | None = None, *, warm_up: bool = False) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        comm: Communicator | None = None,
+        *,
+        warm_up: bool = False,
+        parts: Callable[[ServeConfig, ModelConfig], Backend] | None = None,
+    ) -> None:
+        """parts: makes the rank's parts, from which communicator, slots and model are then taken, e.g. on a device."""
         checkpoint = Checkpoint.open(Path(config.model))
         dtype: torch.dtype = getattr(torch, config.dtype)
         model = checkpoint.config
-        self.limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
-        self.comm = comm or LocalCommunicator()
-        self._bank = SlotBank(model.num_moe_layers, model.num_experts, model.hidden, model.expert_width, dtype)
-        self._routes = RouteTable(model.num_moe_layers, model.num_experts, 1)
         weights = checkpoint.dense_weights(dtype)
-        transformer = Transformer(model, weights, self._bank, self._routes, self.comm, dtype)
-        kv = KVStore(model, self.limits.num_blocks, self.limits.block_size, dtype)
-        self.runner = Runner(transformer, kv, self._routes, model.vocab_size)
+        if parts is not None:
+            made = parts(config, model)
+            self._bank, self.comm, self.limits = made.bank, made.comm, made.limits
+            self.runner: StepRunner = made.runner(weights)
+        else:
+            self.limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
+            self.comm = comm or LocalCommunicator()
+            self._bank = SlotBank(model.num_moe_layers, model.num_experts, model.hidden, model.expert_width, dtype)
+            routes = RouteTable(model.num_moe_layers, model.num_experts, 1)
+            transformer = Transformer(model, weights, self._bank, routes, self.comm, dtype)
+            kv = KVStore(model, self.limits.num_blocks, self.limits.block_size, dtype)
+            self.runner = Runner(transformer, kv, routes, model.vocab_size)
         self.engine = Engine(self.limits, self.runner, self.comm, model.eos_ids)
         if warm_up:
             self.runner.warm_up(self.limits)

@@ -1,4 +1,6 @@
-"""The checks of scripts/gpu_check as tests: on devices, or in Triton's interpreter where it is installed."""
+"""The checks of scripts/gpu_check as tests: on devices, or in Triton's interpreter where it is installed.
+
+Decode times are no test: `scripts/gpu_check engine --only ladder` measures them."""
 
 from __future__ import annotations
 
@@ -17,6 +19,9 @@ ON_DEVICES = (
     "exchange-bf16", "exchange-fp8", "exchange-fast", "exchange-large", "exchange-large-fast", "kill", "kill-unseen",
     "stop", "waits", "edges", "four-exchange", "four-kill", "four-stop", "eight-exchange", "eight-kill",
 )  # fmt: skip
+ENGINE = ("attention", "experts", "sampler", "engine-one")
+ENGINE_ON_DEVICES = (*ENGINE, "serve")
+MEASURED = ("ladder", "ladder-exact")
 INTERPRETED = ("exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges", "edges-relayed")
 
 
@@ -51,14 +56,31 @@ def test_interpreted_kernels_agree_with_the_dense_reference(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("name", ENGINE_ON_DEVICES)
+def test_the_engine_on_a_device_agrees_with_the_cpu_and_outlives_a_rank(name: str) -> None:
+    done = gpu_check("engine", "--only", name)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engines_interpreted_kernels_agree_with_plain_torch(name: str) -> None:
+    done = gpu_check("engine", "--interpret", "--only", name)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_machine_without_devices_is_told_that_nothing_was_checked() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    done = gpu_check()
-    assert done.returncode == 0
-    assert "skipped, this machine has no CUDA device" in done.stdout
+    for arguments in ([], ["engine"]):
+        done = gpu_check(*arguments)
+        assert done.returncode == 0
+        assert "skipped, this machine has no CUDA device" in done.stdout
 
 
 def test_every_check_of_the_script_is_a_test_here() -> None:
     assert tuple(gpu_check("--list").stdout.split()) == ON_DEVICES
     assert tuple(gpu_check("--list", "--interpret").stdout.split()) == INTERPRETED
+    assert tuple(gpu_check("engine", "--list", "--interpret").stdout.split()) == ENGINE

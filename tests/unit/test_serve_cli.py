@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from phalanx.cli import main
@@ -89,3 +90,12 @@ def test_a_place_that_cannot_be_written_is_named() -> None:
     done = CliRunner().invoke(main, ["make-model", "/proc/nothing", "--arch", "mixtral"])
     assert (done.exit_code, len(done.output.splitlines())) == (2, 1)
     assert "/proc/nothing cannot be written" in done.output
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="this machine has a CUDA device")
+def test_a_machine_without_a_cuda_device_is_told_so(served: Path) -> None:
+    assert "--device cuda: torch" in refusal(str(served), "--device", "cuda")
+
+
+def test_cuda_computes_in_bfloat16_alone(served: Path) -> None:
+    assert "--dtype float32" in refusal(str(served), "--device", "cuda", "--dtype", "float32")

@@ -1,0 +1,189 @@
+"""Runs batches on a device: tables in, tokens and status out, one wait a step.
+
+A step of decodes alone replays the CUDA graph of the next size; anything with a prefill is launched eagerly, by the
+same code. Tokens are chosen on the device, and the communicator's status words travel to the host with them: the only
+place where a step waits for the device is the end of `run`.
+
+No graph is captured after the warm-up, and nothing that a view change does needs one: routes, slots, masks and peers'
+addresses are words that kernels read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from phalanx.comm.cuda import CudaCommunicator
+from phalanx.engine import device_sampler
+from phalanx.engine.batch import StepBatch
+from phalanx.engine.graphs import Graphs
+from phalanx.engine.runner import Ran, scratch_batch
+from phalanx.engine.sampler import FloatRow
+from phalanx.engine.scheduler import Limits
+from phalanx.model import device_tables
+from phalanx.model.cuda import DeviceBatch, DeviceModel
+from phalanx.model.device_tables import TableShape, Written
+from phalanx.moe.cuda import DeviceBank, DeviceLoad, Tiling
+from phalanx.moe.gate import RouteTable
+
+_WARM_PREFILL_TOKENS = 64
+_SAMPLE_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A captured decode. hidden: [size, D], where each replay leaves its hidden states."""
+
+    graph: Any
+    hidden: Tensor
+
+
+class CudaRunner:
+    """One rank's model on its device, as the engine uses it."""
+
+    def __init__(
+        self, model: DeviceModel, shape: TableShape, comm: CudaCommunicator, routes: RouteTable, load: DeviceLoad,
+        bank: DeviceBank, *, graph_sizes: tuple[int, ...], exact: bool, device: torch.device,
+    ) -> None:  # fmt: skip
+        """graph_sizes: batches of decodes to capture graphs for; none where the device has no graphs. exact: one tiling
+        of the experts' work for all batches."""
+        from phalanx.engine import kernels
+
+        self._code = kernels
+        self._model, self._shape, self._comm = model, shape, comm
+        self._routes, self._load, self._bank = routes, load, bank
+        self.vocab_size = model.config.vocab_size
+        self._exact, self._device = exact, device
+        self._graphs: Graphs[Replay] = Graphs(tuple(size for size in graph_sizes if size <= shape.rows))
+        self._pool: Any = None
+        on_device = device.type == "cuda"
+        self._wait: Callable[[], object] = torch.cuda.current_stream(device).synchronize if on_device else lambda: None
+
+        def both(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            """The same words on the host and on the device."""
+            host = torch.zeros(count, dtype=dtype, pin_memory=on_device)
+            return host, torch.zeros(count, dtype=dtype, device=device)
+
+        self._words_host, self._words = both(shape.size, torch.int32)
+        places = self._places = device_sampler.offsets(shape.rows)
+        self._told_host, self._told = both(places["end"], torch.int32)
+        self._tokens_host, self._tokens = both(shape.rows, torch.int64)
+        self._status_host = torch.zeros(comm.status_words.shape, dtype=torch.int64, pin_memory=on_device)
+
+    def run(self, batch: StepBatch) -> Ran:
+        """See `StepRunner`. COLLECTIVE; waits for the device at its end."""
+        forward = batch.forward
+        count = forward.token_ids_T.shape[0]
+        decodes = count == len(forward.slices)
+        found = self._graphs.find(count) if decodes else None
+        rows = found[0] if found else max(1, count)
+        with torch.inference_mode():
+            written = self._tell(batch, rows)
+            if found:
+                found[1].graph.replay()
+                hidden_TD = found[1].hidden
+            else:
+                hidden_TD = self._compute(self._batch(rows, written, decodes), len(batch.samples))
+            self._wait()
+            status = self._comm.decode_status(self._status_host)
+            if status.clean:
+                self._load.count()
+            else:
+                self._load.drop()
+        tokens = self._tokens_host[: len(batch.samples)].tolist()
+        chosen = {
+            row: token
+            for (request, row), token in zip(batch.samples, tokens, strict=True)
+            if device_sampler.on_device(request)
+        }
+        return Ran(lambda wanted: self.logits(hidden_TD, wanted), chosen, status)
+
+    def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> FloatRow:
+        """float32 [len(rows), V] on the host. LOCAL, waits."""
+        if not rows:
+            return np.zeros((0, self.vocab_size), np.float32)
+        with torch.inference_mode():
+            logits_NV: FloatRow = self._model.logits(hidden_TD[list(rows)]).float().cpu().numpy()
+        return logits_NV
+
+    def adopt(self, routes_LEW: npt.NDArray[np.int32]) -> None:
+        """Send tokens by these routes from now on; the slots that they lead to have arrived by then. LOCAL."""
+        self._bank.ready()
+        self._routes.adopt(routes_LEW)
+
+    def warm_up(self, limits: Limits) -> None:
+        """Compile every kernel in every form that serving launches, and capture every graph, alone. LOCAL in effect.
+        Uses the first KV blocks as scratch."""
+        room = limits.num_blocks * limits.block_size
+        length = min(_WARM_PREFILL_TOKENS, limits.max_num_batched_tokens, limits.max_model_len, room)
+        for chunks in ([(0, length)], [(length - 1, 1)], [(0, length - 1), (length - 1, 1)] if length > 2 else [], []):
+            if sum(n for _, n in chunks) <= limits.max_num_batched_tokens:
+                ran = self.run(StepBatch(scratch_batch(chunks, limits.block_size), (), ()))
+                ran.logits([0])
+        with torch.inference_mode():
+            self._sample(self._model.logits(torch.zeros_like(self._hidden_row())), 1)
+            self._wait()
+
+        def capture(size: int) -> Replay:
+            return self._capture(size, [(length - 1, 1)] * size, limits.block_size)
+
+        self._graphs.capture(capture)
+        self._load.drop()
+
+    # --- parts
+
+    def _tell(self, batch: StepBatch, rows: int) -> Written:
+        """Write the tables of a batch, and send them."""
+        written = device_tables.write(self._words_host.numpy(), self._shape, batch.forward, rows)
+        device_sampler.write(self._told_host.numpy(), self._shape.rows, batch.samples)
+        self._words[: written.used].copy_(self._words_host[: written.used], non_blocking=True)
+        self._told.copy_(self._told_host, non_blocking=True)
+        return written
+
+    def _batch(self, rows: int, written: Written, decodes: bool) -> DeviceBatch:
+        usual = Tiling.decode(rows) if decodes else Tiling.prefill()
+        tiling = Tiling.exact() if self._exact else usual
+        return DeviceBatch.of(self._words, self._shape, rows, written, tiling)
+
+    def _compute(self, batch: DeviceBatch, samples: int) -> Tensor:
+        """Launch a step: hidden states, tokens of the first `samples` rows told of, and what the host reads."""
+        hidden_TD = self._model.forward(batch)
+        if samples:
+            at = self._places["rows"]
+            rows = self._told[at : at + samples]
+            self._sample(self._model.logits(hidden_TD.index_select(0, rows)), samples)
+            self._tokens_host[:samples].copy_(self._tokens[:samples], non_blocking=True)
+        self._status_host.copy_(self._comm.status_words, non_blocking=True)
+        return hidden_TD
+
+    def _sample(self, logits_NV: Tensor, samples: int) -> None:
+        floats, at = self._told.view(torch.float32), self._places
+        block = min(_SAMPLE_BLOCK, 1 << (self.vocab_size - 1).bit_length())
+        self._code.sample_kernel[(samples,)](
+            logits_NV, floats[at["temperatures"] :], self._told[at["top_ks"] :], floats[at["top_ps"] :],
+            floats[at["min_ps"] :], self._told.view(torch.float64)[at["noises"] // 2 :], self._tokens,
+            V=self.vocab_size, BLOCK=block, num_warps=8,
+        )  # fmt: skip
+
+    def _hidden_row(self) -> Tensor:
+        return torch.empty(1, self._model.config.hidden, dtype=self._bank.dtype, device=self._device)
+
+    def _capture(self, size: int, chunks: list[tuple[int, int]], block_size: int) -> Replay:
+        """A graph of `size` decodes, each with a token to choose. Its first, eager, run compiles what is missing."""
+        batch = StepBatch(scratch_batch(chunks, block_size), (), ())
+        with torch.inference_mode():
+            on_device = self._batch(size, self._tell(batch, size), True)
+            self._compute(on_device, size)
+            self._wait()
+            graph = torch.cuda.CUDAGraph()
+            # Another thread may register the vault's memory meanwhile, which is none of the capture's business.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                hidden_TD = self._compute(on_device, size)
+            self._pool = graph.pool()
+        return Replay(graph, hidden_TD)

@@ -1,0 +1,47 @@
+"""Which captured graph serves which batch: sizes, padding, and one capture each. Knows no device.
+
+A graph is captured for a number of rows, in warm-up and never again: what changes (tables, routes, slots, masks, peers'
+addresses) are words at fixed addresses that it reads when it is replayed. So a view change needs nothing here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Replay = TypeVar("Replay")
+
+_SMALL = (1, 2, 4, 8)
+_STEP, _LARGE_STEP, _LARGE = 8, 16, 128
+
+
+def ladder(largest: int) -> tuple[int, ...]:
+    """Sizes up to `largest`, which is one of them; none for 0. Finer where a row more costs more of the step. LOCAL."""
+    sizes = [*_SMALL, *range(_SMALL[-1] + _STEP, _LARGE, _STEP), *range(_LARGE, largest, _LARGE_STEP), largest]
+    return tuple(sorted({size for size in sizes if 0 < size <= largest}))
+
+
+class Graphs(Generic[Replay]):
+    """One replay a size of the ladder."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        assert list(sizes) == sorted(set(sizes)), f"sizes grow: {sizes}"
+        self.sizes = sizes
+        self._replays: dict[int, Replay] = {}
+
+    def capture(self, make: Callable[[int], Replay]) -> None:
+        """Make them all, the largest first, so that the smaller ones fit into its memory. Once. LOCAL."""
+        assert not self._replays, "a graph is captured once"
+        for size in reversed(self.sizes):
+            self._replays[size] = make(size)
+
+    def size_for(self, rows: int) -> int | None:
+        """The smallest size that holds `rows` (none at all counts as one); None: run eagerly. LOCAL."""
+        at = bisect_left(self.sizes, max(1, rows))
+        return self.sizes[at] if at < len(self.sizes) else None
+
+    def find(self, rows: int) -> tuple[int, Replay] | None:
+        """The size for `rows` and its replay; None where none is captured. LOCAL."""
+        size = self.size_for(rows)
+        return None if size is None or size not in self._replays else (size, self._replays[size])

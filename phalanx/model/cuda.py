@@ -1,0 +1,259 @@
+"""The decoder on a device: the same model as `model.transformer`, launched and never waited for.
+
+`forward` reads its batch from tables at fixed addresses (`device_tables`), so the launches of a decode can be captured
+in a CUDA graph and replayed for every batch of that size. With `exact`, a token's bits depend on its sequence alone:
+products and attention then come from our own kernels in one shape for all batches, and every token of a prefill is
+attended as a decode would.
+
+Shape suffixes: T tokens, D model width, V vocabulary, H Hkv heads, C head size, L layers, N rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phalanx.model.config import ModelConfig
+from phalanx.model.device_tables import NUM_ITEMS, NUM_ROWS, PARTS, TableShape, Written
+from phalanx.model.layers import DenseWeights, LayerWeights
+from phalanx.moe.cuda import DeviceExperts, Tiling
+
+SPLIT = 512
+"""KV positions an item of a decode looks at; more with very long contexts, so that a row has at most 32 items."""
+
+_MAX_SPLITS = 32
+_TILE_ROWS = 64
+_BLOCK_N = 64
+
+
+def table_shape(
+    config: ModelConfig, *, rows: int, sequences: int, max_model_len: int, block_size: int, num_blocks: int, exact: bool
+) -> TableShape:  # fmt: skip
+    """The tables for this model and these limits. LOCAL."""
+    split = SPLIT
+    while split * _MAX_SPLITS < max_model_len:
+        split *= 2
+    group = config.num_heads // config.num_kv_heads
+    return TableShape(
+        rows=rows,
+        sequences=sequences,
+        max_blocks=-(-max_model_len // block_size),
+        block_size=block_size,
+        split=split,
+        tile=max(1, _TILE_ROWS // group),
+        alike=exact,
+        spare_block=num_blocks,
+    )
+
+
+class DeviceKV:
+    """Keys and values of all layers: [L, blocks + 1, 2, Hkv, block_size, C]; the last block is for padding."""
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        shape = (config.num_layers, num_blocks + 1, 2, config.num_kv_heads, block_size, config.head_dim)
+        self.data = torch.empty(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch on the device: `rows` rows, padding included; tensors are views of the tables' words.
+
+    num_rows, num_items: int32 [1]. tiles_at, tiles: of prefills, in the tail; no graph has any. tiling: how the experts
+    cut their work."""
+
+    rows: int
+    tokens: Tensor
+    positions: Tensor
+    kv_rows: Tensor
+    blocks_at: Tensor
+    items_at: Tensor
+    tail: Tensor
+    num_rows: Tensor
+    num_items: Tensor
+    tiles_at: int
+    tiles: int
+    tiling: Tiling
+
+    @classmethod
+    def of(cls, words: Tensor, shape: TableShape, rows: int, written: Written, tiling: Tiling) -> DeviceBatch:
+        """Views of `words`, which hold what `written` says. LOCAL."""
+        at = shape.offsets
+        parts = {name: words[at[name] : at[name] + rows + (name == "items_at")] for name in PARTS}
+        return cls(
+            rows=rows, **parts, tail=words[at["tail"] :], num_rows=words[NUM_ROWS : NUM_ROWS + 1],
+            num_items=words[NUM_ITEMS : NUM_ITEMS + 1], tiles_at=written.tiles_at, tiles=written.tiles, tiling=tiling,
+        )  # fmt: skip
+
+
+class Linear(Protocol):
+    """A product with weights."""
+
+    def __call__(self, x_ND: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, O]. LOCAL, launches only."""
+
+
+class ExactLinear:
+    """Products whose rows have the same bits in every batch: one shape of tile for all."""
+
+    ROWS, OUTPUTS, DEPTH = 64, 64, 64
+
+    def __init__(self) -> None:
+        from phalanx.model import kernels
+
+        self._code = kernels
+
+    def __call__(self, x_ND: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, O]. LOCAL, launches only."""
+        rows, outputs = x_ND.shape[0], w_OD.shape[0]
+        out = torch.empty(rows, outputs, dtype=x_ND.dtype, device=x_ND.device)
+        self._code.linear_kernel[(-(-rows // self.ROWS), -(-outputs // self.OUTPUTS))](
+            x_ND, w_OD, w_OD if bias_O is None else bias_O, out, rows, OUT=outputs, D=x_ND.shape[1], BM=self.ROWS,
+            BN=self.OUTPUTS, BK=self.DEPTH, BIAS=bias_O is not None, num_warps=4, num_stages=4,
+        )  # fmt: skip
+        return out
+
+
+class DeviceModel:
+    """A whole model on one rank and one device. The weights must be on the device already (`to_device`)."""
+
+    def __init__(
+        self, config: ModelConfig, weights: DenseWeights, experts: DeviceExperts, kv: DeviceKV, shape: TableShape, *,
+        exact: bool,
+    ) -> None:  # fmt: skip
+        from phalanx.model import kernels
+
+        self.config, self._weights, self._experts, self._kv, self._shape = config, weights, experts, kv, shape
+        self._code = kernels
+        self._linear: Linear = ExactLinear() if exact else _linear
+        device, dtype = weights.embed.device, weights.embed.dtype
+        self._device = device
+        self._cos, self._sin = _angles(config, device)
+        self._group = config.num_heads // config.num_kv_heads
+        self._tile_m = _power_of_two(max(16, self._group))
+        self._prefill_m = _power_of_two(max(16, shape.tile * self._group))
+        self._sizes = {"H": config.num_heads, "C": config.head_dim, "CP": _power_of_two(max(16, config.head_dim))}
+        self._reads = {
+            **self._sizes, "HKV": config.num_kv_heads, "BS": shape.block_size, "BN": _BLOCK_N,
+            "WINDOW": config.sliding_window or 0,
+        }  # fmt: skip
+        items = shape.max_items if shape.max_splits > 1 else 1
+        self._sums = torch.empty(items, config.num_heads, config.head_dim, dtype=torch.float32, device=device)
+        self._peaks = torch.empty(items, 2, config.num_heads, dtype=torch.float32, device=device)
+        self._programs = 8
+        if device.type == "cuda":
+            self._programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+        ones = torch.ones(config.head_dim, dtype=dtype, device=device)
+        self._head_norms = [(w.q_norm, w.k_norm) if w.q_norm is not None else (ones, ones) for w in weights.layers]
+
+    def forward(self, batch: DeviceBatch) -> Tensor:
+        """[rows, D], the normed last hidden states; writes the batch's KV. COLLECTIVE, launches only."""
+        weights, eps = self._weights, self.config.norm_eps
+        x_TD = weights.embed.index_select(0, batch.tokens)
+        normed_TD = self.norm(x_TD, None, weights.layers[0].input_norm, eps)
+        moe = 0
+        for index, layer in enumerate(weights.layers):
+            attended_TD = self._attention(index, layer, normed_TD, batch)
+            normed_TD = self.norm(attended_TD, x_TD, layer.post_norm, eps)
+            if layer.router is not None:
+                logits_TE = self._linear(normed_TD, layer.router)
+                out_TD = self._experts.forward(moe, normed_TD, logits_TE, batch.positions, batch.num_rows, batch.tiling)
+                moe += 1
+            else:
+                out_TD = self._dense_mlp(layer, normed_TD)
+            last = index + 1 == len(weights.layers)
+            norm = weights.norm if last else weights.layers[index + 1].input_norm
+            normed_TD = self.norm(out_TD, x_TD, norm, eps)
+        return normed_TD
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V] in the run's type. LOCAL, launches only."""
+        return self._linear(hidden_ND, self._weights.head)
+
+    def norm(self, x_TD: Tensor, residual_TD: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm of x, or of residual + x, which is then stored in the residual. LOCAL, launches only."""
+        rows, width = x_TD.shape
+        out_TD = torch.empty_like(x_TD)
+        residual = x_TD if residual_TD is None else residual_TD
+        self._code.norm_kernel[(rows,)](
+            x_TD, residual, weight, out_TD, eps, D=width, BLOCK=_power_of_two(width), ADD=residual_TD is not None,
+            num_warps=4 if width <= 2048 else 8,
+        )  # fmt: skip
+        return out_TD
+
+    def _dense_mlp(self, layer: LayerWeights, x_TD: Tensor) -> Tensor:
+        assert layer.w13 is not None
+        assert layer.w2 is not None
+        gate, up = self._linear(x_TD, layer.w13).chunk(2, dim=-1)
+        return self._linear(F.silu(gate) * up, layer.w2)
+
+    def _attention(self, index: int, layer: LayerWeights, normed_TD: Tensor, batch: DeviceBatch) -> Tensor:
+        qkv_TX = self._linear(normed_TD, layer.qkv, layer.qkv_bias)
+        return self._linear(self.attend(index, qkv_TX, batch), layer.out, layer.out_bias)
+
+    def attend(self, index: int, qkv_TX: Tensor, batch: DeviceBatch) -> Tensor:
+        """[T, (H + 2 Hkv) C] -> [T, H C]; writes layer `index` of the KV. LOCAL, launches only."""
+        config, code, kv = self.config, self._code, self._kv.data[index]
+        q_norm, k_norm = self._head_norms[index]
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        code.place_kernel[(batch.rows, kv_heads)](
+            qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, q_norm, k_norm, kv, config.norm_eps,
+            H=heads, HKV=kv_heads, GP=_power_of_two(self._group), C=config.head_dim,
+            HALF_P=_power_of_two(config.head_dim // 2), BS=self._shape.block_size, NORM=config.qk_norm, num_warps=2,
+        )  # fmt: skip
+        out = torch.empty(batch.rows, heads * config.head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
+        scale = config.head_dim**-0.5 * math.log2(math.e)
+        code.decode_kernel[(self._programs,)](
+            qkv_TX, batch.positions, batch.blocks_at, batch.items_at, batch.tail, batch.num_items, kv, out, self._sums,
+            self._peaks, scale, **self._reads, M=self._tile_m, SPLIT=self._shape.split, PROGRAMS=self._programs,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+        if self._shape.max_splits > 1:
+            code.merge_kernel[(batch.rows, heads)](
+                batch.items_at, out, self._sums, self._peaks, **self._sizes, num_warps=1
+            )
+        if batch.tiles:
+            code.prefill_kernel[(batch.tiles, kv_heads)](
+                qkv_TX, batch.positions, batch.blocks_at, batch.tail, batch.tiles_at, kv, out, scale, **self._reads,
+                M=self._prefill_m, num_warps=4, num_stages=2,
+            )  # fmt: skip
+        return out
+
+
+def _linear(x_ND: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """The library's product: the fastest, in an order of additions that depends on the number of rows."""
+    return F.linear(x_ND, w_OD, bias_O)
+
+
+def to_device(weights: DenseWeights, device: torch.device) -> DenseWeights:
+    """The same weights on a device; what they were loaded from is not kept. LOCAL."""
+
+    def moved(layer: LayerWeights) -> LayerWeights:
+        tensors = {f.name: getattr(layer, f.name) for f in fields(layer)}
+        return replace(layer, **{n: t.to(device).contiguous() for n, t in tensors.items() if t is not None})
+
+    embed = weights.embed.to(device)
+    return DenseWeights(
+        embed=embed,
+        layers=tuple(moved(layer) for layer in weights.layers),
+        norm=weights.norm.to(device),
+        head=embed if weights.head is weights.embed else weights.head.to(device),
+    )
+
+
+def _angles(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 [positions, C / 2] cosines and sines, computed where the CPU model computes them."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    angles = torch.outer(torch.arange(config.max_position).float(), 1.0 / config.rope_theta**exponent)
+    return angles.cos().contiguous().to(device), angles.sin().contiguous().to(device)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,139 @@
+"""A batch as the kernels read it: one array of int32 words, written on the host and copied in one piece.
+
+    words      [64]      how many rows and items there are
+    tokens     [rows]    token ids
+    positions  [rows]    where they stand in their sequences
+    kv_rows    [rows]    where their keys and values go: block * block_size + offset
+    blocks_at  [rows]    where the blocks of their sequence begin in the tail
+    items_at   [rows+1]  where their items begin; a row without items is not attended by `decode_kernel`
+    tail                 (row, split) of every item, then (first row, tokens) of every tile, then blocks by sequence
+
+Every part but the tail stands at a fixed place, so that captured graphs find it; only what is used is copied. Rows
+beyond the batch's own pad it to the size of a graph: they have no items, and their keys go to a block of nobody's.
+No tensor of a device here: numbers in, numbers out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from phalanx.model.attention import ForwardBatch
+
+Words = npt.NDArray[np.int32]
+
+NUM_ROWS, NUM_ITEMS = 0, 1
+"""Words at the start."""
+
+_HEADER = 64
+_ALIGN = 64
+PARTS = ("tokens", "positions", "kv_rows", "blocks_at", "items_at")
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """What the tables hold at most, and how attention is cut.
+
+    rows: tokens a step. sequences: requests a step. max_blocks: KV blocks a sequence. split: KV positions an item.
+    tile: tokens a tile of a prefill. alike: every token is an item of its own, so that it has the same bits in a
+    prefill and in a decode. spare_block: the KV block of nobody's.
+    """
+
+    rows: int
+    sequences: int
+    max_blocks: int
+    block_size: int
+    split: int
+    tile: int
+    alike: bool
+    spare_block: int
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """First word of each part, and of the tail."""
+        offsets, at = {}, _HEADER
+        for name in PARTS:
+            offsets[name] = at
+            at += -(-(self.rows + 1) // _ALIGN) * _ALIGN
+        offsets["tail"] = at
+        return offsets
+
+    @property
+    def max_splits(self) -> int:
+        """Items of one row."""
+        return -(-self.max_blocks * self.block_size // self.split)
+
+    @property
+    def max_items(self) -> int:
+        return (self.rows if self.alike else min(self.rows, self.sequences)) * self.max_splits
+
+    @property
+    def size(self) -> int:
+        """Words in all."""
+        return self.offsets["tail"] + 2 * self.max_items + 2 * self.rows + self.sequences * self.max_blocks
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a batch took: words to copy; where in the tail the tiles of its prefills begin, and how many there are."""
+
+    used: int
+    tiles_at: int
+    tiles: int
+
+
+def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> Written:
+    """Lay `batch` out in `words`, with rows up to `padded`, at least one. LOCAL, pure but for `words`."""
+    count = batch.token_ids_T.shape[0]
+    assert count <= padded <= shape.rows, (count, padded, shape.rows)
+    slices = batch.slices
+    lengths = np.array([piece.length for piece in slices], np.int64)
+    assert [piece.start for piece in slices] == (np.cumsum(lengths) - lengths).tolist(), "slices follow one another"
+    positions = batch.positions_T.numpy()
+    blocks = np.concatenate([piece.blocks for piece in slices]) if slices else np.zeros(0, np.int32)
+    begins = np.zeros(len(slices) + 1, np.int64)
+    np.cumsum([len(piece.blocks) for piece in slices], out=begins[1:])
+    sequence_T = np.repeat(np.arange(len(slices)), lengths)
+    alone_T = np.repeat(lengths == 1, lengths) | shape.alike
+    splits_T = np.where(alone_T, positions // shape.split + 1, 0)
+    items_at = np.zeros(padded + 1, np.int64)
+    np.cumsum(splits_T, out=items_at[1 : count + 1])
+    items = int(items_at[count])
+    items_at[count + 1 :] = items
+    tiles = [] if shape.alike else _tiles(lengths, shape.tile)
+
+    tail = words[shape.offsets["tail"] :]
+    pairs = tail[: 2 * items].reshape(items, 2)
+    pairs[:, 0] = np.repeat(np.arange(count), splits_T)
+    pairs[:, 1] = np.arange(items) - np.repeat(items_at[:count], splits_T)
+    blocks_at = 2 * items + 2 * len(tiles)
+    tail[2 * items : blocks_at] = np.array(tiles, np.int32).reshape(-1)
+    tail[blocks_at : blocks_at + len(blocks)] = blocks
+
+    words[NUM_ROWS], words[NUM_ITEMS] = count, items
+    at = shape.offsets
+    block_T = blocks[begins[sequence_T] + positions // shape.block_size].astype(np.int64)
+    values: dict[str, tuple[npt.NDArray[np.int64], int]] = {
+        "tokens": (batch.token_ids_T.numpy(), 0),
+        "positions": (positions, 0),
+        "kv_rows": (block_T * shape.block_size + positions % shape.block_size, shape.spare_block * shape.block_size),
+        "blocks_at": (blocks_at + begins[sequence_T], 0),
+    }
+    for name, (column, padding) in values.items():
+        words[at[name] : at[name] + count] = column
+        words[at[name] + count : at[name] + padded] = padding
+    words[at["items_at"] : at["items_at"] + padded + 1] = items_at
+    return Written(at["tail"] + blocks_at + len(blocks), 2 * items, len(tiles))
+
+
+def _tiles(lengths: npt.NDArray[np.int64], tile: int) -> list[tuple[int, int]]:
+    """(first row, tokens) of the tiles of all slices that are longer than one token."""
+    tiles, start = [], 0
+    for length in lengths.tolist():
+        if length > 1:
+            tiles += [(start + i, min(tile, length - i)) for i in range(0, length, tile)]
+        start += length
+    return tiles

@@ -1,0 +1,254 @@
+"""The MoE layers of one rank on a device: slots in device memory, gate, grouped experts, load counts.
+
+Nothing here waits for the device, and every buffer that a kernel reads stands at a fixed address: what `forward`
+launches may be captured in a CUDA graph, which outlives every change of routes, slots and membership.
+
+Shape suffixes: L MoE layers, S slots a rank, F expert width, D model width, T tokens, K top-k, E experts, M pairs.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from phalanx.comm.cuda import CudaCommunicator
+from phalanx.errors import PhalanxError
+from phalanx.moe.experts import Bytes, SlotBank
+from phalanx.moe.gate import RouteTable
+
+_PAGE = mmap.PAGESIZE
+
+
+class DeviceMemoryShort(PhalanxError):
+    """The device has no room for what was asked; the message names the flags to lower."""
+
+
+class DeviceBank(SlotBank):
+    """Expert slots in device memory, [L, S, 3 F D] at a fixed address, filled from the host.
+
+    To peers every slot seems borrowed: they restore from their vault or from disk. A restore of borrowed bytes (the
+    vault's) copies from where they lie; bytes that a source writes land in one pinned buffer first. Copies run on a
+    stream of their own, so that a rebalance goes on beside the steps; `ready` orders them before what follows."""
+
+    def __init__(
+        self, num_layers: int, slots_per_rank: int, hidden: int, expert_width: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__(num_layers, slots_per_rank, hidden, expert_width, dtype)
+        self._borrowed_LS[:] = 1
+        elements = 3 * hidden * expert_width
+        try:
+            self.weights_LSX = torch.empty(num_layers, slots_per_rank, elements, dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            size = num_layers * slots_per_rank * self.expert_bytes / 1e9
+            raise DeviceMemoryShort(
+                f"{slots_per_rank} expert slots in {num_layers} layers take {size:.1f} GB, which {device} does not "
+                "have: lower --slots-per-rank, or raise --min-ranks, from which it follows"
+            ) from error
+        on_device = device.type == "cuda"
+        self._landing = torch.empty(elements, dtype=dtype, pin_memory=on_device)
+        self._landed: tuple[int, int] | None = None
+        self._pinned: list[int] = []
+        self._side = torch.cuda.Stream(device) if on_device else None  # type: ignore[no-untyped-call]
+
+    def slot_bytes(self, layer: int, slot: int) -> Bytes:
+        """uint8 [expert_bytes] of host memory, writable: fill it, then `mark` the slot before asking again. LOCAL."""
+        if self._side is not None:
+            self._side.synchronize()  # the last expert's copy reads this memory
+        self._landed = layer, slot
+        data: Bytes = self._landing.view(torch.uint8).numpy()
+        return data
+
+    def mark(self, layer: int, slot: int, expert: int, digest: int) -> None:
+        """Say that what `slot_bytes` got is `expert`, and send it to the device. LOCAL."""
+        assert self._landed == (layer, slot), f"slot {slot} of layer {layer} was not filled"
+        self._landed = None
+        self._send(layer, slot, self._landing)
+        self._enter(layer, slot, expert, digest)
+
+    def borrow(self, layer: int, slot: int, expert: int, digest: int, data: Bytes) -> None:
+        """The slot holds `expert`, copied from `data`, which must stay as it is until `ready`'s stream has passed."""
+        assert data.nbytes == self.expert_bytes, (data.nbytes, self.expert_bytes)
+        self._send(layer, slot, torch.from_numpy(data).view(self.dtype))
+        self._enter(layer, slot, expert, digest)
+
+    def fill(self, layer: int, slot: int, expert: int, digest: int) -> None:
+        """Say that the slot's bytes, written on the device itself, are those of `expert`: for random weights. LOCAL."""
+        self._enter(layer, slot, expert, digest)
+
+    def pin(self, data: Bytes) -> bool:
+        """Have the device read host memory that `borrow` will be given at the full rate, from now on. False where that
+        is refused: it is then read at the rate of pageable memory. May be called from any thread. LOCAL.
+
+        Only ever registered for reading: otherwise the system would make a private copy of every page."""
+        device = self.weights_LSX.device
+        if device.type != "cuda":
+            return False
+        from cuda.bindings import runtime
+
+        runtime.cudaSetDevice(device.index)  # what is current is a thread's own
+        begin = data.ctypes.data // _PAGE * _PAGE
+        size = -(-(data.ctypes.data + data.nbytes - begin) // _PAGE) * _PAGE
+        (error,) = runtime.cudaHostRegister(begin, size, runtime.cudaHostRegisterReadOnly)
+        if error != runtime.cudaError_t.cudaSuccess:
+            runtime.cudaGetLastError()  # it must not surface in somebody else's check
+            return False
+        self._pinned.append(begin)
+        return True
+
+    def ready(self) -> None:
+        """What is launched from now on sees all slots as they were marked. LOCAL, does not wait."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.weights_LSX.device).wait_stream(self._side)
+
+    def pack(self, limit: int | None = None) -> int:
+        """There is nothing to pack on a device."""
+        return 0
+
+    def close(self) -> None:
+        if self._side is not None:
+            self._side.synchronize()
+        self.weights_LSX = self.weights_LSX.new_empty(0)
+        if self._pinned:
+            from cuda.bindings import runtime
+
+            for begin in self._pinned:
+                runtime.cudaHostUnregister(begin)
+            self._pinned.clear()
+        super().close()
+
+    def _send(self, layer: int, slot: int, data: Tensor) -> None:
+        if self._side is None:
+            self.weights_LSX[layer, slot].copy_(data)
+            return
+        with torch.cuda.stream(self._side):
+            self.weights_LSX[layer, slot].copy_(data, non_blocking=True)
+
+    def _enter(self, layer: int, slot: int, expert: int, digest: int) -> None:
+        self._held_LS[layer, slot] = expert
+        self._digest_LS[layer, slot] = digest
+
+    def _give_back(self, layer: int, slot: int) -> None:
+        """No host memory is lent."""
+
+
+class DeviceLoad:
+    """This rank's tokens by layer and expert, counted by the gates' kernel, and kept once their step was whole."""
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
+        self.step_LE = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
+        """Of the step in hand. Fixed address."""
+        self._load_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+
+    def count(self) -> None:
+        """The step was whole. LOCAL, does not wait."""
+        self._load_LE += self.step_LE
+        self.step_LE.zero_()
+
+    def drop(self) -> None:
+        """The step will be run again. LOCAL, does not wait."""
+        self.step_LE.zero_()
+
+    def read(self) -> npt.NDArray[np.int64]:
+        """int64 [L, E]; it only grows. Waits for the device. LOCAL."""
+        load_LE: npt.NDArray[np.int64] = self._load_LE.cpu().numpy()
+        return load_LE
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the experts' kernels cut their work. rows: pairs a tile; up, down: outputs a tile; depth: inputs a round."""
+
+    rows: int = 16
+    up: int = 64
+    down: int = 64
+    depth: int = 128
+    up_stages: int = 3
+    down_stages: int = 4
+
+    @classmethod
+    def decode(cls, tokens: int) -> Tiling:
+        """For few pairs a slot: the weights' way from memory is all that counts; with very few, more programs share
+        it."""
+        return cls(up=32, up_stages=4) if tokens <= 4 else cls()
+
+    @classmethod
+    def prefill(cls) -> Tiling:
+        return cls(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3)
+
+    @classmethod
+    def exact(cls) -> Tiling:
+        """One for all batches, so that a row has the same bits in every one."""
+        return cls()
+
+
+class DeviceExperts:
+    """All MoE layers of one rank: gate, dispatch, experts, combine."""
+
+    def __init__(
+        self, bank: DeviceBank, routes: RouteTable, comm: CudaCommunicator, load: DeviceLoad, *,
+        top_k: int, num_experts: int, norm_topk: bool, pairs: int, weigh_early: bool,
+    ) -> None:  # fmt: skip
+        """pairs: the most (token, slot) pairs that a dispatch may bring. weigh_early: the communicator's mode is
+        `fast`, in which weights travel with the tokens."""
+        from phalanx.moe import kernels
+
+        self._code = kernels
+        self._bank, self._routes, self._comm, self._load = bank, routes, comm, load
+        self._top_k, self._num_experts, self._norm_topk = top_k, num_experts, norm_topk
+        self._weigh_early = weigh_early
+        weights = bank.weights_LSX
+        self._h_MF = torch.empty(pairs, bank.expert_width, dtype=bank.dtype, device=weights.device)
+        self._y_MD = torch.empty(pairs, bank.hidden, dtype=bank.dtype, device=weights.device)
+        self._programs = 4
+        if weights.device.type == "cuda":
+            self._programs = 2 * torch.cuda.get_device_properties(weights.device).multi_processor_count
+
+    def forward(
+        self, layer: int, x_TD: Tensor, logits_TE: Tensor, positions_T: Tensor, num_rows: Tensor, tiling: Tiling
+    ) -> Tensor:
+        """[T, D] -> [T, D]. COLLECTIVE, launches only.
+
+        logits_TE: the router's. num_rows: int32 [1] on the device; rows from there on are nobody's."""
+        weights_TK, slots_TK = self.gate(layer, logits_TE, positions_T, num_rows)
+        sent = self._comm.dispatch(x_TD, slots_TK, weights_TK if self._weigh_early else None)
+        self.experts(layer, sent.x_ND, sent.row_M, sent.first_S, tiling)
+        return self._comm.combine_weighted(self._y_MD, sent, weights_TK)
+
+    def gate(self, layer: int, logits_TE: Tensor, positions_T: Tensor, num_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(float32 weights [T, K], int32 global slots [T, K]). LOCAL, launches only."""
+        tokens, K = logits_TE.shape[0], self._top_k
+        weights_TK = torch.empty(tokens, K, dtype=torch.float32, device=logits_TE.device)
+        slots_TK = torch.empty(tokens, K, dtype=torch.int32, device=logits_TE.device)
+        self._code.gate_kernel[(tokens,)](
+            logits_TE, positions_T, num_rows, self._routes.table_LEW[layer], weights_TK, slots_TK,
+            self._load.step_LE[layer],
+            E=self._num_experts, EP=_power_of_two(self._num_experts), K=K, KP=_power_of_two(K), W=self._routes.width,
+            SCALED=self._norm_topk, num_warps=1,
+        )  # fmt: skip
+        return weights_TK, slots_TK
+
+    def experts(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: Tiling) -> Tensor:
+        """[M, D], valid until the next call: rows `row_M` of x_ND through the slots that `first_S` says. LOCAL."""
+        bank, t = self._bank, tiling
+        weights = bank.weights_LSX[layer]
+        shape = {
+            "S": bank.slots_per_rank, "SP": _power_of_two(bank.slots_per_rank), "F": bank.expert_width,
+            "D": bank.hidden, "PROGRAMS": self._programs, "BM": t.rows, "BK": t.depth,
+        }  # fmt: skip
+        self._code.up_kernel[(self._programs,)](
+            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_warps=4, num_stages=t.up_stages
+        )
+        self._code.down_kernel[(self._programs,)](
+            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=4, num_stages=t.down_stages
+        )
+        return self._y_MD
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,53 @@
+"""Which graph serves which batch: pure bookkeeping, without a device."""
+
+from __future__ import annotations
+
+import pytest
+
+from phalanx.engine.graphs import Graphs, ladder
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 9, 64, 100, 128, 200, 256, 512])
+def test_a_ladder_ends_with_the_largest_size_and_grows(largest: int) -> None:
+    sizes = ladder(largest)
+    assert sizes[0] == 1
+    assert sizes[-1] == largest
+    assert list(sizes) == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("rows", [*range(1, 40), 127, 128, 129, 255])
+def test_padding_costs_at_most_fifteen_rows(rows: int) -> None:
+    size = Graphs[int](ladder(256)).size_for(rows)
+    assert size is not None
+    assert rows <= size < rows + 16
+
+
+def test_a_ladder_up_to_nothing_has_no_graphs() -> None:
+    assert ladder(0) == ()
+    assert Graphs[int](()).find(1) is None
+
+
+def test_each_size_is_captured_once_the_largest_first() -> None:
+    made: list[int] = []
+
+    def make(size: int) -> str:
+        made.append(size)
+        return f"graph of {size}"
+
+    graphs = Graphs[str]((1, 2, 4))
+    graphs.capture(make)
+    assert made == [4, 2, 1]
+    with pytest.raises(AssertionError, match="captured once"):
+        graphs.capture(make)
+    assert made == [4, 2, 1]
+
+
+def test_the_smallest_graph_that_holds_a_batch_is_taken_and_an_empty_one_takes_the_first() -> None:
+    graphs = Graphs[str]((1, 2, 4))
+    graphs.capture(str)
+    assert [graphs.find(rows) for rows in (0, 1, 2, 3, 4)] == [(1, "1"), (1, "1"), (2, "2"), (4, "4"), (4, "4")]
+    assert graphs.find(5) is None
+
+
+def test_nothing_is_replayed_before_it_is_captured() -> None:
+    assert Graphs[str]((1, 2)).find(1) is None
