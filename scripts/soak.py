@@ -337,7 +337,7 @@ def draw(path: Path, story: Story, title: str) -> None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--seconds", envvar="SOAK_SECONDS", type=click.FloatRange(min=10), default=600.0, help="How long.")
+@click.option("--seconds", envvar="SOAK_SECONDS", type=click.FloatRange(min=1), default=600.0, help="How long.")
 @click.option("--seed", envvar="SOAK_SEED", type=int, default=0, help="Which ordeals, and in which order.")
 @click.option("--model", default="", help="A model directory; by default a small random one is made.")
 @click.option("--ep-size", type=click.IntRange(min=3), default=4, help="Ranks.")

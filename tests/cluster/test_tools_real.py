@@ -69,7 +69,7 @@ def test_chaos_kills_the_rank_it_names_and_status_shows_it(serve: Callable[..., 
 
 def test_a_short_soak_ends_well_and_leaves_its_figures(tiny: Path, tmp_path: Path) -> None:
     ended = run(
-        str(SOAK), "--seconds", "10", "--only", "raise in a step", "--ep-size", "3", "--streams", "4",
+        str(SOAK), "--seconds", "2", "--only", "raise in a step", "--ep-size", "3", "--streams", "4",
         "--model", str(tiny), "--out", str(tmp_path),
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
