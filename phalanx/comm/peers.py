@@ -52,6 +52,7 @@ class Peers:
         self.lost = {}
         self.members = {m.rank: m for m in view.members}
         here = self.members[self.rank].host
+        deadline = time.monotonic() + _LINGER_S
         for rank, peer in list(self._reached.items()):
             member = self.members.get(rank)
             if isinstance(peer, StreamPeer):  # it may have ended since we looked last
@@ -63,7 +64,7 @@ class Peers:
             del self._reached[rank]
             if isinstance(peer, StreamPeer):  # the last that it hears: which epoch it is not in
                 peer.wake()
-                peer.linger(_LINGER_S)
+                peer.linger(deadline - time.monotonic())
             peer.close()
         unreachable = []
         for rank, member in self.members.items():
