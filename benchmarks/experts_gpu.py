@@ -4,8 +4,8 @@
     benchmarks/experts_gpu.py                   every tiling for 2, 32, 128, 256 and 512 tokens of all ranks together
     benchmarks/experts_gpu.py --tokens 256
 
-Every figure: a graph of LAYERS layers with weights of their own (more than any cache holds), replayed REPLAYS times; the
-device time of a layer, median; and the rate at which the weights of the experts that were asked for must have been
+Every figure: a graph of LAYERS layers with weights of their own (more than any cache holds), replayed REPLAYS times;
+the device time of a layer, median; and the rate at which the weights of the experts that were asked for must have been
 read. Random routing: each token's 8 experts of 128, of which 64 stand here. Results of a tiling are compared with the
 first one's.
 """
