@@ -95,7 +95,7 @@ def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> 
     positions = batch.positions_T.numpy()
     blocks = np.concatenate([piece.blocks for piece in slices]) if slices else np.zeros(0, np.int32)
     begins = np.zeros(len(slices) + 1, np.int64)
-    np.cumsum([len(piece.blocks) for piece in slices], out=begins[1:])
+    np.cumsum(np.array([len(piece.blocks) for piece in slices], np.int64), out=begins[1:])
     sequence_T = np.repeat(np.arange(len(slices)), lengths)
     alone_T = np.repeat(lengths == 1, lengths) | shape.alike
     splits_T = np.where(alone_T, positions // shape.split + 1, 0)

@@ -18,6 +18,7 @@ from typing import IO
 
 import torch
 
+GRACE_S = 15.0
 SERVICE_NEEDS = ("zmq", "msgspec", "fastapi", "uvicorn", "pydantic")
 
 
@@ -50,9 +51,9 @@ def stages(interpret: bool) -> dict[str, Stage]:
     return {
         **table,
         "serve": Stage(serve_and_kill, 110, 4),
-        "ladder": Stage(lambda: ladder(count, layers=48), 80),
+        "ladder": Stage(lambda: ladder(count, layers=48), 100),
         "ladder-exact": Stage(
-            lambda: ladder(count, layers=48, deterministic=True, batches=(1, 64, 256)), 60
+            lambda: ladder(count, layers=48, deterministic=True, batches=(1, 64, 256)), 75
         ),
     }  # fmt: skip
 
@@ -99,6 +100,16 @@ def serve_and_kill() -> None:
             f"{running.longest_gap_s() * 1e3:.0f} ms; recovery {recovery['seconds']}",
             flush=True,
         )
+
+
+def end_before(limit_s: float) -> None:
+    """Raise TimeoutError in this process in time for it to end, before it is ended, what it started."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done in {limit_s - GRACE_S:.0f} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, limit_s - GRACE_S)
 
 
 def run_all(script: str, names: list[str], table: dict[str, Stage], arguments: list[str]) -> list[str]:
