@@ -32,7 +32,7 @@ from phalanx.model.device_tables import TableShape, Written
 from phalanx.moe.cuda import DeviceBank, DeviceLoad, Tiling
 from phalanx.moe.gate import RouteTable
 
-_WARM_PREFILL_TOKENS = 64
+_WARM_PREFILL_TOKENS, _WARM_DECODES = 64, 8
 _SAMPLE_BLOCK = 4096
 
 
@@ -122,10 +122,11 @@ class CudaRunner:
         Uses the first KV blocks as scratch."""
         room = limits.num_blocks * limits.block_size
         length = min(_WARM_PREFILL_TOKENS, limits.max_num_batched_tokens, limits.max_model_len, room)
-        for chunks in ([(0, length)], [(length - 1, 1)], [(0, length - 1), (length - 1, 1)] if length > 2 else [], []):
-            if sum(n for _, n in chunks) <= limits.max_num_batched_tokens:
-                ran = self.run(StepBatch(scratch_batch(chunks, limits.block_size), (), ()))
-                ran.logits([0])
+        one = (length - 1, 1)
+        decodes = [one] * min(_WARM_DECODES, limits.max_num_seqs, limits.max_num_batched_tokens)
+        for chunks in ([(0, length)], [one], decodes, [(0, length - 1), one] if length > 2 else [], []):
+            ran = self.run(StepBatch(scratch_batch(chunks, limits.block_size), (), ()))
+            ran.logits([0])
         with torch.inference_mode():
             self._sample(self._model.logits(torch.zeros_like(self._hidden_row())), 1)
             self._wait()
