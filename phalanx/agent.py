@@ -362,6 +362,7 @@ class Agent:
     def _end_crew(self, crew: Crew) -> None:
         crew.close_nursery()
         crew.close(lambda seconds: self._bury(crew, seconds))
+        crew.board.close()
 
     def _bury(self, crew: Crew, seconds: float) -> bool:
         events = dict(self._poller.poll(int(seconds * 1000) + 1))

@@ -302,7 +302,6 @@ class Crew:
         for process in list(self._processes.values()):
             process.signal(signal.SIGKILL)
             self._buried(process)
-        self.board.close()
 
 
 def wait_until(done: Callable[[], bool], turn: Callable[[float], bool], patience_s: float) -> bool:

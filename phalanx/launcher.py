@@ -15,8 +15,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,13 +27,13 @@ from phalanx import __version__
 from phalanx import messages as m
 from phalanx.config import ServeConfig
 from phalanx.crew import STOP_PATIENCE_S, STOPPED, UNBORN, Crew, wait_until
-from phalanx.errors import BadConfig
 from phalanx.hosts.muster import Events, Muster
 from phalanx.hosts.places import Terms, next_incarnation
 from phalanx.hosts.talk import NoticeCause
 from phalanx.process import adopt_orphans, launcher_endpoint, server_endpoint, wake_on_signals
 from phalanx.remains import stale_keys
 from phalanx.restarts import Barren, Restarts
+from phalanx.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -72,21 +70,6 @@ class Worker:
     """When it is to be killed, if it still lives: it was evicted, or has had all the time there is to come in."""
 
 
-def bind(config: ServeConfig) -> socket.socket:
-    """Bind, but do not yet listen on, the HTTP address. BadConfig when it is taken. LOCAL."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise BadConfig(
-            f"cannot bind --host {config.host} --port {config.port}: {reason}; choose another (0: any free port)"
-        ) from None
-    return listener
-
-
 class Launcher:
     """Runs one service from its start to its end."""
 
@@ -119,7 +102,7 @@ class Launcher:
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.setsockopt(zmq.LINGER, 500)
         self._outbox.connect(server_endpoint(self._run_dir))
-        self._server, self._server_pidfd = self._start_server(listener)
+        self._server = ServerProcess(config, self._run_dir, listener)
         self._crew = Crew(
             config, self._run_dir, self._poller, self._hear_of_worker, site=self._others.site, faults=faults
         )  # fmt: skip
@@ -140,7 +123,7 @@ class Launcher:
     def run(self) -> int:
         """Serve until asked to stop; the exit code. LOCAL, blocks."""
         try:
-            for source in (self._wake, self._server_pidfd, self._inbox):
+            for source in (self._wake, self._server.pidfd, self._inbox):
                 self._poller.register(source, zmq.POLLIN)
             self._crew.begin(self._store.port)
             self._others.open(self._store.port)
@@ -161,7 +144,7 @@ class Launcher:
             os.read(self._wake, 64)
             log.info("asked to stop: finishing streams for at most %.0f s", self.config.drain_timeout_s)
             self._stopping = True
-        if self._server_pidfd in events:
+        if self._server.pidfd in events:
             code = self._server.wait()
             self._stopping = True
             if code != 0:
@@ -192,18 +175,6 @@ class Launcher:
         self._why, self._exit_code, self._stopping = why, 1, True
 
     # --- children
-
-    def _start_server(self, listener: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
-        path = os.path.join(self._run_dir, "config.json")
-        with open(path, "wb") as file:
-            file.write(msgspec.json.encode(self.config))
-        fd = listener.fileno()
-        flags = ["--config", path, "--run-dir", self._run_dir, "--fd", str(fd)]
-        flags += ["--launcher-pid", str(os.getpid())]  # by the time it could ask for its parent, we may be gone
-        command = [sys.executable, "-m", "phalanx.server", *flags]
-        process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, start_new_session=True)
-        listener.close()
-        return process, os.pidfd_open(process.pid)
 
     def _start_store(self) -> TCPStore:
         from datetime import timedelta
@@ -496,15 +467,8 @@ class Launcher:
     def _shut_down(self) -> None:
         self._stopping = self._crew.stopping = True
         self._crew.close_nursery()
-        if self._server.poll() is None:
-            self._server.terminate()
-            if not wait_until(
-                lambda: self._server.poll() is not None, self._turn, self.config.drain_timeout_s + STOP_PATIENCE_S
-            ):
-                log.error("the HTTP server did not end in time: killing it")
-                self._server.kill()
-                self._server.wait()
-        self._poller.unregister(self._server_pidfd)
+        self._server.end(self._turn, self.config.drain_timeout_s + STOP_PATIENCE_S)
+        self._poller.unregister(self._server.pidfd)
         self._others.end(self._why, failed=self._exit_code != 0)
         self._crew.close(self._turn)
         wait_until(lambda: self._others.empty, self._turn, STOP_PATIENCE_S)

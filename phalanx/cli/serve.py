@@ -129,7 +129,8 @@ def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
     _check_device(config)
     model = _check_model(config)
     from phalanx.agent import Agent
-    from phalanx.launcher import Launcher, bind
+    from phalanx.launcher import Launcher
+    from phalanx.server_process import bind
     from phalanx.testing import faults
 
     planned = faults.from_environment() if config.enable_chaos else ""
