@@ -20,7 +20,11 @@ from phalanx.world import EMPTY, IntArray, Placement, View
 
 ROUNDS, ROUNDS_PACKED = 9, 6
 """Rounds of exchanges at most; a layer that is even, or that nothing helps, leaves them earlier. Where only some ranks
-are safe little may be exchanged, and three rounds more would gain 0.5 % of balance for 15 % of the time."""
+are safe little may be exchanged, and among many slots three rounds more would gain 0.5 % of balance for 15 % of the
+time."""
+
+MANY_SLOTS = 128
+""""Many" in the sense of ROUNDS_PACKED; with fewer slots there is time."""
 
 WORTH_MOVING = 0.01
 """A plan from scratch must be better balanced by this fraction than one that starts from what is held."""
@@ -157,11 +161,40 @@ def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: 
             expert, heaviest = grouped, load.max(axis=1)
     if held_LNS is None:
         return expert
+    stays = _good_as_held(ground, held_LNS, w_LE, heaviest, new)
+    if stays.all():
+        return held_LNS
     kept = continue_from(ground, held_LNS, w_LE, counts.copy(), single.copy(), safety.safe_N)
     _improve(kept, low, grow, priority)
     worse = kept.load_LN.max(axis=1) > heaviest * (1 + WORTH_MOVING)
     worse |= (_lone_hosts(kept) > _lone_hosts(new)) | (_exposed(kept) > _exposed(new))
-    return keep_slots(ground, np.where(worse[:, None, None], expert, kept.expert_LNM), held_LNS, experts)
+    moved = keep_slots(ground, np.where(worse[:, None, None], expert, kept.expert_LNM), held_LNS, experts)
+    return np.where(stays[:, None, None], held_LNS, moved)
+
+
+def _good_as_held(ground: Ground, held_LNS: Ints, w_LE: Floats, heaviest: Floats, new: Deal) -> Bools:
+    """[L]: layers whose held slots are a whole plan, no less safe than the new one and about as even. They stay, whatever
+    else could be found from there: planning twice for one load must not move anything."""
+    layers, ranks, width = held_LNS.shape
+    experts = w_LE.shape[1]
+    row = np.arange(layers)[:, None, None]
+    used = held_LNS >= 0
+    held = np.where(used, held_LNS, experts)
+    times = np.zeros((layers, ranks, experts + 1), np.int64)
+    np.add.at(times, (row, np.arange(ranks)[:, None], held), 1)
+    count = times[:, :, :experts].sum(axis=1)
+    good: Bools = (used.sum(axis=2) == ground.fill_N).all(axis=1) & (count > 0).all(axis=1)
+    good &= (times[:, :, :experts] <= 1).all(axis=(1, 2))
+    part = np.append(w_LE / np.maximum(count, 1), np.zeros((layers, 1)), axis=1)
+    good &= part[row, held].sum(axis=2).max(axis=1) <= heaviest * (1 + WORTH_MOVING)
+    holds = times[:, :, :experts] > 0
+    good &= (holds & (count == 1)[:, None, :]).any(axis=2).sum(axis=1) <= _exposed(new)
+    if ground.host_matters:
+        hosts = np.zeros((layers, ground.num_hosts, experts), bool)
+        for host in range(ground.num_hosts):
+            hosts[:, host] = holds[:, ground.host_N == host].any(axis=1)
+        good &= ((count > 1) & (hosts.sum(axis=1) == 1)).sum(axis=1) <= _lone_hosts(new)
+    return good
 
 
 def _counts(ground: Ground, w_LE: Floats, protected_LE: Bools, packed: bool) -> Ints:
@@ -180,7 +213,7 @@ def _counts(ground: Ground, w_LE: Floats, protected_LE: Bools, packed: bool) -> 
 def _improve(out: Deal, low_LE: Ints, may_grow_LE: Bools, priority: Priority) -> None:
     """Repair a deal, even it out and, if it is small, polish it."""
     repair(out)
-    even_out(out, ROUNDS_PACKED if out.packed else ROUNDS)
+    even_out(out, ROUNDS_PACKED if out.packed and out.ground.total > MANY_SLOTS else ROUNDS)
     polish(out, low_LE, may_grow_LE, anyone=priority == "even")
 
 
