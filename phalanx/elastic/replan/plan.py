@@ -173,9 +173,9 @@ def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: 
 
 
 def _good_as_held(ground: Ground, held_LNS: Ints, w_LE: Floats, heaviest: Floats, new: Deal) -> Bools:
-    """[L]: layers whose held slots are a whole plan, no less safe than the new one and about as even. They stay, whatever
-    else could be found from there: planning twice for one load must not move anything."""
-    layers, ranks, width = held_LNS.shape
+    """[L]: layers whose held slots are a whole plan, no less safe than the new one and about as even. They stay,
+    whatever else could be found from there: planning twice for one load must not move anything."""
+    layers, ranks, _ = held_LNS.shape
     experts = w_LE.shape[1]
     row = np.arange(layers)[:, None, None]
     used = held_LNS >= 0
