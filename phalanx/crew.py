@@ -22,6 +22,7 @@ from phalanx import messages as m
 from phalanx.comm.notices import Cause, NoticeBoard
 from phalanx.config import ServeConfig
 from phalanx.custodian import Custodian
+from phalanx.model.known import described
 from phalanx.nursery import Born, Nursery
 from phalanx.process import EXIT_EVICTED, EXIT_STOPPED, VaultSpec, WorkerSpec, last_words
 from phalanx.remains import reap_strangers, remove_files
@@ -75,6 +76,7 @@ class Crew:
         """report: is told what happens, in the launcher's loop. site: None when there is only this host."""
         self._config, self._run_dir, self._poller, self._report = config, run_dir, poller, report
         self._site, self._faults = site, faults
+        self._model = described(config.model)
         self._store_port = 0
         self._processes: dict[int, Process] = {}
         """By pidfd, those that run."""
@@ -99,6 +101,7 @@ class Crew:
             notices=self.board.address,
             launcher_pid=os.getpid(),
             vault=self._vault.address,
+            model=self._model,
             faults=self._faults,
             site=self._site,
         )
@@ -143,6 +146,7 @@ class Crew:
                 host=self._host,
                 site=self._site,
                 vault=self._vault.address,
+                model=self._model,
                 faults=self._faults,
                 scaled=scaled,
                 asked_s=time.monotonic(),

@@ -74,7 +74,16 @@ class Custodian:
 
     def _give_up(self, reason: str) -> None:
         log.error("%s", reason)
-        self._tell(m.VaultState(state="given_up", restarts=self._incarnation, reason=reason))
+        memory = self._memory
+        self._tell(
+            m.VaultState(
+                state="given_up",
+                restarts=self._incarnation,
+                filled_bytes=memory.filled_bytes if memory is not None else 0,
+                total_bytes=memory.shape.weight_bytes if memory is not None else 0,
+                reason=reason,
+            )
+        )
 
     def buried(self) -> None:
         """The keeper has ended: start another one, unless several ended one after the other to no effect. LOCAL."""

@@ -33,6 +33,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="worker"):
     host: str = "localhost"
     site: Site | None = None
     """Where it stands among several hosts; None: there is only this one, and nothing listens to others."""
+    model: bytes
+    """What the checkpoint was found to be when the service started, from `model.known.described`."""
     vault: str = ""
     """Where this host's vault is; empty when there is none."""
     faults: str = ""
@@ -54,6 +56,8 @@ class VaultSpec(msgspec.Struct, frozen=True, kw_only=True, tag="vault"):
     launcher_pid: int
     vault: str
     """"" when there is none: then the process only gives other hosts what this one's ranks hold."""
+    model: bytes = b""
+    """What the checkpoint was found to be when the service started; empty: what it is when it is read counts."""
     site: Site | None = None
     faults: str = ""
 

@@ -32,8 +32,8 @@ from phalanx.elastic.transports import transports
 from phalanx.elastic.vault import Bytes, Follower, Vault, VaultGone
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
+from phalanx.model.known import KnownCheckpoint
 from phalanx.model.layers import DenseWeights
-from phalanx.model.loader import Checkpoint
 from phalanx.observe.log import set_up_logging
 from phalanx.process import (
     EXIT_EVICTED,
@@ -120,7 +120,7 @@ class Worker:
         self._faults.point("start")
         self._config = config
         self._mail = Mail(spec)
-        checkpoint = Checkpoint.open(config.model)
+        checkpoint = KnownCheckpoint(config.model, spec.model)
         model = checkpoint.config
         notices = NoticeBoard.open(spec.notices)
         place = Place(

@@ -32,7 +32,8 @@ from phalanx.elastic.room import RESERVE_BYTES, available_bytes, gb
 from phalanx.elastic.stall import StallProcess
 from phalanx.elastic.transports import transports
 from phalanx.elastic.vault import Vault
-from phalanx.model.loader import Checkpoint
+from phalanx.errors import BadCheckpoint
+from phalanx.model.known import KnownCheckpoint
 from phalanx.moe.experts import PeerBank, digest
 from phalanx.observe.log import set_up_logging
 from phalanx.process import VaultSpec, server_endpoint
@@ -50,6 +51,9 @@ CHECK_EVERY_S = 600.0
 OTHER_HOSTS_S = 10.0
 """How long after the last expert that another host's vault could give the rest is taken from disk."""
 
+DISK_AGAIN_S = 30.0
+"""How long after disk could not give what is missing that is tried again; SIGUSR1 asks for it at once."""
+
 _LOOK_S = 0.05
 _PAUSE_BETWEEN_LOOKS_S = 0.25
 _PAUSE_S = 1.0
@@ -59,18 +63,23 @@ _LOOK_AT_MEMORY_EVERY = 64 << 20
 def run(spec: VaultSpec) -> int:
     """The keeper's whole life, until it is killed. LOCAL, blocks."""
     set_up_logging(spec.config.log_level, spec.config.log_format, "vault")
+    # Before any thread is started: a signal to the process goes to whichever thread does not block it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     if spec.site is not None:
         StallProcess(spec).start()
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread alone
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     if not spec.vault:
         log.info("no vault to fill: only serving what the ranks of this host hold")
         while True:
             signal.pause()
-    Keeper(spec).run()
-    return 0
+    try:
+        Keeper(spec).run()
+    except Exception as error:
+        expected = isinstance(error, TROUBLE)  # its message says it all; a bug needs its traceback
+        log.error("the vault's process fails: %s", error, exc_info=not expected)
+    return 1
 
 
 class Keeper:
@@ -84,7 +93,7 @@ class Keeper:
         self._faults = faults.armed(spec.faults, -1, spec.incarnation) if chaos else faults.NO_FAULTS
         self._vault = Vault.open_for_writing(spec.vault)
         self._report = Report(spec, self._vault)
-        self._checkpoint = Checkpoint.open(config.model)
+        self._checkpoint = KnownCheckpoint(config.model, spec.model)
         self._since_look = _LOOK_AT_MEMORY_EVERY
 
     def run(self) -> None:
@@ -93,14 +102,29 @@ class Keeper:
         if self._vault.has_dense or self._vault.filled_LE.any():
             self._check()
         while True:
-            if not self._vault.has_dense:
-                self._fill_dense()
-            if not self._vault.is_full:
-                self._fill_experts(Holders(self._spec))
+            try:
+                self._fill()
+            except BadCheckpoint as error:
+                self._report.now("filling", f"the vault cannot be filled: {error}")
+                signal.sigtimedwait({signal.SIGUSR1}, DISK_AGAIN_S)
+                continue
             self._vault.found_full()
             self._report.full()
             signal.sigtimedwait({signal.SIGUSR1}, CHECK_EVERY_S)
             self._check()
+
+    def _fill(self) -> None:
+        """Fill all that is missing. BadCheckpoint when disk alone can give some of it, and cannot."""
+        trouble: BadCheckpoint | None = None
+        if not self._vault.has_dense:
+            try:
+                self._fill_dense()
+            except BadCheckpoint as error:
+                trouble = error  # experts may still be had from memory
+        if self._vault.missing_LE.any():
+            self._fill_experts(Holders(self._spec))
+        if trouble is not None:
+            raise trouble
 
     def _check(self) -> None:
         """Withdraw every entry whose bytes do not have its digest."""
@@ -135,13 +159,11 @@ class Keeper:
         for layer, expert in self._missing():
             if holders.read(layer, expert, out):
                 self._put(layer, expert, out, "peer")
-            elif self._spec.site is None:
-                self._put_from_disk(layer, expert, out)
         holders.close()
         if self._spec.site is not None:
             self._fill_from_other_hosts(self._spec.site)
-            for layer, expert in self._missing():
-                self._put_from_disk(layer, expert, out)
+        for layer, expert in self._missing():
+            self._put_from_disk(layer, expert, out)
 
     def _fill_from_other_hosts(self, site: Site) -> None:
         """Fill what other hosts' vaults have. They may be filling, too: what they do not have yet is asked again for
@@ -201,6 +223,7 @@ class Keeper:
             while (available := self._available()) < RESERVE_BYTES:
                 self._report.now("short", f"only {gb(available)} of memory are left: the vault waits")
                 time.sleep(_PAUSE_S)
+            self._report.enough()
 
     def _available(self) -> int:
         try:
@@ -290,6 +313,8 @@ class Report:
         self._total = shape.weight_bytes
         self._filled = vault.filled_bytes
         self._by_source: dict[str, int] = {}
+        self._state: m.VaultPhase = "filling"
+        self._trouble = ""
         self._began = self._said = self._logged = time.monotonic()
         self._context = zmq.Context()
         self._outbox = self._context.socket(zmq.PUSH)
@@ -311,13 +336,21 @@ class Report:
         self._filled = self._vault.filled_bytes
         parts = ", ".join(self._sources()) or "nothing was missing"
         log.info("the vault is full: %s in %.1f s (%s)", gb(self._filled), time.monotonic() - self._began, parts)
-        self._by_source = {}
+        self._by_source, self._trouble = {}, ""
         self._send("full")
 
+    def enough(self) -> None:
+        """There is memory, so the vault fills. LOCAL."""
+        if self._state == "short":
+            log.info("there is memory again: the vault goes on filling")
+            self._trouble = ""
+            self.now("filling")
+
     def now(self, state: m.VaultPhase, reason: str = "") -> None:
-        """Something worth saying at once. LOCAL."""
-        if reason:
+        """Something worth saying at once; trouble that goes on is said to the log once. LOCAL."""
+        if reason and (state, reason) != (self._state, self._trouble) and not (state == self._state == "short"):
             log.warning("%s", reason)
+        self._trouble = reason
         self._began = time.monotonic()
         self._filled = self._vault.filled_bytes
         self._send(state, reason)
@@ -327,6 +360,7 @@ class Report:
         return (f"{gb(size)} {names[source]}" for source, size in sorted(self._by_source.items(), reverse=True))
 
     def _send(self, state: m.VaultPhase, reason: str = "") -> None:
+        self._state = state
         self._said = time.monotonic()
         self._outbox.send(
             m.encode(

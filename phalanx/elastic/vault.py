@@ -171,6 +171,14 @@ class VaultMemory:
         words = np.frombuffer(os.pread(self._fd, 8 * (_TABLE_WORD + 1), 0), np.uint64)
         return int(words[_FILLED_WORD] + words[_DENSE_WORD]), int(words[_FULL_WORD])
 
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes of weights that are there. LOCAL."""
+        shape = self.shape
+        words = np.frombuffer(os.pread(self._fd, 8 * (_DENSE_WORD + 1), 0), np.uint64)
+        index = np.frombuffer(os.pread(self._fd, shape.index_bytes, shape.index_start), np.uint64)
+        return int((index[::2] == FILLED).sum()) * shape.expert_bytes + shape.dense_bytes * int(words[_DENSE_WORD])
+
     def close(self) -> None:
         """Let go of it: the memory is free when the last reader has unmapped it. LOCAL."""
         os.close(self._fd)

@@ -432,6 +432,21 @@ def test_a_new_hosts_vault_is_filled_from_another_one_and_served_at_once(filling
     vault.close()
 
 
+def test_a_keeper_that_serves_other_hosts_too_is_asked_to_check_and_mends(filling: tuple[Cluster, Custodian]) -> None:
+    _, custodian = filling
+    pid, vault = custodian.pid, Vault.open(custodian.address)
+    poller = select.poll()
+    poller.register(custodian.pidfd, select.POLLIN)
+    while not vault.is_full:
+        assert not poller.poll(10), "the keeper ended"
+    assert damage_vault(custodian.address, layer=1, expert=3) == 1
+    os.kill(pid, signal.SIGUSR1)
+    while (found := vault.expert(1, 3)) is None or digest(found[0].data) != found[1]:
+        assert not poller.poll(10), "the keeper ended"
+    del found
+    vault.close()
+
+
 def test_the_process_that_serves_a_vault_is_started_again_where_it_was(filling: tuple[Cluster, Custodian]) -> None:
     cluster, _ = filling
     assert cluster.client.wait(stall_key(0), PATIENCE_S)

@@ -110,8 +110,9 @@ def test_a_healthy_rank_that_dies_in_a_join_comes_back_too(serve: Serve, unfaile
     assert incarnations(service) == [0, 1, 0, 1]
 
 
-def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason(serve: Serve) -> None:
-    service = serve(ep_size=2, max_restarts=2, faults="raise@start:rank=1")
+def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_operator_tries_again(serve: Serve) -> None:
+    faults = ",".join(f"raise@start:rank=1:incarnation={number}" for number in range(3))
+    service = serve(ep_size=2, max_restarts=2, faults=faults)
     service.wait_for_line(r"rank 1 is not started again: given up after 2 restarts")
     state = service.status()["ranks"][1]
     assert (state["state"], state["incarnation"]) == ("dead", 2)
@@ -119,6 +120,11 @@ def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason(serve: Serve
     assert "given up after 2 restarts" in problem
     assert "InjectedFault" in problem
     assert httpx.get(f"{service.url}/ready").status_code == 200
+    seen = service.lines
+    assert instruct(service, "rejoin", 1) == 202
+    back(service, 1, after=seen)
+    assert incarnations(service) == [0, 3]
+    assert not httpx.get(f"{service.url}/server_info").json()["rank_problems"]
 
 
 def test_an_evicted_rank_that_stays_stopped_is_replaced(quick: Standing, unfailed: Unfailed) -> None:

@@ -57,16 +57,6 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
-def without_weights(model: Path) -> None:
-    """From now on whoever reads weights from this checkpoint gets zeros; files that are open stay as they are."""
-    for path in model.glob("*.safetensors"):
-        data = path.read_bytes()
-        start = 8 + int.from_bytes(data[:8], "little")
-        changed = path.with_suffix(".changed")
-        changed.write_bytes(data[:start] + bytes(len(data) - start))
-        changed.replace(path)
-
-
 @pytest.mark.parametrize("rank", RANKS)
 def test_with_a_full_vault_neither_recovery_nor_return_reads_from_disk(
     standing: Standing, unfailed: Unfailed, rank: int
@@ -91,13 +81,16 @@ def test_down_to_one_rank_nothing_is_read_from_disk(serve: Serve, unfailed: Unfa
     assert last["seconds_restored"]["vault"] > 0
 
 
-def test_killed_ranks_recover_and_come_back_without_a_byte_from_disk(
+def test_when_the_checkpoint_is_gone_all_that_dies_comes_back_and_what_is_damaged_waits_for_it(
     serve: Serve, unfailed: Unfailed, tiny: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny, tmp_path / tiny.name))
     service = serve(model=model, max_restarts=3)
     service.wait_for_line(FULL)
-    without_weights(model)
+    shutil.rmtree(model)
+    seen = service.lines
+    os.kill(service.status()["vault"]["pid"], signal.SIGKILL)
+    service.wait_for_line(FULL, after=seen)
     for rank in (0, 2):
         before = restored(service)
         streams = both_kinds(service.url)
@@ -115,6 +108,20 @@ def test_killed_ranks_recover_and_come_back_without_a_byte_from_disk(
         assert join["bytes_restored"]["vault"] > 0, "what the newcomer took in before it asked"
         assert join["bytes_restored"]["disk"] == 0
         assert found["vault"] - before["vault"] > join["bytes_restored"]["vault"], "and the survivors before that"
+    damage_vault(vault_of(service.process.pid), layer=1)
+    seen = service.lines
+    keeper = service.status()["vault"]["pid"]
+    os.kill(keeper, signal.SIGUSR1)
+    service.wait_for_line("the vault cannot be filled: .* is not a directory", after=seen)
+    vault = service.status()["vault"]
+    assert (vault["state"], vault["pid"]) == ("filling", keeper)
+    assert 0 < vault["filled_bytes"] < vault["total_bytes"]
+    assert "cannot be filled" in vault["reason"]
+    shutil.copytree(tiny, model)
+    seen = service.lines
+    os.kill(keeper, signal.SIGUSR1)
+    service.wait_for_line(FULL, after=seen)
+    assert service.status()["vault"]["reason"] == ""
     for kind, running in both_kinds(service.url).items():
         assert running.join() == unfailed[kind], "the newcomers have the right weights"
 

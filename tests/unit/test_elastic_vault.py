@@ -420,6 +420,10 @@ def test_keepers_that_end_to_no_effect_are_given_up_and_those_that_get_on_are_no
         custodian.buried()
     assert incarnations == list(range(8)), "three to no effect, one that filled something, and four more to none"
     assert [state.state for state in told] == ["given_up"]
+    vault = Vault.open(custodian.address)
+    assert told[0].filled_bytes == vault.filled_bytes == vault.shape.expert_bytes, "what is there is still used"
+    assert told[0].total_bytes == vault.shape.weight_bytes
+    vault.close()
     custodian.close()
 
 

@@ -157,6 +157,28 @@ def test_on_even_hosts_with_two_slots_for_each_expert_every_expert_is_on_two_hos
         assert by_host.sum(axis=1).min() >= 2
 
 
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "width", "experts"),
+    [(4, 2, 3, 6), (6, 3, 3, 9), (6, 2, 4, 8), (8, 2, 8, 32), (16, 4, 6, 48), (12, 3, 6, 30)],
+)
+@pytest.mark.parametrize("skew", [0.8, 2.0])
+def test_evening_out_brings_no_expert_back_to_a_single_host(
+    ranks: int, hosts: int, width: int, experts: int, skew: float
+) -> None:
+    rng = np.random.default_rng(ranks * 100 + experts)
+    alive = view(ranks, hosts)
+    host_R = np.arange(ranks) * hosts // ranks
+    held = None
+    for _ in range(4):
+        load = rng.lognormal(0, skew, (12, experts))
+        plan = replan(load, alive, num_experts=experts, slots_per_rank=width, held_LP=held)
+        held = plan.slots_LP
+        by_rank = held.reshape(12, ranks, width)
+        on_host = np.stack([(by_rank[:, host_R == h].reshape(12, -1, 1) == np.arange(experts)).any(axis=1)
+                            for h in range(hosts)])  # fmt: skip
+        assert on_host.sum(axis=0).min() >= 2
+
+
 @many
 @given(cases())
 def test_the_least_plan_touches_only_what_it_must(case: Case) -> None:
@@ -172,12 +194,22 @@ def test_the_least_plan_touches_only_what_it_must(case: Case) -> None:
     if after.total < case.experts:
         return
     placement = after.plan(held_LP=held, min_moves=True)
+    assert placement.missing == (), "nothing is filled in at the cost of another expert's last replica"
     present = (held[:, :, None] == np.arange(case.experts)).any(axis=1)
     moves = [m for r in survivors.ranks for m in diff(held, placement, r)]
     assert len(moves) == (~present).sum()
     assert {(m.layer, m.expert) for m in moves} == {(int(a), int(b)) for a, b in np.argwhere(~present)}
     gone = (held != EMPTY) & (placement.slots_LP != held)
     assert gone.sum() <= len(moves)
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_the_least_plan_takes_every_surplus_replica_before_the_last_one_of_any_expert(priority: Priority) -> None:
+    load = np.random.default_rng(3).lognormal(0, 1, (20, 24))
+    sizes: dict[str, Any] = {"num_experts": 24, "slots_per_rank": 8, "priority": priority}
+    before = replan(load, view(4), **sizes)
+    after = replan(load, view(4, dead=(2,)), held_LP=before.slots_LP, min_moves=True, **sizes)
+    assert after.missing == (), "three ranks have just as many slots as there are experts"
 
 
 @many
