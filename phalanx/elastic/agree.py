@@ -39,7 +39,7 @@ from phalanx.elastic.agreed import (
     Shape,
     decoded,
     learn,
-)  # fmt: skip
+)
 from phalanx.elastic.leave import granted, still_readable
 from phalanx.elastic.store import Clock, FakeClock, MemoryStore, MonotonicClock, Store, TcpStore
 from phalanx.errors import Evicted, Left

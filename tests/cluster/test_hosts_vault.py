@@ -20,8 +20,8 @@ def restored(both: Cluster) -> dict[str, int]:
 
 
 def test_with_one_copy_of_each_expert_a_recovery_reads_other_hosts_vaults_and_no_disk(
-    cluster: Callable[..., Cluster],
-    unfailed: Unfailed,  # noqa: F811
+    cluster: Callable[..., Cluster],  # noqa: F811
+    unfailed: Unfailed,
 ) -> None:
     both = cluster(vault_copies=1).ready()
     for service in (both.first, both.other):
@@ -36,8 +36,8 @@ def test_with_one_copy_of_each_expert_a_recovery_reads_other_hosts_vaults_and_no
 
 
 def test_a_whole_host_dies_and_comes_back_without_an_expert_from_disk(
-    cluster: Callable[..., Cluster],
-    unfailed: Unfailed,  # noqa: F811
+    cluster: Callable[..., Cluster],  # noqa: F811
+    unfailed: Unfailed,
 ) -> None:
     both = cluster().ready()
     for service in (both.first, both.other):
