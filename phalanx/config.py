@@ -24,6 +24,10 @@ VaultTransport = Literal["auto", "mooncake", "tcp"]
 ELEMENT_BYTES: Mapping[Dtype, int] = MappingProxyType({"bfloat16": 2, "float32": 4})
 
 
+MAX_PLACES = 1024
+"""Places for ranks: with a hundred times as many a single plan is more than the store takes."""
+
+
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One service: model, ranks, limits, time-outs, HTTP."""
 
@@ -214,6 +218,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.places > self.ep_size and not self.elastic:
             raise BadConfig("--max-ep-size is of no use with --no-elastic: leave one of them out")
+        if self.places > MAX_PLACES:
+            raise BadConfig(
+                f"{'--max-ep-size' if self.max_ep_size else '--ep-size'} {self.places} is more than {MAX_PLACES}: each "
+                "change of membership carries what every place's slots hold; lower it"
+            )
         self._check_hosts()
         if not 0 <= self.port <= 65535:
             raise BadConfig(f"--port must lie between 0 and 65535, not {self.port}")

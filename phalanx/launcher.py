@@ -250,7 +250,8 @@ class Launcher:
         elif worker.called_back:
             self._start_by_hand(worker.rank)
         elif worker.masked:
-            self._give_up(worker, 'taken out by an operator: {"instruction": "rejoin"} brings it back')
+            again = "scaling up again" if worker.rank in self._added else '{"instruction": "rejoin"}'
+            self._give_up(worker, f"taken out by an operator: {again} brings it back")
         elif worker.retired:  # its place is wanted again already
             self._due[worker.rank] = time.monotonic()
         else:
@@ -456,6 +457,8 @@ class Launcher:
             return
         log.warning("rank %d.%d is masked by an operator", rank, worker.incarnation)
         worker.masked = True
+        if not worker.member:  # nobody would evict it, should it hang
+            worker.doomed_s = time.monotonic() + EVICTION_GRACE_S
         self._notice(rank, worker.incarnation, "operator")
 
     def _tell(self, message: m.Spawned | m.Died | m.GivenUp | m.VaultState | m.HostState) -> None:

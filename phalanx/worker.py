@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -376,7 +377,12 @@ class Worker:
     def _wait_for_the_end(self, left: Left) -> NoReturn:
         """The others go on without this rank. They may still read its slots; the launcher says when they do not."""
         log.info("%s: waiting for the others to need nothing more of it", left)
-        time.sleep(self._config.warmup_timeout_s)  # Stopped ends it, as soon as they serve
+        deadline = time.monotonic() + self._config.warmup_timeout_s  # Stopped ends it, as soon as they serve
+        while (left_s := deadline - time.monotonic()) > 0:
+            if any(isinstance(message, m.Stay) for message in self._mail.drain()):
+                log.warning("the others died before they served: ending, for another process to take this place")
+                break
+            select.select([self._mail.wake_fd], [], [], left_s)
         raise Stopped
 
     @property

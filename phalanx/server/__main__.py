@@ -126,6 +126,7 @@ async def _drain(service: Service, stopping: asyncio.Event) -> None:
     await stopping.wait()
     router, reason = service.router, "the server is shutting down"
     router.close(reason)
+    service.link.scaler.close(reason)
     end = time.monotonic() + service.config.drain_timeout_s
     while time.monotonic() < end and router.roster.living():
         await asyncio.sleep(_LOOK_S)
@@ -149,6 +150,7 @@ async def _watch(launcher_pid: int, orphaned: asyncio.Event, http: uvicorn.Serve
     log.error("the launcher is gone: ending")
     orphaned.set()
     service.router.close("the launcher is gone")
+    service.link.scaler.close("the launcher is gone")
     service.link.fail_all("the launcher is gone")
     http.should_exit = True
 

@@ -248,6 +248,9 @@ def _rejoin(service: Service, params: dict[str, Any]) -> list[int]:
     rank = _rank(service, params["rank"], "params.rank")
     if service.router.roster.state(rank) != "dead":
         raise ApiError(400, f"params.rank: rank {rank} is not dead", param="params.rank")
+    if service.router.roster.records[rank].leaving:
+        raise ApiError(409, f"params.rank: rank {rank} is to leave: try again when the service has been scaled",
+                       param="params.rank", code="cannot_rejoin_now")  # fmt: skip
     service.link.tell_launcher(m.StartRank(rank=rank))
     return [rank]
 

@@ -244,7 +244,7 @@ class ScaleRequest(_Request):
 
     new_ep_size: Annotated[int, Field(strict=True)] | None = None
     new_data_parallel_size: Annotated[int, Field(strict=True)] | None = None
-    drain_timeout: Annotated[float, Field(ge=0, le=_MAX_COUNT)] = DRAIN_S
+    drain_timeout: Annotated[float, Field(strict=True, ge=0, le=_MAX_COUNT)] = DRAIN_S
 
 
 class ChaosRequest(_Request):

@@ -188,6 +188,13 @@ class Roster:
         """The ranks that there are to show: the places in use, and others where a process still lives."""
         return sorted({*self.in_use, *(rank for rank, record in self.records.items() if not record.dead)})
 
+    def why_unreachable(self, rank: int) -> str:
+        """Why nobody can be started in a rank's place now: its host is not there; empty when it is. LOCAL."""
+        for node, host in self.hosts.items():
+            if rank in host.ranks and host.state != "alive":
+                return f"its host {node} is lost" if host.state == "lost" else f"its host {node} has not come yet"
+        return ""
+
     def why_not_serving(self) -> str:
         """Why no rank can take a request; empty when one can."""
         if self.serving():

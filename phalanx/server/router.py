@@ -35,6 +35,7 @@ from phalanx.server.flight import (
     ToRank,
     Unavailable,
 )
+from phalanx.server.ledger import Ledger
 from phalanx.server.roster import Identity, RankRecord, Roster
 
 log = logging.getLogger("phalanx.router")
@@ -63,10 +64,8 @@ class Router:
         self._max_running, self._max_queued, self._patience_s = max_running, max_queued, patience_s
         self._clock = clock
         self._flights: dict[str, Flight] = {}
-        self._on: dict[Identity, dict[str, Flight]] = {}
+        self._ledger = Ledger()
         self._held: dict[str, Flight] = {}
-        self._turn: dict[int, int] = {}
-        self._turns = 0
         self._effects: list[Effect] = []
         self._closed = ""
         self._troubled_since: float | None = None
@@ -158,12 +157,12 @@ class Router:
 
     def requests_on(self, identity: Identity) -> int:
         """How many requests one identity has. LOCAL."""
-        return len(self._on.get(identity, ()))
+        return len(self._ledger.of(identity))
 
     def hand_over(self, identity: Identity) -> None:
         """Give what a living rank has to others, which go on after the tokens that the clients have. LOCAL."""
-        for request_id in self._on.get(identity, ()):
-            self._effects.append(ToRank(identity, m.Abort(request_id=request_id)))
+        for flight in self._ledger.of(identity):
+            self._effects.append(ToRank(identity, m.Abort(request_id=flight.request.request_id)))
         self._move([identity])
 
     def tell(self, message: m.ToWorker | m.ToLauncher, to: Identity | None = None) -> None:
@@ -230,17 +229,13 @@ class Router:
     # --- placing
 
     def _place(self, flight: Flight) -> None:
-        record = self._choose()
-        if record is None:
+        identity = self._ledger.choose(self.roster.serving())
+        if identity is None:
             flight.at = None
             self._held[flight.request.request_id] = flight
             return
         self._held.pop(flight.request.request_id, None)
-        identity = record.identity
-        flight.at = identity
-        self._on.setdefault(identity, {})[flight.request.request_id] = flight
-        self._turns += 1
-        self._turn[identity.rank] = self._turns
+        self._ledger.give(identity, flight)
         if not flight.submitted:
             flight.submitted = True
             self.metrics.queue_time.observe(self._clock() - flight.arrived_at)
@@ -253,22 +248,6 @@ class Router:
         )  # fmt: skip
         self._effects.append(ToRank(identity, submit))
 
-    def _choose(self) -> RankRecord | None:
-        """The member with the fewest requests, then the fewest tokens, then the one that waited longest for its turn.
-
-        A member in recovery is as good as any: it queues the request and runs it when it is through. A suspect is
-        taken only when nobody else is there, and so is one that is to leave."""
-        able = [r for r in self.roster.serving() if not r.paused]
-        able = [r for r in able if not r.leaving] or able
-        able = [r for r in able if not r.suspected_by] or able
-
-        def burden(record: RankRecord) -> tuple[int, int, int]:
-            flights = self._on.get(record.identity, {}).values()
-            rank = record.identity.rank
-            return len(flights), sum(f.tokens for f in flights), self._turn.get(rank, 0)
-
-        return min(able, key=burden, default=None)
-
     def _place_held(self) -> None:
         if self._held and any(not r.paused for r in self.roster.serving()):
             for flight in list(self._held.values()):
@@ -277,7 +256,7 @@ class Router:
     def _move(self, lost: Iterable[Identity]) -> None:
         """Give every request of the lost to somebody else, under the next attempt."""
         for identity in lost:
-            for flight in self._on.pop(identity, {}).values():
+            for flight in self._ledger.take_all(identity):
                 flight.attempt += 1
                 self.metrics.requests_moved.inc()
                 self._moved += 1
@@ -288,7 +267,7 @@ class Router:
         del self._flights[request_id]
         self._held.pop(request_id, None)
         if flight.at is not None:
-            self._on.get(flight.at, {}).pop(request_id, None)
+            self._ledger.take(flight)
             if abort:
                 self._effects.append(ToRank(flight.at, m.Abort(request_id=request_id)))
 
@@ -373,7 +352,7 @@ class Router:
             return
         assert flight.at is not None
         self._effects.append(ToRank(flight.at, m.Abort(request_id=request_id)))
-        self._on[flight.at].pop(request_id)
+        self._ledger.take(flight)
         flight.attempt += 1
         self._place(flight)
 

@@ -28,8 +28,14 @@ _ServiceHere = Annotated[Service, Depends(_service_of)]
 def routes() -> APIRouter:
     """All routes of this file."""
     router = APIRouter()
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"description": "The new size serves."},
+        400: {"description": "There is no such size, or the body is wrong."},
+        409: {"description": "Not now: another scaling is going on, or what the size needs is not there."},
+        500: {"description": "It did not come about; the message says why, and which ranks there are."},
+    }
 
-    @router.post("/scale_elastic_ep")
+    @router.post("/scale_elastic_ep", responses=answers)
     async def scale(request: ScaleRequest, service: _ServiceHere) -> Response:
         """Have `new_ep_size` ranks. Answers when they serve, or with 500 and the reason when they will not. The scaling
         goes on when the client goes away; `/fault_tolerance/status` says how far it is."""
@@ -44,6 +50,7 @@ def routes() -> APIRouter:
     @router.get("/is_scaling_elastic_ep")
     @router.post("/is_scaling_elastic_ep")
     async def is_scaling(service: _ServiceHere) -> Response:
+        """Whether the service is being scaled now."""
         return _json({"is_scaling_elastic_ep": service.link.scaler.running})
 
     return router

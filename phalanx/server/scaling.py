@@ -60,6 +60,7 @@ class Scaler:
         self._router, self._roster = router, router.roster
         self._min_ranks, self._patience_s, self._clock = min_ranks, patience_s, clock
         self._running: Scale | None = None
+        self._closed = ""
 
     @property
     def running(self) -> bool:
@@ -68,12 +69,13 @@ class Scaler:
     # --- what an operator may ask for
 
     def resized(self, size: int) -> frozenset[int]:
-        """The places in use when there are to be `size`: the lowest vacant ones are added; the dead leave first, then
-        the highest. Raises ScaleRefused. LOCAL."""
+        """The places in use when there are to be `size`: the lowest vacant ones are added, those of hosts that are
+        there before others; the dead leave first, then the highest. Raises ScaleRefused. LOCAL."""
         roster = self._roster
         if not 1 <= size <= roster.places:
             raise ScaleRefused(f"{size} is no size: between 1 and {roster.places} ranks there can be (--max-ep-size)")
         vacant = [rank for rank in range(roster.places) if rank not in roster.in_use]
+        vacant.sort(key=lambda rank: (bool(roster.why_unreachable(rank)), rank))
         keep = sorted(roster.in_use, key=lambda rank: (roster.state(rank) == "dead", rank))
         return frozenset([*keep, *vacant][:size])
 
@@ -88,6 +90,8 @@ class Scaler:
 
     def begin(self, ranks: frozenset[int], drain_s: float, end: Callable[[Scale], None]) -> Scale:
         """Go to these places; `end` is called once, when that is done or has failed. Raises ScaleRefused. LOCAL."""
+        if self._closed:
+            raise ScaleRefused(self._closed, busy=True)
         if self._running is not None:
             raise ScaleRefused(
                 f"the service is being scaled to {len(self._running.ranks)} ranks: try again when that is done",
@@ -98,6 +102,11 @@ class Scaler:
         before, now = frozenset(self._roster.in_use), self._clock()
         if before - ranks:
             self._check_enough(ranks)
+        for rank in sorted(ranks - before):
+            if why := self._roster.why_unreachable(rank):
+                raise ScaleRefused(f"rank {rank} cannot be started: {why}", busy=True)
+            if (last := self._roster.records.get(rank)) is not None:
+                last.given_up = False  # what became of its place's last process does not count
         scale = Scale(before, ranks, now, now + drain_s, now + drain_s + self._patience_s, end)
         self._running, self._roster.scaling = scale, True
         for rank in before - ranks:
@@ -154,9 +163,9 @@ class Scaler:
 
     def _hopeless(self, scale: Scale, going: list[RankRecord], missing: list[int]) -> str:
         """Why it will not come about; empty while it still may."""
-        given_up = [r for rank in missing if (r := self._roster.records.get(rank)) is not None and r.given_up]
-        if given_up and len(given_up) == len(missing):  # the others are in by now
-            return f"rank {given_up[0].identity.rank} does not start: {given_up[0].detail}"
+        lacking = {rank: why for rank in missing if (why := self._why_it_will_not_come(rank))}
+        if lacking and len(lacking) == len(missing):  # the others are in by now
+            return f"rank {missing[0]} does not start: {lacking[missing[0]]}"
         if going and len(alive := self._may_serve(scale.ranks)) < self._needed:
             return f"of the ranks that were to stay {len(alive)} are alive, and {self._needed} are needed"
         if self._clock() >= scale.give_up_s:
@@ -166,14 +175,21 @@ class Scaler:
         return ""
 
     def _give_up(self, scale: Scale, going: list[RankRecord], why: str) -> None:
-        """Back to what was; new ranks that serve stay."""
+        """Back to what was; new ranks that are in stay."""
         for record in going:
             record.leaving = False
             if record.identity in scale.told:
                 self._router.tell(m.Stay(), to=record.identity)
-        ranks = scale.before | {rank for rank in scale.ranks if self._serves(rank)}
+        members = {identity.rank for identity in self._roster.members if self._roster.current(*identity) is not None}
+        ranks = scale.before | (scale.ranks & members)
         self._router.tell(m.UseRanks(ranks=sorted(ranks)))
         self._finish(scale, ranks, why)
+
+    def close(self, reason: str) -> None:
+        """The service ends: so does what is going on, and nothing more is begun. LOCAL."""
+        self._closed = reason
+        if (scale := self._running) is not None:
+            self._finish(scale, scale.before, reason)
 
     def _finish(self, scale: Scale, ranks: frozenset[int], failure: str) -> None:
         scale.ranks, scale.failure = ranks, failure
@@ -190,8 +206,14 @@ class Scaler:
 
     def _may_serve(self, ranks: frozenset[int]) -> list[int]:
         """Those that live, or that the launcher will start again."""
-        records = self._roster.records
-        return sorted(rank for rank in ranks if rank not in records or not records[rank].given_up)
+        return sorted(rank for rank in ranks if not self._why_it_will_not_come(rank))
+
+    def _why_it_will_not_come(self, rank: int) -> str:
+        """Why a rank that does not live is not started either; empty when it lives, or will be."""
+        record = self._roster.records.get(rank)
+        if record is not None and record.given_up:
+            return record.detail
+        return self._roster.why_unreachable(rank) if record is None or record.dead else ""
 
     def _serves(self, rank: int) -> bool:
         return self._roster.state(rank) in ("healthy", "paused") and rank in self._roster.records

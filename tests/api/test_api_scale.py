@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -95,6 +97,10 @@ def test_an_operator_names_the_ranks_that_leave(make_cluster: Make) -> None:
     assert (again.status_code, again.json()["error"]["code"]) == (409, "cannot_scale_now")
     leave = m.Leave(members=[(0, 0), (2, 0)])
     cluster.until(lambda: all(leave in cluster.alive[rank].heard for rank in (0, 2)), "both are told to leave")
+    cluster.tell(m.Died(rank=2, incarnation=0, cause="signal"))
+    cluster.until_http("/fault_tolerance/status", lambda a: a.json()["ranks"][2]["state"] == "dead")
+    back = cluster.http.post("/fault_tolerance/apply", json={"instruction": "rejoin", "params": {"rank": 2}})
+    assert (back.status_code, "is to leave" in back.text) == (409, True)
     cluster.leave(0, 2)
     cluster.until_http("/is_scaling_elastic_ep", lambda a: not a.json()["is_scaling_elastic_ep"])
     state = cluster.http.get("/fault_tolerance/status").json()
@@ -125,6 +131,8 @@ BAD_SIZES: list[tuple[dict[str, Any], str]] = [
     ({"new_ep_size": True}, "new_ep_size"),
     ({"new_ep_size": 2, "drain_timeout": -1}, "drain_timeout"),
     ({"new_ep_size": 2, "drain_timeout": "soon"}, "drain_timeout"),
+    ({"new_ep_size": 2, "drain_timeout": True}, "drain_timeout"),
+    ({"new_ep_size": 2, "drain_timeout": float("nan")}, "drain_timeout"),
 ]
 BAD_PARAMS: list[tuple[dict[str, Any], str]] = [
     ({}, "params"),
@@ -137,6 +145,7 @@ BAD_PARAMS: list[tuple[dict[str, Any], str]] = [
     ({"new_ep_size": 3}, "params.new_ep_size"),
     ({"new_ep_size": "1"}, "params.new_ep_size"),
     ({"ranks": [1], "drain_timeout": None}, "params.drain_timeout"),
+    ({"new_ep_size": 1, "drain_timeout": float("nan")}, "params.drain_timeout"),
     ({"rank": 1}, "params.rank"),
 ]
 
@@ -148,7 +157,8 @@ def test_bad_orders_are_refused_by_name(make_cluster: Make) -> None:
         ("/fault_tolerance/apply", {"instruction": "scale_down", "params": body}, param) for body, param in BAD_PARAMS
     ]
     for path, body, param in orders:
-        answer = cluster.http.post(path, json=body)
+        raw = json.dumps(body)  # with NaN, unlike httpx
+        answer = cluster.http.post(path, content=raw, headers={"content-type": "application/json"})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), (body, answer.text)
     assert not told(cluster)
 
@@ -157,3 +167,18 @@ def test_a_service_that_does_not_change_its_size_says_so(make_cluster: Make) -> 
     cluster = make_cluster(ranks=2, elastic=False)
     answer = cluster.http.post("/scale_elastic_ep", json={"new_ep_size": 1})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_elastic")
+
+
+def test_a_scaling_that_the_end_of_the_service_cuts_short_is_answered(make_cluster: Make) -> None:
+    cluster = make_cluster(ranks=1, max_ep_size=2)
+    call = Call(cluster, "/scale_elastic_ep", {"new_ep_size": 2})
+    cluster.until(lambda: told(cluster) == [[0, 1]], "the launcher is told")
+    cluster.server.send_signal(signal.SIGTERM)
+    answer = call.result()
+    assert (answer.status_code, "shutting down; the ranks are [0]" in answer.text) == (500, True)
+
+
+def test_the_documentation_of_the_api_tells_the_answers(make_cluster: Make) -> None:
+    paths = make_cluster(ranks=1).http.get("/openapi.json").json()["paths"]
+    assert {"200", "400", "409", "500"} <= paths["/scale_elastic_ep"]["post"]["responses"].keys()
+    assert all(paths["/is_scaling_elastic_ep"][method]["description"] for method in ("get", "post"))

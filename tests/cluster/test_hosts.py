@@ -149,6 +149,43 @@ def test_when_the_cable_is_pulled_the_side_with_the_store_goes_on_and_the_other_
     assert exit_of(both.other) == 0, "the end of the first host is the end of all"
 
 
+def test_a_service_shrinks_to_either_host_and_grows_again_over_both(
+    cluster: Callable[..., Cluster], unfailed: Unfailed
+) -> None:
+    both = cluster().ready()
+
+    def scale(size: int) -> httpx.Response:
+        body = {"new_ep_size": size, "drain_timeout": 0}
+        return httpx.post(f"{both.first.url}/scale_elastic_ep", json=body, timeout=180)
+
+    seen, running = both.first.lines, both.both_kinds()
+    assert scale(2).json()["ranks"] == [0, 1]
+    both.first.wait_for_line("rank 3 is out of use", after=seen)
+    assert scale(4).status_code == 200
+    check(running, unfailed)
+    assert both.incarnations() == [0, 0, 1, 1]
+
+    assert scale(2).status_code == 200
+    seen = both.first.lines
+    both.other.process.kill()
+    both.first.wait_for_line("lost host 1", after=seen)
+    answer = scale(4)
+    assert (answer.status_code, "rank 2 cannot be started: its host 1 is lost" in answer.text) == (409, True)
+    both.other = both.start(1)
+    both.first.wait_for_line("host 1 at .* is in", after=seen)
+    assert scale(4).status_code == 200
+
+    seen, running = both.first.lines, both.both_kinds()
+    body = {"instruction": "scale_down", "params": {"ranks": [0, 1], "drain_timeout": 0}}
+    assert httpx.post(f"{both.first.url}/fault_tolerance/apply", json=body, timeout=60).status_code == 202
+    both.first.wait_for_line("scaled from 4 to 2 ranks", after=seen)
+    check(running, unfailed)
+    assert [rank["rank"] for rank in both.status()["ranks"]] == [2, 3]
+    for rank in (0, 1):
+        both.first.wait_for_line(rf"rank {rank} is out of use", after=seen)
+    assert (both.first.stop(), exit_of(both.other)) == (0, 0), "a first host without a rank ends like any other"
+
+
 def test_strangers_second_claims_and_wrong_tokens_are_refused_and_harm_nothing(
     cluster: Callable[..., Cluster], unfailed: Unfailed, tmp_path: Path
 ) -> None:

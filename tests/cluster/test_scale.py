@@ -104,6 +104,19 @@ def test_deaths_while_the_service_is_scaled_change_neither_the_end_nor_a_stream(
     assert service.status()["ep_size"] == 3
 
 
+def test_a_rank_that_left_before_the_others_served_comes_back_when_they_cannot(
+    serve: Serve, unfailed: Unfailed
+) -> None:
+    service = serve("raise@start:rank=0:incarnation=1", ep_size=2, max_restarts=1, expert_backup="disk")
+    running = streaming(service, "seeded")
+    arm(service, 0, "replan")  # rank 1 is out of the view by then
+    answer = scale(service, 1, drain_timeout=0)
+    assert (answer.status_code, "0 are alive, and 1 are needed" in answer.text) == (500, True), answer.text
+    service.wait_for_line(r"rank 1\.1 came in")
+    assert running.join() == unfailed["seeded"]
+    assert states(service) == {0: "dead", 1: "healthy"}
+
+
 def test_a_rank_that_does_not_start_ends_the_scaling_and_one_that_leaves_gives_its_experts_away(
     serve: Serve, unfailed: Unfailed
 ) -> None:
@@ -113,6 +126,8 @@ def test_a_rank_that_does_not_start_ends_the_scaling_and_one_that_leaves_gives_i
     assert "rank 3 does not start" in answer.json()["error"]["message"]
     assert "InjectedFault" in answer.json()["error"]["message"]
     assert states(service) == dict.fromkeys(range(3), "healthy")
+    assert "InjectedFault" in scale(service, 4).json()["error"]["message"]
+    service.wait_for_line(r"rank 3 is started, as 3\.3")  # it was tried anew
     running = streaming(service, "seeded")
     seen = service.lines
     assert apply(service, "scale_down", ranks=[0, 2], drain_timeout=0).status_code == 202

@@ -69,6 +69,7 @@ def test_a_service_that_may_shrink_has_slots_for_every_expert_at_its_smallest() 
         ({"max_ep_size": 3}, "--max-ep-size 3 is less than the --ep-size 4"),
         ({"max_ep_size": -1}, "--max-ep-size must not be negative"),
         ({"max_ep_size": 8, "elastic": False}, "--no-elastic"),
+        ({"max_ep_size": 1025}, "--max-ep-size 1025 is more than 1024"),
     ],
 )
 def test_a_largest_size_that_makes_no_sense_is_refused(choices: dict[str, Any], words: str) -> None:

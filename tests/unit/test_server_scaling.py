@@ -253,3 +253,66 @@ def test_a_place_that_was_left_is_known_to_nobody(office: Office) -> None:
     office.meet((0, 0), (1, 0), trigger="scale", left=(2,))
     assert Identity(2, 0) not in {r.identity for r in office.router.roster.serving()}
     assert office.router.roster.shown() == [0, 1]
+
+
+def test_a_place_whose_last_process_was_given_up_can_be_tried_again(office: Office) -> None:
+    office.resize(4)
+    office.died(3, 1)
+    office.hear(m.GivenUp(rank=3, incarnation=1, reason="it has no memory"))
+    [first] = office.ended
+    assert first.failure == "rank 3 does not start: it has no memory"
+    office.ended.clear()
+    office.resize(4)
+    assert not office.ended
+    office.hear(m.Spawned(rank=3, incarnation=2, pid=8))
+    office.meet((0, 0), (1, 0), (2, 0), (3, 2), trigger="scale")
+    assert office.outcome() == ([0, 1, 2, 3], "")
+
+
+def test_a_new_rank_that_is_in_stays_though_it_is_not_healthy_when_the_time_is_over(office: Office) -> None:
+    office.resize(4)
+    office.hear(m.Spawned(rank=3, incarnation=1, pid=7))
+    office.epoch += 1
+    office.adopted((0, 0), ((0, 0), (1, 0), (2, 0), (3, 1)), "scale")  # it has not said so itself yet
+    office.wait(71.0)
+    assert office.outcome()[0] == [0, 1, 2, 3]
+    assert office.used[-1] == [0, 1, 2, 3]
+
+
+def on_two_hosts(office: Office, other: m.HostPhase) -> None:
+    """Ranks 0, 1 and 3 stand on the first host, 2 and 4 on the other."""
+    office.hear(m.HostState(node_rank=0, state="alive", ranks=[0, 1, 3]))
+    office.hear(m.HostState(node_rank=1, state=other, ranks=[2, 4], lost=[(2, 0)] if other == "lost" else []))
+
+
+def test_places_of_hosts_that_are_not_there_are_taken_last_and_refused_by_name(office: Office) -> None:
+    office.scale({0, 1})
+    office.meet((0, 0), (1, 0), trigger="scale", left=(2,))
+    office.ended.clear()
+    on_two_hosts(office, "lost")
+    assert office.scaler.resized(3) == {0, 1, 3}
+    with pytest.raises(ScaleRefused, match="rank 2 cannot be started: its host 1 is lost") as refused:
+        office.resize(4)
+    assert refused.value.busy
+    on_two_hosts(office, "alive")
+    assert office.scaler.resized(3) == {0, 1, 2}
+    office.resize(3)
+    on_two_hosts(office, "lost")
+    assert office.outcome() == ([0, 1], "rank 2 does not start: its host 1 is lost")
+
+
+def test_nobody_leaves_in_favour_of_ranks_whose_host_is_lost(office: Office) -> None:
+    on_two_hosts(office, "lost")
+    with pytest.raises(ScaleRefused, match="of the 1 ranks that would be left 0 are alive"):
+        office.scale({2})
+    office.resize(2)
+    assert office.outcome() == ([0, 1], "")
+
+
+def test_the_end_of_the_service_ends_a_scaling_and_none_is_begun(office: Office) -> None:
+    office.resize(4)
+    office.scaler.close("the server is shutting down")
+    assert office.outcome() == ([0, 1, 2], "the server is shutting down")
+    with pytest.raises(ScaleRefused, match="shutting down") as refused:
+        office.resize(2)
+    assert refused.value.busy
