@@ -282,7 +282,7 @@ class Agent:
             self._lose(str(error))
 
     def _watch(self) -> None:
-        if self._channel is not None:
+        if self._channel is not None and self._channel.fd in self._poller:
             self._poller.modify(self._channel.fd, zmq.POLLIN | zmq.POLLOUT * self._channel.wants_to_write)
 
     def _lose(self, reason: str) -> None:
@@ -300,7 +300,8 @@ class Agent:
 
     def _hang_up(self) -> None:
         if self._channel is not None:
-            self._poller.unregister(self._channel.fd)
+            if self._channel.fd in self._poller:  # no longer, on the way to the end
+                self._poller.unregister(self._channel.fd)
             self._channel.close()
             self._channel = None
         if self._session:

@@ -243,12 +243,19 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.nnodes > 1:
             try:
-                split_address(self.dist_init_addr)
+                _, port = split_address(self.dist_init_addr)
             except ValueError:
+                port = 0
+            if not port:
                 raise BadConfig(
                     f"--dist-init-addr {self.dist_init_addr!r} must be HOST:PORT, an address of the first host, the "
-                    "same on all"
-                ) from None
+                    "same on all, with a port of your choice"
+                )
+            if self.elastic_ep_rejoin and not self.node_rank:
+                raise BadConfig(
+                    "--elastic-ep-rejoin: the first host (--node-rank 0) has the store, and cannot come back to a "
+                    "cluster that ended with it: leave the flag out, and the other hosts come in by themselves"
+                )
 
 
 def _flag(field: str) -> str:

@@ -94,12 +94,20 @@ def die_with_parent(parent_pid: int, patience_s: float = 5.0) -> None:
     birth. Exits when the parent is gone already. LOCAL, Linux."""
     deadline = time.monotonic() + patience_s
     while os.getppid() != parent_pid:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or not _exists(parent_pid):
             os._exit(EXIT_FAILED)
         os.sched_yield()
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(EXIT_FAILED)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def adopt_orphans() -> None:

@@ -17,13 +17,16 @@ The idea is the mutual challenge of RFC 5802 without its passwords. No torch her
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import secrets
 import socket
 import struct
+import threading
 import time
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -34,6 +37,9 @@ NONCE_BYTES = 32
 PROOF_BYTES = 32
 HELLO_MAX_BYTES = 64 * 1024
 """A stranger can make us hold no more than this."""
+
+ACCEPT_AGAIN_S = 0.1
+"""After a failed accept: no file descriptors left, say. Others may end meanwhile."""
 
 T = TypeVar("T")
 
@@ -106,7 +112,10 @@ def connect(address: str, token: bytes, hello: msgspec.Struct, timeout_s: float)
     deadline = time.monotonic() + timeout_s
     connection = socket.create_connection(split_address(address), timeout_s)
     try:
-        said = _receive(connection, len(MAGIC) + NONCE_BYTES, deadline, address)
+        try:
+            said = _receive(connection, len(MAGIC) + NONCE_BYTES, deadline, address)
+        except Refused:  # it knows nothing of us yet: it is ending, or has no room
+            raise ConnectionResetError(errno.ECONNRESET, f"{address} hung up at once") from None
         if not said.startswith(MAGIC):
             raise Refused(f"what listens at {address} is no Phalanx: check the address")
         nonce_l, nonce_c = said[len(MAGIC) :], secrets.token_bytes(NONCE_BYTES)
@@ -151,6 +160,86 @@ def welcome(connection: socket.socket, token: bytes, hello: type[T], timeout_s: 
         raise
 
 
+class Doorkeeper(Generic[T]):
+    """Takes in a listener's callers: each is welcomed in a thread of its own, and handed over when it knows the token.
+
+    At most `most` are in a handshake at a time. One more ends the oldest handshake, and is let in itself: a member
+    takes milliseconds, so whoever takes long is a stranger, and strangers who hold every place keep no member out."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        token: bytes,
+        hello: type[T],
+        timeout_s: float,
+        *,
+        most: int,
+        admit: Callable[[T, socket.socket], None],
+        refused: Callable[[str], None],
+    ) -> None:
+        """Listens from now on, and owns the listener. admit: called in the caller's thread with what it said, and owns
+        the connection; refused: called there with the reason."""
+        self._listener, self._token, self._hello, self._timeout_s = listener, token, hello, timeout_s
+        self._most, self._admit, self._refused = most, admit, refused
+        self._callers: dict[socket.socket, None] = {}  # in a handshake, the oldest first
+        self._lock = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._listen, name="doorkeeper", daemon=True).start()
+
+    def close(self) -> None:
+        """Take in nobody any more. LOCAL."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() alone does not
+        self._listener.close()
+
+    def _listen(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # it is closed; or the caller is gone again, or there is no file descriptor left just now
+                if self._listener.fileno() < 0:
+                    return
+                time.sleep(ACCEPT_AGAIN_S)
+                continue
+            self._begin(connection)
+            try:
+                threading.Thread(target=self._greet, args=(connection,), name="caller", daemon=True).start()
+            except RuntimeError:  # no further thread just now
+                self._is_over(connection)
+                connection.close()
+
+    def _begin(self, connection: socket.socket) -> None:
+        with self._lock:
+            while len(self._callers) >= self._most:
+                oldest = next(iter(self._callers))
+                del self._callers[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread finds out
+            self._callers[connection] = None
+
+    def _is_over(self, connection: socket.socket) -> bool:
+        """A handshake is over; False when it was ended to make room."""
+        with self._lock:
+            kept = connection in self._callers
+            self._callers.pop(connection, None)
+        return kept
+
+    def _greet(self, connection: socket.socket) -> None:
+        try:
+            try:
+                said = welcome(connection, self._token, self._hello, self._timeout_s)
+            finally:
+                kept = self._is_over(connection)
+            if not kept:
+                connection.close()
+                raise Refused("a caller took too long in the handshake, while many others called")
+        except (OSError, Refused) as error:
+            self._refused(str(error))
+            return
+        self._admit(said, connection)
+
+
 def _proof(token: bytes, side: bytes, nonce_l: bytes, head: bytes) -> bytes:
     return hmac.new(token, side + nonce_l + head, hashlib.sha256).digest()
 
@@ -174,7 +263,10 @@ def _receive(connection: socket.socket, size: int, deadline: float, peer: str) -
         if left <= 0:
             raise TimeoutError(f"{peer} does not answer the handshake")
         connection.settimeout(left)
-        part = connection.recv(size - len(parts))
+        try:
+            part = connection.recv(size - len(parts))
+        except TimeoutError:
+            continue
         if not part:
             raise Refused(f"{peer} hung up in the handshake: it may have another cluster token (--cluster-token-file)")
         parts += part

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -29,7 +28,7 @@ _AGAIN_S = 0.1
 """How soon a dial that failed for no certain reason is tried again."""
 _KNOCK_S = 0.5
 _HANDSHAKES = 64
-"""Callers that may be in the middle of a handshake; more are turned away, and may call again."""
+"""Callers that may be in the middle of a handshake (`wire.Doorkeeper`)."""
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -101,14 +100,15 @@ class Links:
             site.token, rank, incarnation, shape, arrived,
         )  # fmt: skip
         self._greeting = greeting
-        self._listener = wire.listen(site.host)
-        self.address = _SCHEME + wire.address_of(self._listener)
+        listener = wire.listen(site.host)
+        self.address = _SCHEME + wire.address_of(listener)
         self._lock = threading.Lock()
         self._closed = False
         self._expected: dict[tuple[int, int], Line] = {}
         self._parked: dict[int, tuple[int, socket.socket]] = {}  # who called before it was expected, one a rank
-        self._room = threading.BoundedSemaphore(_HANDSHAKES)
-        self._start(self._answer)
+        self._keeper = wire.Doorkeeper(
+            listener, self._token, Hello, _HANDSHAKE_S, most=_HANDSHAKES, admit=self._welcomed, refused=_refused
+        )
 
     def open(self, rank: int, incarnation: int, address: str) -> Line:
         """A line to a peer: dial it, or wait for its call. `address`: the peer's `Links.address`."""
@@ -150,39 +150,15 @@ class Links:
             for line in self._expected.values():
                 line.drop()
             self._expected = {}
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # ends the wait in `accept`
-        self._listener.close()
+        self._keeper.close()
 
     # --- in threads of their own
 
     def _start(self, what: Callable[..., None], *arguments: object) -> None:
         threading.Thread(target=what, args=arguments, name="phalanx-link", daemon=True).start()
 
-    def _answer(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                if self._closed:
-                    return
-                time.sleep(_AGAIN_S)  # a caller that was gone again, or no descriptor left just now
-                continue
-            if self._room.acquire(blocking=False):
-                self._start(self._welcome, connection)
-            else:
-                connection.close()
-
-    def _welcome(self, connection: socket.socket) -> None:
-        try:
-            hello = wire.welcome(connection, self._token, Hello, _HANDSHAKE_S)
-            connection.setblocking(False)
-        except (OSError, wire.Refused) as error:
-            log.debug("a connection was refused: %s", error)
-            connection.close()
-            return
-        finally:
-            self._room.release()
+    def _welcomed(self, hello: Hello, connection: socket.socket) -> None:
+        connection.setblocking(False)
         if hello.shape != self._shape:
             log.error("rank %d has messages of another shape: %s, not %s", hello.rank, hello.shape, self._shape)
         meant = (hello.to_rank, hello.to_incarnation) == (self.rank, self.incarnation)
@@ -242,3 +218,7 @@ class Links:
                 line.drop()
             else:
                 self._arrived()
+
+
+def _refused(reason: str) -> None:
+    log.debug("a connection was refused: %s", reason)

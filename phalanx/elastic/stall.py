@@ -33,7 +33,10 @@ from phalanx.process import VaultSpec, die_with_parent
 log = logging.getLogger("phalanx.vault")
 
 MAX_CALLERS = 256
-"""Connections at a time; more are hung up on."""
+"""Members of the cluster that are served at a time; more are hung up on."""
+
+MAX_HANDSHAKES = 64
+"""Callers that have not shown yet that they are members (`wire.Doorkeeper`)."""
 
 MAX_REQUEST_BYTES = 4 << 20
 
@@ -130,40 +133,32 @@ def _offer_mooncake(spec: VaultSpec, vault: Vault, stall: Stall) -> None:
         signal.pause()
 
 
-class Callers(threading.Thread):
+class Callers:
     """Takes connections in, and gives each a thread: what one caller does holds no other up."""
 
     def __init__(self, listener: socket.socket, token: bytes, memory: str, vault: Vault | None) -> None:
-        super().__init__(name="stall", daemon=True)
         self._listener, self._token, self._memory, self._vault = listener, token, memory, vault
         self._places = threading.BoundedSemaphore(MAX_CALLERS)
 
-    def run(self) -> None:
-        """Until the listener is closed."""
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except ConnectionAbortedError:
-                continue
-            except OSError:
-                return
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
-            else:
-                connection.close()
+    def start(self) -> None:
+        """Listen from now on."""
+        wire.Doorkeeper(
+            self._listener, self._token, Greeting, CONNECT_S, most=MAX_HANDSHAKES, admit=self._serve, refused=_hung_up
+        )
 
-    def _serve(self, connection: socket.socket) -> None:
-        try:
-            greeting = wire.welcome(connection, self._token, Greeting, CONNECT_S)
-            if greeting.memory == self._memory:  # otherwise it means one that was here before
-                _harden(connection)
-                while request := _next_request(connection):
-                    self._answer(connection, request)
-        except (OSError, PhalanxError, msgspec.DecodeError, struct.error) as error:
-            log.debug("a caller is hung up on: %s", error)
-        finally:
-            connection.close()
-            self._places.release()
+    def _serve(self, greeting: Greeting, connection: socket.socket) -> None:
+        with connection:
+            if not self._places.acquire(blocking=False):
+                return
+            try:
+                if greeting.memory == self._memory:  # otherwise it means one that was here before
+                    _harden(connection)
+                    while request := _next_request(connection):
+                        self._answer(connection, request)
+            except (OSError, PhalanxError, msgspec.DecodeError, struct.error) as error:
+                _hung_up(str(error))
+            finally:
+                self._places.release()
 
     def _answer(self, connection: socket.socket, request: Request) -> None:
         if request.slots:
@@ -176,6 +171,10 @@ class Callers(threading.Thread):
             _send(connection, self._vault.fileno(), request.ranges)
         else:
             raise StaleAddress("there is no vault here")
+
+
+def _hung_up(reason: str) -> None:
+    log.debug("a caller is hung up on: %s", reason)
 
 
 def _next_request(connection: socket.socket) -> Request | None:

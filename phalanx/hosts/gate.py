@@ -1,7 +1,7 @@
 """The gate: where other hosts knock. Admits who knows the cluster's token, and leads each caller where it wants to go.
 
-Handshakes take as long as the caller likes, up to a bound; each has a thread of its own, and there is a bound on those,
-too, so strangers cost some threads for some seconds and nothing else.
+Handshakes take as long as the caller likes, up to a bound, and there is a bound on their number, too
+(`wire.Doorkeeper`), so strangers cost some threads for some seconds and nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable
 
@@ -29,44 +28,23 @@ class Gate:
     def __init__(self, listener: socket.socket, token: bytes, admit: Callable[[Hello, socket.socket], None]) -> None:
         """admit: takes a caller that knows the token, with what it said, and owns the connection then; called in a
         thread of the caller's own, may wait for a moment, and may raise OSError, which turns the caller away."""
-        self._listener, self._token, self._admit = listener, token, admit
+        self._admit = admit
         self.address = wire.address_of(listener)
-        self._places = threading.BoundedSemaphore(MAX_HANDSHAKES)
         self._warned_at, self._unsaid = 0.0, 0
-        threading.Thread(target=self._listen, name="gate", daemon=True).start()
+        self._keeper = wire.Doorkeeper(
+            listener, token, Hello, HANDSHAKE_S, most=MAX_HANDSHAKES, admit=self._greet, refused=self._warn
+        )
 
     def close(self) -> None:
         """Admit nobody any more. LOCAL."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() alone does not
-        self._listener.close()
+        self._keeper.close()
 
-    def _listen(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if self._listener.fileno() < 0 or error.errno == 22:  # EINVAL: shut down
-                    return
-                time.sleep(0.1)  # no file descriptors left, say: others may end meanwhile
-                continue
-            if not self._places.acquire(blocking=False):
-                connection.close()
-                continue
-            threading.Thread(target=self._greet, args=(connection,), name="caller", daemon=True).start()
-
-    def _greet(self, connection: socket.socket) -> None:
+    def _greet(self, hello: Hello, connection: socket.socket) -> None:
         try:
-            hello = wire.welcome(connection, self._token, Hello, HANDSHAKE_S)
-            try:
-                self._admit(hello, connection)
-            except OSError as error:
-                log.debug("a caller for %s was turned away: %s", hello, error)
-                _turn_away(connection)
-        except (OSError, wire.Refused) as error:
-            self._warn(str(error))
-        finally:
-            self._places.release()
+            self._admit(hello, connection)
+        except OSError as error:
+            log.debug("a caller for %s was turned away: %s", hello, error)
+            _turn_away(connection)
 
     def _warn(self, what: str) -> None:
         """Strangers must not be able to fill the log."""

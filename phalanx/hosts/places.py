@@ -39,6 +39,9 @@ def _block(node_rank: int, nnodes: int, count: int, start: int) -> range:
     return range(first, first + base + (node_rank < more))
 
 
+_ON = ("off", "on")
+
+
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """What hosts must have in common. model: a digest of the model's shape; flags: by field of `ServeConfig`."""
 
@@ -57,12 +60,12 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
         if self.version != theirs.version:
             return f"it runs version {theirs.version}, the first host runs {self.version}: install the same"
         for name in sorted(self.flags.keys() | theirs.flags.keys()):
-            if self.flags.get(name) != theirs.flags.get(name):
+            here, there = self.flags.get(name), theirs.flags.get(name)
+            if here != there:
                 flag = "--" + name.removesuffix("_s").replace("_", "-")
-                return (
-                    f"it has {flag} {theirs.flags.get(name)}, the first host has {self.flags.get(name)}: "
-                    "give the same on each host"
-                )
+                if isinstance(here, bool) and isinstance(there, bool):
+                    return f"{flag} is {_ON[there]} there and {_ON[here]} on the first host: give the same on each host"
+                return f"it has {flag} {there}, the first host has {here}: give the same on each host"
         if self.model != theirs.model:
             return "its MODEL has another shape than the first host's: give the same model on each host"
         return ""

@@ -10,7 +10,9 @@ import pytest
 from comm_ranks import Hosts
 from standing import Standing
 from streams import PROMPTS, SAMPLING, Streams
+from two_hosts import TwoHosts
 
+from phalanx.testing import netns
 from phalanx.testing.service import Service, flags_of
 from phalanx.testing.tiny import make_tiny
 
@@ -103,3 +105,37 @@ def alone(tiny: Path) -> Iterator[Service]:
 def unfailed(alone: Service) -> dict[str, list[Result]]:
     """What an unfailed service of one rank streams for PROMPTS, by kind of sampling."""
     return {kind: Streams(alone.url, PROMPTS, **options).start().join() for kind, options in SAMPLING.items()}
+
+
+@pytest.fixture(scope="session")
+def standing_hosts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    """Four ranks on two hosts, each a network namespace with its own address."""
+    if reason := netns.why_not():
+        pytest.skip(reason)
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text("the secret of a cluster of tests")
+    with netns.Hosts(2) as hosts:
+        pair = TwoHosts(tiny, 4, hosts, cluster_token_file=token)
+        yield pair
+        pair.end()
+
+
+@pytest.fixture
+def two_hosts(standing_hosts: TwoHosts) -> TwoHosts:
+    """The same, with all ranks healthy."""
+    return standing_hosts.mended()
+
+
+@pytest.fixture(scope="session")
+def standing_neighbours(tiny: Path) -> Iterator[TwoHosts]:
+    """Two ranks, each on a host of its own, that share this machine's address, and know no token; each expert is in the
+    vault of one of them."""
+    pair = TwoHosts(tiny, 2, vault_copies=1)
+    yield pair
+    pair.end()
+
+
+@pytest.fixture
+def neighbours(standing_neighbours: TwoHosts) -> TwoHosts:
+    """The same, with both ranks healthy."""
+    return standing_neighbours.mended()

@@ -55,6 +55,11 @@ def test_more_hosts_than_ranks_are_refused() -> None:
         ({"node_rank": 1}, "--node-rank must lie between 0 and 0"),
         ({"nnodes": 2, "ep_size": 2}, "--dist-init-addr '' must be HOST:PORT"),
         ({"nnodes": 2, "ep_size": 2, "dist_init_addr": "a"}, "--dist-init-addr 'a' must be HOST:PORT"),
+        ({"nnodes": 2, "ep_size": 2, "dist_init_addr": "a:0"}, "with a port of your choice"),
+        (
+            {"nnodes": 2, "ep_size": 2, "dist_init_addr": "a:1", "elastic_ep_rejoin": True},
+            "--elastic-ep-rejoin: the first host .* cannot come back",
+        ),
         ({"nnodes": 0}, "--nnodes must be at least 1"),
     ],
 )
@@ -98,7 +103,7 @@ def test_a_number_that_no_other_host_has_is_refused(node_rank: int) -> None:
         (terms(nnodes=2), "--nnodes 2"),
         (terms(dtype="float32"), "--dtype float32, the first host has bfloat16"),
         (terms(peer_timeout_s=9.0), "--peer-timeout 9.0"),
-        (terms(enable_chaos=True), "--enable-chaos True"),
+        (terms(enable_chaos=True), "--enable-chaos is on there and off on the first host"),
         (terms(version="0.9"), "version 0.9"),
         (terms(model="other"), "MODEL has another shape"),
     ],

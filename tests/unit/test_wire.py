@@ -6,7 +6,9 @@ import socket
 import struct
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from queue import Queue
 
 import msgspec
 import pytest
@@ -90,8 +92,44 @@ def test_a_stranger_is_refused(listener: socket.socket, said: bytes) -> None:
 
 
 def test_a_caller_who_says_nothing_is_not_waited_for(listener: socket.socket) -> None:
-    with socket.create_connection(wire.split_address(wire.address_of(listener))), pytest.raises(TimeoutError):
+    address = wire.split_address(wire.address_of(listener))
+    with (
+        socket.create_connection(address) as mute,
+        pytest.raises(TimeoutError, match=f":{mute.getsockname()[1]} does not answer the handshake"),
+    ):
         answer(listener, timeout_s=0.05).result(20)
+
+
+def test_a_listener_that_hangs_up_at_once_may_be_called_again(listener: socket.socket) -> None:
+    """It is ending, or has just ended: that says nothing about tokens."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: listener.accept()[0].close())
+        with pytest.raises(ConnectionResetError, match="hung up at once"):
+            wire.connect(wire.address_of(listener), TOKEN, Hello("comm"), 20)
+
+
+def test_strangers_who_hold_every_place_keep_no_member_out(listener: socket.socket) -> None:
+    admitted: Queue[tuple[Hello, socket.socket]] = Queue()
+    refused: Queue[str] = Queue()
+    address = wire.split_address(wire.address_of(listener))
+    keeper = wire.Doorkeeper(
+        listener, TOKEN, Hello, 3600, most=4, admit=lambda *caller: admitted.put(caller), refused=refused.put
+    )
+    with ExitStack() as stack:
+        strangers = [stack.enter_context(socket.create_connection(address, 20)) for _ in range(6)]
+        for rank in range(3):
+            stack.enter_context(wire.connect(wire.join_address(*address), TOKEN, Hello("comm", rank), 20))
+            hello, connection = admitted.get(timeout=20)
+            assert hello == Hello("comm", rank)
+            connection.close()
+        for stranger in strangers[:3]:
+            assert len(stranger.recv(100, socket.MSG_WAITALL)) == 40, "a challenge, and then the end"
+        for _ in range(3):
+            assert "in the handshake" in refused.get(timeout=20)
+        assert len(strangers[5].recv(40, socket.MSG_WAITALL)) == 40
+        keeper.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, 20)
 
 
 def test_a_listener_that_is_no_phalanx_is_named(listener: socket.socket) -> None:
