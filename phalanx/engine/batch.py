@@ -25,11 +25,13 @@ class PromptRows:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """samples: each request that gets a token, with the row whose logits choose it."""
+    """samples: each request that gets a token, with the row whose logits choose it. ahead: made while the step before
+    it ran."""
 
     forward: ForwardBatch
     samples: tuple[tuple[Request, int], ...]
     prompts: tuple[PromptRows, ...]
+    ahead: bool = False
 
 
 def build(plan: Plan) -> StepBatch:
@@ -52,6 +54,23 @@ def build(plan: Plan) -> StepBatch:
         torch.tensor(tokens, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64), tuple(slices)
     )
     return StepBatch(forward, tuple(samples), tuple(prompts))
+
+
+def build_ahead(plan: Plan) -> StepBatch:
+    """The batch of a plan that `Scheduler.follow` made: as `build` will make it, its tokens not known yet (all 0).
+    LOCAL, pure."""
+    chunks = plan.chunks
+    slices = tuple(
+        SequenceSlice(row, 1, chunk.start, np.array(chunk.blocks, np.int32)) for row, chunk in enumerate(chunks)
+    )
+    positions_T = torch.tensor([chunk.start for chunk in chunks], dtype=torch.int64)
+    samples = tuple((chunk.request, row) for row, chunk in enumerate(chunks))
+    return StepBatch(ForwardBatch(torch.zeros_like(positions_T), positions_T, slices), samples, (), ahead=True)
+
+
+def complete(batch: StepBatch) -> None:
+    """Fill in the tokens of a batch made ahead: each request's last one. LOCAL."""
+    batch.forward.token_ids_T.numpy()[:] = [request.tokens[-1] for request, _ in batch.samples]
 
 
 def _prompt_rows(chunk: Chunk, row: int) -> list[PromptRows]:

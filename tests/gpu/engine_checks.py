@@ -203,8 +203,10 @@ def check_experts(device: torch.device, large: bool) -> None:
         cases = [(64, 2048, 768, 2048), (64, 2048, 768, 7), (3, 520, 136, 333)]
     worst = 0.0
     for seed, (slots, hidden, width, pairs) in enumerate(cases):
-        for tiling in (Tiling.decode(1), Tiling.exact(), Tiling.prefill()):
-            worst = max(worst, _experts_case(device, slots, hidden, width, pairs, tiling, seed))
+        for many in (1, 2 * slots, 12 * slots, 40 * slots):
+            for exact in (False, True):
+                tiling = Tiling.of(many, slots, exact=exact)
+                worst = max(worst, _experts_case(device, slots, hidden, width, pairs, tiling, seed))
     for experts, top_k, tokens in ((4, 2, 9), (6, 3, 5), *(((128, 8, 256),) if large else ())):
         _gate_case(device, experts, top_k, tokens)
     print(f"    experts: relative error at most {worst:.1e}")
