@@ -94,12 +94,10 @@ class CudaRunner:
         words_host, self._words = both(shape.size, torch.int32)
         told_host, self._told = both(places["end"], torch.int32)
         # Two, so that the next batch can be laid out while this one's copy may be under way.
-        self._pages = [
-            _Page(words_host, told_host),
-            _Page(
-                torch.zeros_like(words_host, pin_memory=on_device), torch.zeros_like(told_host, pin_memory=on_device)
-            ),
-        ]
+        other_words, other_told = (
+            torch.zeros(host.numel(), dtype=torch.int32, pin_memory=on_device) for host in (words_host, told_host)
+        )
+        self._pages = (_Page(words_host, told_host), _Page(other_words, other_told))
         self._laid: _Laid | None = None
         self._tokens_host, self._tokens = both(shape.rows, torch.int64)
         self._status_host = torch.zeros(comm.status_words.shape, dtype=torch.int64, pin_memory=on_device)
