@@ -25,13 +25,11 @@ class PromptRows:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """samples: each request that gets a token, with the row whose logits choose it. ahead: made while the step before
-    it ran."""
+    """samples: each request that gets a token, with the row whose logits choose it."""
 
     forward: ForwardBatch
     samples: tuple[tuple[Request, int], ...]
     prompts: tuple[PromptRows, ...]
-    ahead: bool = False
 
 
 def build(plan: Plan) -> StepBatch:
@@ -65,7 +63,7 @@ def build_ahead(plan: Plan) -> StepBatch:
     )
     positions_T = torch.tensor([chunk.start for chunk in chunks], dtype=torch.int64)
     samples = tuple((chunk.request, row) for row, chunk in enumerate(chunks))
-    return StepBatch(ForwardBatch(torch.zeros_like(positions_T), positions_T, slices), samples, (), ahead=True)
+    return StepBatch(ForwardBatch(torch.zeros_like(positions_T), positions_T, slices), samples, ())
 
 
 def complete(batch: StepBatch) -> None:

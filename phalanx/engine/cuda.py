@@ -123,7 +123,7 @@ class CudaRunner:
         following = ahead()
         if following is not None:
             other = next(page for page in self._pages if page is not laid.page)
-            self._laid = self._lay_out(following, other)
+            self._laid = self._lay_out(following, other, later=1)
         with torch.inference_mode():
             self._wait()
             status = self._comm.decode_status(self._status_host)
@@ -170,17 +170,20 @@ class CudaRunner:
 
     # --- parts
 
-    def _lay_out(self, batch: StepBatch, page: _Page) -> _Laid:
-        """Write the tables of a batch on the host, for the graph that fits it if it has decodes alone."""
+    def _lay_out(self, batch: StepBatch, page: _Page, later: int = 0) -> _Laid:
+        """Write the tables of a batch on the host, for the graph that fits it if it has decodes alone. later: see
+        `device_sampler.write`."""
         forward = batch.forward
         count = forward.token_ids_T.shape[0]
         found = self._graphs.find(count) if count == len(forward.slices) else None
         rows, replay = found or (max(1, count), None)
-        return self._lay_out_in(batch, page, rows, replay)
+        return self._lay_out_for(batch, page, rows, replay, later)
 
-    def _lay_out_in(self, batch: StepBatch, page: _Page, rows: int, replay: Replay | None) -> _Laid:
+    def _lay_out_for(
+        self, batch: StepBatch, page: _Page, rows: int, replay: Replay | None = None, later: int = 0
+    ) -> _Laid:
         written = device_tables.write(page.words.numpy(), self._shape, batch.forward, rows)
-        device_sampler.write(page.told.numpy(), self._shape.rows, batch.samples, later=int(batch.ahead))
+        device_sampler.write(page.told.numpy(), self._shape.rows, batch.samples, later=later)
         return _Laid(batch, page, rows, written, replay)
 
     def _send(self, laid: _Laid) -> None:
@@ -223,7 +226,7 @@ class CudaRunner:
         """A graph of `size` decodes, each with a token to choose. Its first, eager, run compiles what is missing."""
         batch = StepBatch(scratch_batch(chunks, block_size), (), ())
         with torch.inference_mode():
-            laid = self._lay_out_in(batch, self._pages[0], size, None)
+            laid = self._lay_out_for(batch, self._pages[0], size)
             self._send(laid)
             on_device = self._batch(size, laid.written, size)
             self._compute(on_device, size)

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 GRACE_S = 15.0
-REJOIN_TOKENS = 2000
+REJOIN_TOKENS = 3000
 SERVICE_NEEDS = ("zmq", "msgspec", "fastapi", "uvicorn", "pydantic")
 
 

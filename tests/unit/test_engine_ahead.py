@@ -27,6 +27,7 @@ class BusyDevice(Runner):
 
     bench: Bench
     used = made = 0
+    following: StepBatch | None = None
 
     @cached_property
     def ahead(self) -> list[bool]:
@@ -34,15 +35,16 @@ class BusyDevice(Runner):
         return []
 
     def run(self, batch: StepBatch, ahead: Callable[[], StepBatch | None] = nothing) -> Ran:
-        self.ahead.append(batch.ahead)
-        if batch.ahead:
+        made_ahead = batch is self.following
+        self.ahead.append(made_ahead)
+        if made_ahead:
             self.used += 1
             self._compare(batch)
         ran = super().run(batch)
-        following = ahead()
-        if following is not None:
+        self.following = ahead()
+        if self.following is not None:
             self.made += 1
-            self.tables = _tables(following, later=1)
+            self.tables = _tables(self.following, later=1)
         return ran
 
     def _compare(self, batch: StepBatch) -> None:
