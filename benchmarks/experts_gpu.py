@@ -35,7 +35,7 @@ TILINGS = (
     Tiling(depth=64, up_stages=4, down_stages=5),
     Tiling(up=64, down=128, depth=64, up_stages=5, down_stages=5),
     Tiling(rows=32),
-    Tiling.prefill(),
+    Tiling.of(64 * SLOTS, SLOTS, exact=False),
 )
 
 

@@ -22,11 +22,14 @@ The idea of a mask buffer beside time-outs is DeepEP's (low-latency mode); the t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from phalanx.errors import PhalanxError
@@ -136,6 +139,12 @@ class Communicator(ABC):
     @abstractmethod
     def all_gather(self, row: Tensor) -> Tensor:
         """Everyone's int64 [n] row as int64 [R, n], zeros for masked ranks; n <= 64. COLLECTIVE."""
+
+    def meet(self, row: Sequence[int]) -> tuple[npt.NDArray[np.int64], Status]:
+        """`all_gather` of a row, read by the host: (int64 [R, len(row)], the status after it). The rows mean something
+        only when the status is clean. COLLECTIVE, waits."""
+        rows: npt.NDArray[np.int64] = self.all_gather(torch.tensor(row, dtype=torch.int64)).cpu().numpy()
+        return rows, self.status()
 
     @abstractmethod
     def barrier(self) -> None:

@@ -21,13 +21,14 @@ import contextlib
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -166,6 +167,11 @@ class CudaCommunicator(Communicator):
         pairs = ep_size * max_tokens * top_k
         self._lists = [_Lists.of(pairs, slots_per_rank, self._padded, self._device) for _ in range(2)]
         self._turn = 0
+        meeting = GATHER_WORDS * (1 + ep_size)
+        self._meeting = (
+            torch.zeros(meeting + self.status_words.numel(), dtype=torch.int64, pin_memory=device.type == "cuda"),
+            torch.zeros(meeting, dtype=torch.int64, device=self._device),
+        )
         self._host = self._memory.host_words(self._padded + 1)
         self._segment = segment.OwnSegment(self._segment_layout(), rank, incarnation)
         self._publish_handle()
@@ -296,6 +302,25 @@ class CudaCommunicator(Communicator):
         self._rings += 1
         self._kernels.gather(row.to(self._device), out, row.numel())
         return out
+
+    def meet(self, row: Sequence[int]) -> tuple[npt.NDArray[np.int64], Status]:
+        """See the contract. One wait for both: rows and status words arrive together, in pinned memory."""
+        if self._device.type != "cuda":
+            return super().meet(row)
+        words = len(row)
+        assert words <= GATHER_WORDS, f"{words} words, a row holds {GATHER_WORDS}"
+        host, device = self._meeting
+        mine, all_rows = GATHER_WORDS, GATHER_WORDS + self.ep_size * words
+        host[:words] = torch.tensor(row, dtype=torch.int64)
+        device[:words].copy_(host[:words], non_blocking=True)
+        self._rings += 1
+        self._kernels.gather(device, device[mine:], words)
+        host[mine:all_rows].copy_(device[mine:all_rows], non_blocking=True)
+        status = host[-self.status_words.numel() :]
+        status.copy_(self.status_words, non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+        rows: npt.NDArray[np.int64] = host[mine:all_rows].view(self.ep_size, words).numpy().copy()
+        return rows, self.decode_status(status)
 
     def barrier(self) -> None:
         """Peers are here when the stream passes this point; the host does not wait."""

@@ -54,6 +54,23 @@ def build(plan: Plan) -> StepBatch:
     return StepBatch(forward, tuple(samples), tuple(prompts))
 
 
+def build_ahead(plan: Plan) -> StepBatch:
+    """The batch of a plan that `Scheduler.follow` made: as `build` will make it, its tokens not known yet (all 0).
+    LOCAL, pure."""
+    chunks = plan.chunks
+    slices = tuple(
+        SequenceSlice(row, 1, chunk.start, np.array(chunk.blocks, np.int32)) for row, chunk in enumerate(chunks)
+    )
+    positions_T = torch.tensor([chunk.start for chunk in chunks], dtype=torch.int64)
+    samples = tuple((chunk.request, row) for row, chunk in enumerate(chunks))
+    return StepBatch(ForwardBatch(torch.zeros_like(positions_T), positions_T, slices), samples, ())
+
+
+def complete(batch: StepBatch) -> None:
+    """Fill in the tokens of a batch made ahead: each request's last one. LOCAL."""
+    batch.forward.token_ids_T.numpy()[:] = [request.tokens[-1] for request, _ in batch.samples]
+
+
 def _prompt_rows(chunk: Chunk, row: int) -> list[PromptRows]:
     """The rows of a chunk that tell of prompt tokens not told yet: position p tells of the token at p + 1."""
     known = len(chunk.request.prompt_logprobs)

@@ -2,7 +2,8 @@
 
 A step of decodes alone replays the CUDA graph of the next size; anything with a prefill is launched eagerly, by the
 same code. Tokens are chosen on the device, and the communicator's status words travel to the host with them: the only
-place where a step waits for the device is the end of `run`.
+place where a step waits for the device is the end of `run`. Before it waits, the host lays out the batch that most
+likely follows.
 
 No graph is captured after the warm-up, and nothing that a view change does needs one: routes, slots, masks and peers'
 addresses are words that kernels read.
@@ -23,7 +24,7 @@ from phalanx.comm.cuda import CudaCommunicator
 from phalanx.engine import device_sampler
 from phalanx.engine.batch import StepBatch
 from phalanx.engine.graphs import Graphs
-from phalanx.engine.runner import Ran, scratch_batch
+from phalanx.engine.runner import Ran, nothing, scratch_batch
 from phalanx.engine.sampler import FloatRow
 from phalanx.engine.scheduler import Limits
 from phalanx.model import device_tables
@@ -44,6 +45,25 @@ class Replay:
     hidden: Tensor
 
 
+@dataclass(frozen=True)
+class _Page:
+    """Host memory for one batch's tables: int32 words for `device_tables` and for `device_sampler`."""
+
+    words: Tensor
+    told: Tensor
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A batch whose tables stand in a page. replay: the graph for it, of `rows` rows; None: it is launched eagerly."""
+
+    batch: StepBatch
+    page: _Page
+    rows: int
+    written: Written
+    replay: Replay | None
+
+
 class CudaRunner:
     """One rank's model on its device, as the engine uses it."""
 
@@ -51,8 +71,8 @@ class CudaRunner:
         self, model: DeviceModel, shape: TableShape, comm: CudaCommunicator, routes: RouteTable, load: DeviceLoad,
         bank: DeviceBank, *, graph_sizes: tuple[int, ...], exact: bool, device: torch.device,
     ) -> None:  # fmt: skip
-        """graph_sizes: batches of decodes to capture graphs for; none where the device has no graphs. exact: one tiling
-        of the experts' work for all batches."""
+        """graph_sizes: batches of decodes to capture graphs for; none where the device has no graphs. exact: a row's
+        bits must not depend on its batch."""
         from phalanx.engine import kernels
 
         self._code = kernels
@@ -70,26 +90,41 @@ class CudaRunner:
             host = torch.zeros(count, dtype=dtype, pin_memory=on_device)
             return host, torch.zeros(count, dtype=dtype, device=device)
 
-        self._words_host, self._words = both(shape.size, torch.int32)
         places = self._places = device_sampler.offsets(shape.rows)
-        self._told_host, self._told = both(places["end"], torch.int32)
+        words_host, self._words = both(shape.size, torch.int32)
+        told_host, self._told = both(places["end"], torch.int32)
+        # Two, so that the next batch can be laid out while this one's copy may be under way.
+        other_words, other_told = (
+            torch.zeros(host.numel(), dtype=torch.int32, pin_memory=on_device) for host in (words_host, told_host)
+        )
+        self._pages = (_Page(words_host, told_host), _Page(other_words, other_told))
+        self._laid: _Laid | None = None
         self._tokens_host, self._tokens = both(shape.rows, torch.int64)
         self._status_host = torch.zeros(comm.status_words.shape, dtype=torch.int64, pin_memory=on_device)
 
-    def run(self, batch: StepBatch) -> Ran:
-        """See `StepRunner`. COLLECTIVE; waits for the device at its end."""
-        forward = batch.forward
-        count = forward.token_ids_T.shape[0]
-        decodes = count == len(forward.slices)
-        found = self._graphs.find(count) if decodes else None
-        rows = found[0] if found else max(1, count)
+    def run(self, batch: StepBatch, ahead: Callable[[], StepBatch | None] = nothing) -> Ran:
+        """See `StepRunner`. COLLECTIVE; waits for the device at its end. The tables of the batch that `ahead` makes are
+        laid out before that; if it is the next one, only its tokens are missing then."""
+        laid, self._laid = self._laid, None
+        if laid is None or laid.batch is not batch:
+            laid = self._lay_out(batch, self._pages[0])
+        else:
+            device_tables.write_tokens(laid.page.words.numpy(), self._shape, batch.forward)
         with torch.inference_mode():
-            written = self._tell(batch, rows)
-            if found:
-                found[1].graph.replay()
-                hidden_TD = found[1].hidden
+            self._send(laid)
+            if laid.replay:
+                laid.replay.graph.replay()
+                hidden_TD = laid.replay.hidden
             else:
-                hidden_TD = self._compute(self._batch(rows, written, decodes), len(batch.samples))
+                on_device = self._batch(laid.rows, laid.written, self._shape.rows)
+                hidden_TD = self._compute(on_device, len(batch.samples))
+        # The device works now.
+        known = [device_sampler.on_device(request) for request, _ in batch.samples]
+        following = ahead()
+        if following is not None:
+            other = next(page for page in self._pages if page is not laid.page)
+            self._laid = self._lay_out(following, other, later=1)
+        with torch.inference_mode():
             self._wait()
             status = self._comm.decode_status(self._status_host)
             if status.clean:
@@ -97,11 +132,7 @@ class CudaRunner:
             else:
                 self._load.drop()
         tokens = self._tokens_host[: len(batch.samples)].tolist()
-        chosen = {
-            row: token
-            for (request, row), token in zip(batch.samples, tokens, strict=True)
-            if device_sampler.on_device(request)
-        }
+        chosen = {row: token for (_, row), token, here in zip(batch.samples, tokens, known, strict=True) if here}
         return Ran(lambda wanted: self.logits(hidden_TD, wanted), chosen, status)
 
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> FloatRow:
@@ -139,17 +170,33 @@ class CudaRunner:
 
     # --- parts
 
-    def _tell(self, batch: StepBatch, rows: int) -> Written:
-        """Write the tables of a batch, and send them."""
-        written = device_tables.write(self._words_host.numpy(), self._shape, batch.forward, rows)
-        device_sampler.write(self._told_host.numpy(), self._shape.rows, batch.samples)
-        self._words[: written.used].copy_(self._words_host[: written.used], non_blocking=True)
-        self._told.copy_(self._told_host, non_blocking=True)
-        return written
+    def _lay_out(self, batch: StepBatch, page: _Page, later: int = 0) -> _Laid:
+        """Write the tables of a batch on the host, for the graph that fits it if it has decodes alone. later: see
+        `device_sampler.write`."""
+        forward = batch.forward
+        count = forward.token_ids_T.shape[0]
+        found = self._graphs.find(count) if count == len(forward.slices) else None
+        rows, replay = found or (max(1, count), None)
+        return self._lay_out_for(batch, page, rows, replay, later)
 
-    def _batch(self, rows: int, written: Written, decodes: bool) -> DeviceBatch:
-        usual = Tiling.decode(rows) if decodes else Tiling.prefill()
-        tiling = Tiling.exact() if self._exact else usual
+    def _lay_out_for(
+        self, batch: StepBatch, page: _Page, rows: int, replay: Replay | None = None, later: int = 0
+    ) -> _Laid:
+        written = device_tables.write(page.words.numpy(), self._shape, batch.forward, rows)
+        device_sampler.write(page.told.numpy(), self._shape.rows, batch.samples, later=later)
+        return _Laid(batch, page, rows, written, replay)
+
+    def _send(self, laid: _Laid) -> None:
+        """Copy what is laid out to the device."""
+        used = laid.written.used
+        self._words[:used].copy_(laid.page.words[:used], non_blocking=True)
+        self._told.copy_(laid.page.told, non_blocking=True)
+
+    def _batch(self, rows: int, written: Written, most: int) -> DeviceBatch:
+        """most: rows that this rank or a peer may have, which the experts' tiling is chosen for."""
+        config = self._model.config
+        slots = -(-config.num_experts // self._comm.ep_size)  # with replicas, too, that many are asked for at least
+        tiling = Tiling.of(most * config.top_k, slots, exact=self._exact)
         return DeviceBatch.of(self._words, self._shape, rows, written, tiling)
 
     def _compute(self, batch: DeviceBatch, samples: int) -> Tensor:
@@ -179,7 +226,9 @@ class CudaRunner:
         """A graph of `size` decodes, each with a token to choose. Its first, eager, run compiles what is missing."""
         batch = StepBatch(scratch_batch(chunks, block_size), (), ())
         with torch.inference_mode():
-            on_device = self._batch(size, self._tell(batch, size), True)
+            laid = self._lay_out_for(batch, self._pages[0], size)
+            self._send(laid)
+            on_device = self._batch(size, laid.written, size)
             self._compute(on_device, size)
             self._wait()
             graph = torch.cuda.CUDAGraph()

@@ -48,8 +48,10 @@ def on_device(request: Request) -> bool:
     return sampling.logprobs is None and not sampler.adjusts(sampling, request.output_length, request.stop_ids)
 
 
-def write(words: Words, capacity: int, samples: Sequence[tuple[Request, int]]) -> None:
-    """Tell of these (request, row of the batch), in their order; what follows them is greedy, of row 0. LOCAL."""
+def write(words: Words, capacity: int, samples: Sequence[tuple[Request, int]], later: int = 0) -> None:
+    """Tell of these (request, row of the batch), in their order; what follows them is greedy, of row 0. LOCAL.
+
+    later: by how many tokens each request will have grown when its token is chosen."""
     count = len(samples)
     assert count <= capacity, (count, capacity)
     at = offsets(capacity)
@@ -68,7 +70,7 @@ def write(words: Words, capacity: int, samples: Sequence[tuple[Request, int]]) -
     drawn = np.flatnonzero(temperatures)
     if drawn.size:
         seeds = np.array([p.seed % (1 << 64) for p in params], np.uint64)[drawn]
-        positions = np.array([request.output_length for request, _ in samples], np.uint64)[drawn]
+        positions = np.array([request.output_length + later for request, _ in samples], np.uint64)[drawn]
         words.view(np.float64)[at["noises"] // 2 + drawn] = uniforms(seeds, positions)
 
 

@@ -44,6 +44,11 @@ class BlockPool:
         return len(self._clean) + len(self._cached)
 
     @property
+    def clean(self) -> int:
+        """Blocks that `next_clean` has."""
+        return len(self._clean)
+
+    @property
     def used(self) -> int:
         return self.num_blocks - self.free
 
@@ -63,6 +68,8 @@ class BlockPool:
 
     def next_clean(self, count: int, after: int = 0) -> tuple[int, ...]:
         """The `count` blocks that would be taken after the next `after` ones."""
+        if not count:
+            return ()
         end = len(self._clean) - after
         assert count <= end, f"{count} clean blocks asked for after {after}, {len(self._clean)} are there"
         return tuple(reversed(self._clean[end - count : end]))

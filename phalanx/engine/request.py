@@ -22,6 +22,9 @@ class Ending:
     stop_token: bool = False
 
 
+_GOES_ON = Ending()
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One request on this rank.
@@ -92,9 +95,10 @@ class Request:
         """How the request would stand with `token_id` as its next token. Changes nothing."""
         if token_id in self.stop_ids:
             return Ending("stop", stop_token=True)
-        if self.output_length + 1 >= self.sampling.max_tokens or len(self.tokens) + 1 >= max_model_len:
+        total = len(self.tokens) + 1
+        if total - self.prompt_length >= self.sampling.max_tokens or total >= max_model_len:
             return Ending("length")
-        return Ending()
+        return _GOES_ON
 
     def append(self, token_id: int) -> None:
         """Commit one output token."""

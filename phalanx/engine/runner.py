@@ -55,13 +55,20 @@ class Ran:
     status: Status | None = None
 
 
+def nothing() -> None:
+    """No batch is made ahead."""
+
+
 class StepRunner(Protocol):
     """What the engine needs of a rank's model: `Runner`, or `engine.cuda.CudaRunner`."""
 
     vocab_size: int
 
-    def run(self, batch: StepBatch) -> Ran:
-        """The forward pass of a step. COLLECTIVE: every rank calls it in every step, with T = 0 when it has nothing."""
+    def run(self, batch: StepBatch, ahead: Callable[[], StepBatch | None] = nothing) -> Ran:
+        """The forward pass of a step. COLLECTIVE: every rank calls it in every step, with T = 0 when it has nothing.
+
+        ahead: makes the batch that most likely follows, but for its tokens; a runner whose host is idle while a device
+        works calls it then, at most once."""
 
     def adopt(self, routes_LEW: npt.NDArray[np.int32]) -> None:
         """Send tokens by these routes from now on. LOCAL."""
@@ -84,8 +91,8 @@ class Runner:
         with torch.inference_mode():
             return self._model.forward(batch, self._kv)
 
-    def run(self, batch: StepBatch) -> Ran:
-        """See `StepRunner`. COLLECTIVE."""
+    def run(self, batch: StepBatch, ahead: Callable[[], StepBatch | None] = nothing) -> Ran:
+        """See `StepRunner`. COLLECTIVE. The host has no idle time for `ahead`."""
         hidden_TD = self.forward(batch.forward)
         return Ran(lambda rows: self.logits(hidden_TD, rows))
 

@@ -58,10 +58,12 @@ class Chunk:
     shared: tuple[int, ...] = ()
     new: tuple[int, ...] = ()
     samples: bool = False
+    before: tuple[int, ...] | None = None
+    """The request's blocks at the time of the step, where they are not its own yet: in a plan made ahead."""
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        return (*self.request.blocks, *self.shared, *self.new)
+        return (*(self.request.blocks if self.before is None else self.before), *self.shared, *self.new)
 
 
 @dataclass(frozen=True)
@@ -111,27 +113,63 @@ class Scheduler:
             self._admit(draft, len(running))
         return Plan(tuple(draft.chunks), tuple(draft.preempted))
 
+    def follow(self, plan: Plan) -> Plan | None:
+        """What `schedule` will most likely return once `plan`, the step in hand, is committed: every request goes on by
+        one token. None when more than that happens, somebody waiting to be let in, say. `confirm` tells later whether
+        it came so. LOCAL, changes nothing."""
+        chunks = plan.chunks
+        alike = len(chunks) == len(self.requests) and not plan.preempted and all(chunk.samples for chunk in chunks)
+        if not alike or not chunks or len(chunks) > self.limits.max_num_batched_tokens:
+            return None
+        size, taken = self.limits.block_size, sum(len(chunk.new) for chunk in chunks)
+        following = []
+        for chunk in chunks:
+            start = chunk.start + chunk.length
+            blocks = chunk.blocks
+            need = start // size + 1 - len(blocks)
+            if need and taken + need > self.pool.clean:
+                return None
+            following.append(Chunk(chunk.request, start, 1, (), self.pool.next_clean(need, after=taken), True, blocks))
+            taken += need
+        return Plan(tuple(following))
+
+    def confirm(self, plan: Plan) -> bool:
+        """Whether `plan`, from `follow`, is what `schedule` returns now: its step was committed, nobody ended, nobody
+        came, and the same blocks are the next clean ones. LOCAL, changes nothing."""
+        if len(plan.chunks) != len(self.requests):
+            return False
+        new: list[int] = []
+        for chunk in plan.chunks:
+            if chunk.request.computed != chunk.start or not chunk.request.running:
+                return False
+            new += chunk.new
+        return len(new) <= self.pool.clean and self.pool.next_clean(len(new)) == tuple(new)
+
     def commit(self, plan: Plan, tokens: Mapping[str, int]) -> dict[str, Ending]:
         """Apply a plan whose step succeeded. LOCAL.
 
         tokens: what each request whose chunk samples got. Returns how each of them stands now; one that ended is
         gone from here."""
         endings: dict[str, Ending] = {}
+        size = self.limits.block_size
         for chunk in plan.chunks:
             request = chunk.request
             if not request.running:
                 self._prefix_queries += len(request.tokens)
                 self._prefix_hits += chunk.start
-            self.pool.share(chunk.shared)
-            self.pool.take(chunk.new)
-            request.blocks.extend((*chunk.shared, *chunk.new))
+            if chunk.shared or chunk.new:
+                self.pool.share(chunk.shared)
+                self.pool.take(chunk.new)
+                request.blocks.extend((*chunk.shared, *chunk.new))
             request.computed = chunk.start + chunk.length
             if chunk.samples:
                 token_id = tokens[request.request_id]
                 endings[request.request_id] = request.ending(token_id, self.limits.max_model_len)
                 request.append(token_id)
-            for i in range(chunk.start // self.limits.block_size, request.computed // self.limits.block_size):
-                self.pool.name(request.blocks[i], request.digests[i])
+            first, filled = chunk.start // size, request.computed // size
+            if filled > first:
+                for i in range(first, filled):
+                    self.pool.name(request.blocks[i], request.digests[i])
         for request in plan.preempted:
             self._vacate(request)
             self._preemptions += 1

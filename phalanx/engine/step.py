@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from phalanx.comm.base import Communicator, Status
 from phalanx.engine import sampler
-from phalanx.engine.batch import PromptRows, StepBatch, build
+from phalanx.engine.batch import PromptRows, StepBatch, build, build_ahead, complete
 from phalanx.engine.request import Request
 from phalanx.engine.runner import Ran, StepRunner
 from phalanx.engine.scheduler import Limits, Plan, Scheduler
@@ -86,6 +85,7 @@ class Engine:
         self._faults = faults
         self._scheduler = Scheduler(limits)
         self._paused = False
+        self._ahead: tuple[Plan, StepBatch] | None = None
         self._epoch = 0
         self._step = 0
         self._ended: list[TokenOut] = []
@@ -97,18 +97,28 @@ class Engine:
         proposal: greater than 0 to end the step at its boundary, on all ranks, for a change of membership.
         Raises PeerLost when ranks fell silent or a roll call was opened; then nothing of the step was committed."""
         self._faults.point("step", self._step + 1)
-        plan = Plan() if self._paused else self._scheduler.schedule()
+        ahead, self._ahead = self._ahead, None
+        if self._paused:
+            plan, ahead = Plan(), None
+        elif ahead and self._scheduler.confirm(ahead[0]):
+            plan = ahead[0]
+        else:
+            plan, ahead = self._scheduler.schedule(), None
         self._faults.point("schedule")
         header_RN = self._header(plan, proposal)
         if header_RN[:, _PROPOSAL].any():
             return self._result(proposal=int(header_RN[:, _PROPOSAL].max()))
         if not header_RN[:, _WANTS].any():
             return self._result(idle=True)
-        batch = build(plan)
-        prompt_tokens = sum(min(c.length, max(0, c.request.prompt_length - c.start)) for c in plan.chunks)
+        if ahead:
+            batch, prompt_tokens = ahead[1], 0  # decodes alone are made ahead
+            complete(batch)
+        else:
+            batch = build(plan)
+            prompt_tokens = sum(min(c.length, max(0, c.request.prompt_length - c.start)) for c in plan.chunks)
         if header_RN[:, _TOKENS].any():
             self._faults.point("prefill" if prompt_tokens else "decode")
-            ran = self._runner.run(batch)
+            ran = self._runner.run(batch, lambda: self._prepare(plan))
             # The last collective is over and what follows is local: the check can stand before the sampler.
             self._check(ran.status)
             outcome = self._sample(batch, ran)
@@ -165,12 +175,20 @@ class Engine:
 
     def _header(self, plan: Plan, proposal: int) -> npt.NDArray[np.int64]:
         """What every rank brings to this step: int64 [R, 5]. It is read only if it is complete. COLLECTIVE."""
-        row = torch.tensor([plan.num_tokens, proposal, self._epoch, bool(plan), self._step + 1], dtype=torch.int64)
-        header_RN: npt.NDArray[np.int64] = self._comm.all_gather(row).cpu().numpy()
-        self._check()
+        header_RN, status = self._comm.meet([plan.num_tokens, proposal, self._epoch, bool(plan), self._step + 1])
+        self._check(status)
         present = header_RN[header_RN[:, _STEP] > 0]
         assert (present[:, _EPOCH] == self._epoch).all(), f"ranks in a step of epochs {present[:, _EPOCH].tolist()}"
         return header_RN
+
+    def _prepare(self, plan: Plan) -> StepBatch | None:
+        """While the step of `plan` runs: make the plan and the batch that most likely follow it. Nothing is committed
+        by that, and when it comes otherwise (a failure, an end, a newcomer) the next step plans anew. LOCAL."""
+        following = self._scheduler.follow(plan)
+        if following is None:
+            return None
+        self._ahead = following, build_ahead(following)
+        return self._ahead[1]
 
     def _check(self, status: Status | None = None) -> None:
         """The one place where a failure surfaces. LOCAL."""
@@ -214,7 +232,8 @@ class Engine:
         sampled: list[tuple[Request, int]] = []
         for chunk in plan.chunks:
             request = chunk.request
-            request.prompt_logprobs.extend(outcome.prompt_logprobs.get(request.request_id, ()))
+            if outcome.prompt_logprobs:
+                request.prompt_logprobs.extend(outcome.prompt_logprobs.get(request.request_id, ()))
             if chunk.samples:
                 sampled.append((request, request.output_length))
                 if request.sampling.prompt_logprobs is not None and request.output_length == 0:

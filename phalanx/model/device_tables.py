@@ -129,6 +129,12 @@ def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> 
     return Written(at["tail"] + blocks_at + len(blocks), 2 * items, len(tiles))
 
 
+def write_tokens(words: Words, shape: TableShape, batch: ForwardBatch) -> None:
+    """Put the batch's tokens into words that hold all else of it. LOCAL, pure but for `words`."""
+    at, tokens = shape.offsets["tokens"], batch.token_ids_T.numpy()
+    words[at : at + len(tokens)] = tokens
+
+
 def _tiles(lengths: npt.NDArray[np.int64], tile: int) -> list[tuple[int, int]]:
     """(first row, tokens) of the tiles of all slices that are longer than one token."""
     tiles, start = [], 0

@@ -160,6 +160,13 @@ class DeviceLoad:
         return load_LE
 
 
+_FEW = 9.0
+"""Pairs a slot that nearly always fit into 16 rows; measured with 8.2 (16 rows are the fastest) and 33 (64 are)."""
+
+_VERY_FEW = 32
+"""Pairs at a rank for which tiles of 64 outputs are fewer than the device's processors."""
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How the experts' kernels cut their work. rows: pairs a tile; up, down: outputs a tile; depth: inputs a round."""
@@ -172,19 +179,19 @@ class Tiling:
     down_stages: int = 4
 
     @classmethod
-    def decode(cls, tokens: int) -> Tiling:
-        """For few pairs a slot: the weights' way from memory is all that counts; with very few, more programs share
-        it."""
-        return cls(up=32, up_stages=4) if tokens <= 4 else cls()
+    def of(cls, pairs: int, slots: int, *, exact: bool) -> Tiling:
+        """The tiling for so many pairs at a rank, over so many slots that are asked for. LOCAL, pure.
 
-    @classmethod
-    def prefill(cls) -> Tiling:
+        With few pairs a slot the weights' way from memory is all that counts, and with very few more programs must
+        share it. A slot whose pairs fill more than one tile has its weights read again for each: so tiles grow with
+        the pairs. exact: the tilings that this returns then give a row the same bits. They have one depth, and none
+        has 64 rows, which devices multiply with another instruction than 16 and 32."""
+        a_slot = pairs / max(1, slots)
+        if a_slot <= _FEW:
+            return cls(up=32, up_stages=4) if pairs <= _VERY_FEW else cls()
+        if exact or a_slot <= 2 * _FEW:
+            return cls(rows=32)
         return cls(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3)
-
-    @classmethod
-    def exact(cls) -> Tiling:
-        """One for all batches, so that a row has the same bits in every one."""
-        return cls()
 
 
 class DeviceExperts:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 GRACE_S = 15.0
+REJOIN_TOKENS = 3000
 SERVICE_NEEDS = ("zmq", "msgspec", "fastapi", "uvicorn", "pydantic")
 
 
@@ -52,28 +55,104 @@ def stages(interpret: bool) -> dict[str, Stage]:
         **table,
         "serve": Stage(serve_and_kill, 110, 4),
         "ladder": Stage(lambda: ladder(count, layers=48), 100),
-        "ladder-exact": Stage(
-            lambda: ladder(count, layers=48, deterministic=True, batches=(1, 64, 256)), 75
-        ),
+        "kill64": Stage(kill_under_64_streams, 75),
+        "rejoin64": Stage(rejoin_under_64_streams, 105),
+        "ladder-exact": Stage(lambda: ladder(count, layers=48, deterministic=True, batches=(1, 64, 256)), 75),
     }  # fmt: skip
 
 
-def serve_and_kill() -> None:
-    """`phalanx serve --device cuda --deterministic` with 2 ranks: SIGKILL in mid-stream, every text as unfailed."""
-    missing = [name for name in SERVICE_NEEDS if importlib.util.find_spec(name) is None]
+def kill_under_64_streams() -> None:
+    """What a kill costs 64 streams of 128 tokens whose survivor holds every expert; every token as unfailed."""
+    figures = bench_recovery("--output-len", "128", "--serve-flags", _serve_flags(512, max_restarts=0))
+    if figures:
+        _show_kill(figures)
+
+
+def rejoin_under_64_streams() -> None:
+    """The same with streams that are long enough for the victim to return under them."""
+    figures = bench_recovery(
+        "--output-len", str(REJOIN_TOKENS), "--share", "0.05", "--serve-flags", _serve_flags(REJOIN_TOKENS + 256)
+    )
+    if not figures:
+        return
+    _show_kill(figures)
+    assert figures["return"]["gap_around_the_return_s"]["n"], "the streams were over before the return"
+    for name, value in figures["return"].items():
+        print(f"    {name}: {value}", flush=True)
+
+
+def _serve_flags(longest: int, **options: object) -> str:
+    """Two ranks on two devices, each with room for every expert and every stream."""
+    from phalanx.testing.service import flags_of
+
+    flags = flags_of(
+        device="cuda", deterministic=True, max_model_len=longest, max_num_seqs=64, cuda_graph_max_bs=64,
+        num_kv_blocks=64 * -(-longest // 16) + 64, warmup_timeout=60, expert_backup="dram", **options,
+    )  # fmt: skip
+    return " ".join(flags)
+
+
+def bench_recovery(*arguments: str) -> dict[str, Any]:
+    """The figures of `phalanx bench recovery` with 64 greedy streams and one kill of rank 1; empty: it cannot run."""
+    if _lacks((*SERVICE_NEEDS, "rich")):
+        return {}
+    from phalanx.cli.bench_recovery import recovery
+
+    with _model() as model, contextlib.redirect_stdout(io.StringIO()) as said:
+        command = [model, "--ep-size", "2", "--streams", "64", "--input-len", "32", "--rounds", "1", "--ranks", "1"]
+        with contextlib.suppress(SystemExit):  # its code says what the figures say, too
+            recovery.main([*command, *arguments, "--json"], standalone_mode=False)
+    figures: dict[str, Any] = json.loads(said.getvalue())
+    assert not figures["failed"], f"{figures['failed']} requests failed: {figures['each'][0]['errors']}"
+    assert not figures["different"], f"{figures['different']} tokens differ from the unfailed run"
+    return figures
+
+
+def _show_kill(figures: dict[str, Any]) -> None:
+    def ms(what: dict[str, float]) -> str:
+        return ", ".join(f"{name} {what[name] * 1e3:.1f}" for name in ("p50", "p99", "max"))
+
+    print(
+        f"    {figures['requests']} streams, {figures['failed']} failed, {figures['different']} tokens different "
+        f"(compared by {figures['compared_by']}), {figures['requests_moved']} moved\n"
+        f"    kill to next token, ms: {ms(figures['kill_to_next_token_s'])}\n"
+        f"    any gap without a failure, ms: {ms(figures['gap_unfailed_s'])}; longest of each stream: "
+        f"{ms(figures['longest_gap_unfailed_s'])}\n"
+        f"    phases, s: {figures['each'][0]['recovery']['seconds']}",
+        flush=True,
+    )
+
+
+def _lacks(modules: tuple[str, ...]) -> bool:
+    """Whether some of these are not installed; says so."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         print(f"    skipped: the service needs {', '.join(missing)}, which are not installed here")
-        return
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
-    from streams import PROMPTS, Streams
+    return bool(missing)
 
+
+@contextlib.contextmanager
+def _model() -> Iterator[str]:
+    """A checkpoint that is small, but whose kernels have something to do."""
     from phalanx.testing import tiny
-    from phalanx.testing.service import Service, flags_of
 
     with tempfile.TemporaryDirectory() as directory:
         model = str(Path(directory) / "tiny")
         tiny.make_tiny(model, "qwen3-moe", layers=6, experts=16, top_k=4, hidden=512, heads=8, kv_heads=2, head_dim=64,
                        expert_width=256)  # fmt: skip
+        yield model
+
+
+def serve_and_kill() -> None:
+    """`phalanx serve --device cuda --deterministic` with 2 ranks: SIGKILL in mid-stream, every text as unfailed."""
+    if _lacks(SERVICE_NEEDS):
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
+    from streams import PROMPTS, Streams
+
+    from phalanx.testing.service import Service, flags_of
+
+    with _model() as model:
         flags = flags_of(
             device="cuda", ep_size=2, deterministic=True, max_model_len=1024, max_num_seqs=16, cuda_graph_max_bs=16,
             warmup_timeout=100, expert_backup="dram", log_level="info",

@@ -20,7 +20,7 @@ ON_DEVICES = (
     "stop", "waits", "edges", "four-exchange", "four-kill", "four-stop", "eight-exchange", "eight-kill",
 )  # fmt: skip
 ENGINE = ("attention", "experts", "sampler", "engine-one")
-ENGINE_ON_DEVICES = (*ENGINE, "serve")
+ENGINE_ON_DEVICES = (*ENGINE, "serve", "kill64", "rejoin64")
 MEASURED = ("ladder", "ladder-exact")
 INTERPRETED = ("exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges", "edges-relayed")
 

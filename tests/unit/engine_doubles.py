@@ -155,12 +155,14 @@ class Bench:
         forecast: Callable[[], str] = lambda: "clear",
         ep_size: int = 1,
         faults: Faults = NO_FAULTS,
+        runner: type[Runner] = Runner,
     ) -> None:
         self.limits = limits
         self.weather = Weather(forecast)
         self.comm = LoneCommunicator(self.weather, ep_size)
         self.model = PagedModel(limits, self.weather)
-        self.engine = Engine(limits, Runner(self.model, None, NoRoutes(), VOCAB), self.comm, [EOS], faults)
+        self.runner = runner(self.model, None, NoRoutes(), VOCAB)
+        self.engine = Engine(limits, self.runner, self.comm, [EOS], faults)
         self.epoch = 0
         self.outputs: dict[str, list[TokenOut]] = {}
         self.results: list[StepResult] = []
