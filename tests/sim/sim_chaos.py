@@ -96,6 +96,8 @@ class Trial:
     def _start(self, rank: int, incarnation: int, *, scaled: bool = False) -> None:
         if rank not in self._in_use:
             return
+        if any(p.member.rank == rank and p.member.incarnation >= incarnation for p in self.cluster.processes):
+            return  # a scaling and a return from death wanted the same, and one was faster
         process = self.cluster.start(rank, incarnation, scaled=scaled)
         assert process.task is not None
         if rank != self.spared and self.rng.random() < 0.5:

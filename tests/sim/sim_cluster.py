@@ -323,9 +323,8 @@ class Cluster:
             while True:  # its memory stays readable, until the launcher ends it
                 self.sim.sleep(0.01)
         except Evicted:
-            process.evicted = process.alive  # one that was killed may read of its death before its thread ends
-            if process.alive:
-                self._check_eviction(process)
+            process.evicted = True
+            self._check_eviction(process)
 
     def _loop(self, process: Process, comm: SimComm, engine: Engine, recovery: Recovery, balancer: Balancer) -> None:
         """The worker's loop."""
