@@ -378,9 +378,17 @@ class Roster:
         return done
 
     def cannot_serve(self, message: m.CannotServe) -> None:
+        """A rank's view cannot serve. Who is not in that view, of those in the last one, can no more than its members: the
+        ranks may know of a death before the launcher tells."""
         record = self.current(message.rank, message.incarnation)
-        if record is not None:
-            record.cannot_serve = message.reason or "the rank cannot serve"
+        if record is None:
+            return
+        record.cannot_serve = message.reason or "the rank cannot serve"
+        there = {Identity(info.rank, info.incarnation) for info in message.members}
+        if message.epoch > self.epoch and there:
+            for other in self.records.values():
+                if other.identity in self.members - there and not other.dead:
+                    other.cannot_serve = record.cannot_serve
 
     def balanced(self, message: m.Balance) -> Balance:
         """A rank says what it staged; the lowest one how even it is now. Returns all that is known."""

@@ -379,6 +379,17 @@ def test_those_in_flight_get_an_error_when_no_rank_serves_for_too_long(desk: Des
     assert desk.router.in_flight == 0
 
 
+def test_ranks_that_cannot_serve_without_a_dead_one_are_believed_before_its_death_is_told(desk: Desk) -> None:
+    left = [m.MemberInfo(rank=rank, incarnation=0, pid=1, host="h", device="cpu") for rank in (0, 1)]
+    for rank in (0, 1):
+        desk.hear(m.CannotServe(rank=rank, incarnation=0, epoch=2, reason="experts lost", members=left))
+    with pytest.raises(Unavailable, match="experts lost"):
+        desk.submit()
+    desk.hear(m.Died(rank=2, incarnation=0, cause="signal"))
+    with pytest.raises(Unavailable, match="experts lost"):
+        desk.submit()
+
+
 def test_a_service_that_recovers_in_time_fails_nobody(desk: Desk) -> None:
     stream = desk.submit()
     for rank in range(3):
