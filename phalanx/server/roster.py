@@ -378,8 +378,8 @@ class Roster:
         return done
 
     def cannot_serve(self, message: m.CannotServe) -> None:
-        """A rank's view cannot serve. Who is not in that view, of those in the last one, can no more than its members: the
-        ranks may know of a death before the launcher tells."""
+        """A rank's view cannot serve. Who of the last view is not in that one can no more than its members: the ranks
+        may know of a death before the launcher tells."""
         record = self.current(message.rank, message.incarnation)
         if record is None:
             return
