@@ -684,11 +684,12 @@ class _NoticeRelay:
 
     def _run(self) -> None:
         seen = -1
-        while not self._stop.wait(0.001):
-            if self._board.version != seen:
-                seen = self._board.version
-                words = np.array(self._board.dead_words)
-                self._dead[: len(words)] = torch.from_numpy(words)
+        with contextlib.suppress(ValueError):  # the board was closed first: there is nothing more to copy
+            while not self._stop.wait(0.001):
+                if self._board.version != seen:
+                    seen = self._board.version
+                    words = np.array(self._board.dead_words)
+                    self._dead[: len(words)] = torch.from_numpy(words)
 
     def close(self) -> None:
         self._stop.set()
