@@ -191,7 +191,7 @@ def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_
     nursery = nursery_of(service)
     os.kill(nursery, signal.SIGSTOP)
     service.signal(1, signal.SIGKILL)
-    service.wait_for_line(r"rank 1 is started again, as 1\.1", after=seen)
+    service.wait_for_line(r"rank 1 is started, as 1\.1", after=seen)
     os.kill(nursery, signal.SIGKILL)
     for _ in range(2):  # its successors die before they have imported anything
         service.wait_for_line("the process that forks workers ended: starting another", after=seen)
