@@ -4,17 +4,17 @@ hands on the ranks."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends
-from starlette.requests import Request as HttpRequest
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from phalanx import __version__
 from phalanx import messages as m
 from phalanx.elastic.fabric import chosen
 from phalanx.errors import BadConfig
+from phalanx.server.answers import ServiceHere, json_answer
 from phalanx.server.chat import prompt_of
 from phalanx.server.generate import RETRY_AFTER_S, Service, check_ids, check_model, encode
 from phalanx.server.protocol import (
@@ -36,12 +36,6 @@ OPEN_PATHS = frozenset(
 """What may be read without the API key: it changes nothing and costs nothing."""
 
 
-def service_of(request: HttpRequest) -> Service:
-    """The service behind this app."""
-    service: Service = request.app.state.service
-    return service
-
-
 def routes() -> APIRouter:
     """All routes of this file."""
     router = APIRouter()
@@ -50,19 +44,12 @@ def routes() -> APIRouter:
     return router
 
 
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
-
-
-ServiceHere = Annotated[Service, Depends(service_of)]
-
-
 def _observation(router: APIRouter) -> None:
     @router.get("/health")
     @router.get("/ping")
     async def health() -> Response:
         """The process lives and answers, whether or not ranks do."""
-        return _json({"status": "ok"})
+        return json_answer({"status": "ok"})
 
     @router.get("/ready")
     async def ready(service: ServiceHere) -> Response:
@@ -70,7 +57,7 @@ def _observation(router: APIRouter) -> None:
         why = service.router.why_not_ready()
         if why:
             raise ApiError(503, f"not ready: {why}", code="unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
-        return _json({"status": "ready"})
+        return json_answer({"status": "ready"})
 
     @router.get("/metrics")
     async def metrics(service: ServiceHere) -> Response:
@@ -78,7 +65,7 @@ def _observation(router: APIRouter) -> None:
 
     @router.get("/version")
     async def version() -> Response:
-        return _json({"version": __version__})
+        return json_answer({"version": __version__})
 
     @router.get("/server_info")
     async def server_info(service: ServiceHere) -> Response:
@@ -86,7 +73,7 @@ def _observation(router: APIRouter) -> None:
         config = msgspec.to_builtins(service.config)
         config["api_key"] = "***" if service.config.api_key else ""
         roster = service.router.roster
-        return _json(
+        return json_answer(
             {
                 "version": __version__,
                 "model": service.config.name,
@@ -109,7 +96,7 @@ def _observation(router: APIRouter) -> None:
 
     @router.get("/fault_tolerance/status")
     async def status(service: ServiceHere) -> Response:
-        return _json(service.router.roster.status())
+        return json_answer(service.router.roster.status())
 
 
 def _balance(service: Service) -> dict[str, Any]:
@@ -136,12 +123,12 @@ def _models(router: APIRouter) -> None:
 
     @router.get("/v1/models")
     async def models(service: ServiceHere) -> Response:
-        return _json({"object": "list", "data": [card(service)]})
+        return json_answer({"object": "list", "data": [card(service)]})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str, service: ServiceHere) -> Response:
         check_model(service, name)
-        return _json(card(service))
+        return json_answer(card(service))
 
 
 def _tokens(router: APIRouter) -> None:
@@ -161,20 +148,20 @@ def _tokens(router: APIRouter) -> None:
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
         if request.return_token_strs:
             answer["token_strs"] = [service.text.token_text(i) for i in ids]
-        return _json(answer)
+        return json_answer(answer)
 
     @router.get("/tokenizer_info")
     async def tokenizer_info(service: ServiceHere) -> Response:
         """What a client needs to use this server as its tokenizer, as vLLM gives it and lm-eval asks for it."""
         text = service.text
-        return _json({**text.special_tokens, "chat_template": text.template.source or None,
+        return json_answer({**text.special_tokens, "chat_template": text.template.source or None,
                       "model_max_length": service.max_model_len})  # fmt: skip
 
     @router.post("/detokenize")
     async def detokenize(request: DetokenizeRequest, service: ServiceHere) -> Response:
         check_model(service, request.model)
         check_ids(service, request.tokens, "tokens")
-        return _json({"prompt": service.text.decode(request.tokens, skip_special=request.skip_special_tokens)})
+        return json_answer({"prompt": service.text.decode(request.tokens, skip_special=request.skip_special_tokens)})
 
 
 def _operation(router: APIRouter) -> None:
@@ -182,7 +169,7 @@ def _operation(router: APIRouter) -> None:
     async def abort(request: AbortRequest, service: ServiceHere) -> Response:
         """End calls by the ids their clients see. They end with finish_reason "abort"."""
         wanted = None if request.request_ids == "all" else request.request_ids
-        return _json({"aborted": service.link.abort(wanted)})
+        return json_answer({"aborted": service.link.abort(wanted)})
 
     @router.post("/fault_tolerance/apply")
     async def apply(request: ApplyRequest, service: ServiceHere) -> Response:
@@ -201,7 +188,7 @@ def _operation(router: APIRouter) -> None:
             raise ApiError(400, f"params: {unknown[0]!r} is not known, only {', '.join(known)}",
                            param=f"params.{unknown[0]}")  # fmt: skip
         ranks = carry_out(service, request.params)
-        return _json({"accepted": True, "instruction": request.instruction, "ranks": ranks}, 202)
+        return json_answer({"accepted": True, "instruction": request.instruction, "ranks": ranks}, 202)
 
     @router.post("/chaos")
     async def chaos(request: ChaosRequest, service: ServiceHere) -> Response:
@@ -229,7 +216,7 @@ def _operation(router: APIRouter) -> None:
                 raise ApiError(400, f"where: {error}", param="where") from None
             fault = m.InjectFault(kind=request.kind, at_step=request.at_step, where=where)
             service.link.tell_rank(record.identity, fault)
-        return _json({"accepted": True, "kind": request.kind, "rank": request.rank,
+        return json_answer({"accepted": True, "kind": request.kind, "rank": request.rank,
                       "incarnation": record.identity.incarnation}, 202)  # fmt: skip
 
 

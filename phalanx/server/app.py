@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from phalanx import __version__
 from phalanx.errors import BadRequest
 from phalanx.server import admin, scale_api
-from phalanx.server.admin import ServiceHere
+from phalanx.server.answers import ServiceHere
 from phalanx.server.chat import chat
 from phalanx.server.completions import complete
 from phalanx.server.generate import Service

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
-from fastapi import APIRouter, Depends
-from starlette.requests import Request as HttpRequest
+from fastapi import APIRouter
 from starlette.responses import Response
 
+from phalanx.server.answers import ServiceHere, json_answer
 from phalanx.server.generate import Service
 from phalanx.server.link import Link
 from phalanx.server.protocol import DRAIN_S, ApiError, ScaleRequest
 from phalanx.server.scaling import ScaleRefused
-
-
-def _service_of(request: HttpRequest) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-_ServiceHere = Annotated[Service, Depends(_service_of)]
 
 
 def routes() -> APIRouter:
@@ -36,7 +27,7 @@ def routes() -> APIRouter:
     }
 
     @router.post("/scale_elastic_ep", responses=answers)
-    async def scale(request: ScaleRequest, service: _ServiceHere) -> Response:
+    async def scale(request: ScaleRequest, service: ServiceHere) -> Response:
         """Have `new_ep_size` ranks. Answers when they serve, or with 500 and the reason when they will not. The scaling
         goes on when the client goes away; `/fault_tolerance/status` says how far it is."""
         size, param = _size(request)
@@ -45,13 +36,13 @@ def routes() -> APIRouter:
         done = await ended
         if done.failure:
             raise ApiError(500, str(done), code="scaling_failed")
-        return _json({"message": f"Scaled to {size} ranks", "ranks": sorted(done.ranks), "seconds": done.seconds})
+        return json_answer({"message": f"Scaled to {size} ranks", "ranks": sorted(done.ranks), "seconds": done.seconds})
 
     @router.get("/is_scaling_elastic_ep")
     @router.post("/is_scaling_elastic_ep")
-    async def is_scaling(service: _ServiceHere) -> Response:
+    async def is_scaling(service: ServiceHere) -> Response:
         """Whether the service is being scaled now."""
-        return _json({"is_scaling_elastic_ep": service.link.scaler.running})
+        return json_answer({"is_scaling_elastic_ep": service.link.scaler.running})
 
     return router
 
@@ -100,7 +91,3 @@ def _refusing(service: Service, param: str) -> Iterator[Link]:
     except ScaleRefused as refused:
         raise ApiError(409 if refused.busy else 400, f"{param}: {refused.message}", param=param,
                        code="cannot_scale_now" if refused.busy else "cannot_scale") from None  # fmt: skip
-
-
-def _json(content: Any) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
