@@ -83,6 +83,18 @@ CLEAN = {"lost": [], "interrupted": 0, "causes": {}, "detect_s": {}}
 Body = Callable[[Node], None]
 
 
+def masks_rank_0(node: Node) -> None:
+    """Send to rank 0, mask it in mid-round, and go on alone for as many collectives as reuse every buffer."""
+    node.adopt()
+    slots = torch.zeros(1, TOP_K, dtype=torch.int32)
+    node.comm.dispatch(torch.ones(1, HIDDEN, dtype=node.comm.dtype), slots)
+    node.comm.update_mask(0, False)
+    for _ in range(3):
+        node.comm.barrier()
+    node.tell_status()
+    node.hear()
+
+
 class Ranks:
     """The test's side. Use as a context manager: it kills what still runs, by pid."""
 
@@ -136,6 +148,9 @@ class Ranks:
 
     def _run(self, rank: int, incarnation: int, body: Body, channel: Channel, fault_point: Any) -> None:
         try:
+            torch.set_num_threads(
+                1
+            )  # as ranks do; what the test computed before may have left threads that a fork lacks
             board = NoticeBoard.open(self._board_address) if self.board else None
             comm = CpuCommunicator(
                 rank,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comm_ranks import CLEAN, HIDDEN, TOP_K, Channel, Hosts, Node, Ranks
+from comm_ranks import CLEAN, HIDDEN, TOP_K, Channel, Hosts, Node, Ranks, masks_rank_0
 from comm_reference import check_all_gather, check_exchange
 
 from phalanx.errors import Evicted
@@ -381,19 +381,9 @@ def test_a_rank_that_the_others_masked_learns_so_from_a_buffer_in_use_again() ->
         node.tell_status()
         node.hear()
 
-    def hasty(node: Node) -> None:
-        node.adopt()
-        slots = torch.zeros(1, TOP_K, dtype=torch.int32)
-        node.comm.dispatch(torch.ones(1, HIDDEN, dtype=node.comm.dtype), slots)
-        node.comm.update_mask(0, False)
-        for _ in range(3):
-            node.comm.barrier()
-        node.tell_status()
-        node.hear()
-
     with Ranks(2) as ranks:
         ranks.spawn(0, slow, fault_point=dawdle)
-        ranks.spawn(1, hasty)
+        ranks.spawn(1, masks_rank_0)
         ranks.meet(1)
         assert ranks.hear(0) == "received"
         assert ranks.hear(1)["causes"] == {"0": "operator"}

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import msgspec
 import pytest
 import torch
-from comm_ranks import CLEAN, HIDDEN, PATIENCE_S, SLOTS, TOKEN, TOP_K, Channel, Hosts, Node, Ranks
+from comm_ranks import CLEAN, HIDDEN, PATIENCE_S, SLOTS, TOKEN, TOP_K, Channel, Hosts, Node, Ranks, masks_rank_0
 from comm_reference import check_all_gather, check_exchange
 
 from phalanx import wire
@@ -281,19 +281,9 @@ def test_a_rank_that_the_others_masked_is_told_nothing_and_times_out() -> None:
         node.tell_status()
         node.hear()
 
-    def masking(node: Node) -> None:
-        node.adopt()
-        slots = torch.zeros(1, TOP_K, dtype=torch.int32)
-        node.comm.dispatch(torch.ones(1, HIDDEN, dtype=node.comm.dtype), slots)
-        node.comm.update_mask(0, False)
-        for _ in range(3):
-            node.comm.barrier()
-        node.tell_status()
-        node.hear()
-
     with Ranks(2, hosts=apart, peer_timeout_s=1.0) as ranks:
         ranks.spawn(0, masked)
-        ranks.spawn(1, masking)
+        ranks.spawn(1, masks_rank_0)
         ranks.meet(1)
         assert ranks.hear(1)["causes"] == {"0": "operator"}
         assert ranks.hear(0) == CLEAN

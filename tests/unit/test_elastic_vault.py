@@ -396,14 +396,20 @@ def test_without_a_vault_workers_get_no_address_and_the_log_says_why(
     custodian.close()
 
 
-def test_keepers_that_end_to_no_effect_are_given_up_and_those_that_get_on_are_not(tiny: Path) -> None:
+def custodian_of(model: Path) -> tuple[list[m.VaultState], Custodian, VaultSpec]:
+    """A custodian of a model's vault, what it tells, and what its keepers are to be started with."""
     told: list[m.VaultState] = []
-    config = ServeConfig(model=str(tiny), kv_cache_memory_mb=1)
+    config = ServeConfig(model=str(model), kv_cache_memory_mb=1)
     custodian = Custodian(config, told.append)
     spec = VaultSpec(
         config=config, run_dir="", store_host="", store_port=0, notices="", launcher_pid=os.getpid(),
         vault=custodian.address,
     )  # fmt: skip
+    return told, custodian, spec
+
+
+def test_keepers_that_end_to_no_effect_are_given_up_and_those_that_get_on_are_not(tiny: Path) -> None:
+    told, custodian, spec = custodian_of(tiny)
     incarnations: list[int] = []
 
     def ask(spec: VaultSpec) -> None:
@@ -428,13 +434,7 @@ def test_keepers_that_end_to_no_effect_are_given_up_and_those_that_get_on_are_no
 
 
 def test_a_keeper_that_cannot_be_forked_any_more_is_given_up_and_the_vault_stays(tiny: Path) -> None:
-    told: list[m.VaultState] = []
-    config = ServeConfig(model=str(tiny), kv_cache_memory_mb=1)
-    custodian = Custodian(config, told.append)
-    spec = VaultSpec(
-        config=config, run_dir="", store_host="", store_port=0, notices="", launcher_pid=os.getpid(),
-        vault=custodian.address,
-    )  # fmt: skip
+    told, custodian, spec = custodian_of(tiny)
     asked: list[VaultSpec] = []
     custodian.nobody_is_born()
     assert not told, "nobody was asked for"
