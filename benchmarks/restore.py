@@ -39,15 +39,15 @@ from torch.distributed import TCPStore
 from phalanx import wire
 from phalanx.config import ServeConfig
 from phalanx.elastic.agree import Agreed
-from phalanx.elastic.mooncake import MooncakeTransport
-from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import Move
 from phalanx.elastic.restore import DiskSource, PeerSource, Restore, Source, VaultSource
-from phalanx.elastic.shares import Share
-from phalanx.elastic.stall import serve
 from phalanx.elastic.store import TcpStore
-from phalanx.elastic.transport import Stall, TcpTransport, Transport, stall_key
-from phalanx.elastic.vault import Follower, Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.memory import Follower, Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.mooncake import MooncakeTransport
+from phalanx.elastic.vault.remote import Remote
+from phalanx.elastic.vault.shares import Share
+from phalanx.elastic.vault.stall import serve
+from phalanx.elastic.vault.transport import Stall, TcpTransport, Transport, stall_key
 from phalanx.model.loader import Checkpoint
 from phalanx.moe.experts import SlotBank, digest
 from phalanx.process import VaultSpec

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from phalanx import messages as m
 from phalanx.config import ServeConfig
-from phalanx.elastic.room import room_for
-from phalanx.elastic.shares import EVERYTHING, Share
-from phalanx.elastic.vault import VaultMemory
+from phalanx.elastic.vault.memory import VaultMemory
+from phalanx.elastic.vault.room import room_for
+from phalanx.elastic.vault.shares import EVERYTHING, Share
 from phalanx.model.loader import Checkpoint
 from phalanx.process import VaultSpec
 from phalanx.wire import Site

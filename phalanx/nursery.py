@@ -182,7 +182,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     from phalanx import worker
-    from phalanx.elastic import keeper
+    from phalanx.elastic.vault import keeper
 
     gc.collect()
     gc.freeze()  # what is imported stays out of collections, so its pages stay shared

@@ -27,10 +27,10 @@ from phalanx.elastic.balance import REBALANCE, Balancer, Rules
 from phalanx.elastic.once import once
 from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
-from phalanx.elastic.remote import Remote
 from phalanx.elastic.restore import DiskSource, PeerSource, Source, VaultSource
-from phalanx.elastic.transports import transports
-from phalanx.elastic.vault import Bytes, Follower, Vault, VaultGone
+from phalanx.elastic.vault.memory import Bytes, Follower, Vault, VaultGone
+from phalanx.elastic.vault.remote import Remote
+from phalanx.elastic.vault.transports import transports
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
 from phalanx.model.known import KnownCheckpoint

@@ -155,7 +155,7 @@ def _check_device(config: ServeConfig) -> None:
 def _check_model(config: ServeConfig) -> str:
     """Raise for all that ranks and server would find wrong with the model, or with these flags for it; else a digest of
     its shape, which is to be the same on each host. LOCAL."""
-    from phalanx.elastic.fabric import chosen
+    from phalanx.elastic.vault.fabric import chosen
     from phalanx.model.loader import Checkpoint
     from phalanx.observe.events import EventLog
     from phalanx.server.text import ModelText

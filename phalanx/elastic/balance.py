@@ -28,11 +28,11 @@ import numpy as np
 from phalanx.elastic.agree import Agreed, Answer, Digests, Loads, Shape
 from phalanx.elastic.planning import Planner
 from phalanx.elastic.recover import Adoption
-from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import LoadWindow, diff
 from phalanx.elastic.restore import Bank, Restore, Source
 from phalanx.elastic.rounds import Outcome, Problem
 from phalanx.elastic.store import Clock, Store
+from phalanx.elastic.vault.remote import Remote
 from phalanx.testing.faults import NO_FAULTS, Faults
 from phalanx.world import EMPTY, IntArray, Member, Placement, View, World
 

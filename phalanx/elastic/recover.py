@@ -20,10 +20,10 @@ from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices
 from phalanx.elastic.detect import certainly_dead, change_after, merged
 from phalanx.elastic.leave import within
 from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
-from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import diff, replan, routes
 from phalanx.elastic.restore import Bank, Restore, Source
 from phalanx.elastic.store import Clock, Store
+from phalanx.elastic.vault.remote import Remote
 from phalanx.errors import Evicted, ExpertsLost, PeerLost, TooFewRanks, TooFewSlots
 from phalanx.messages import PhaseSeconds, Trigger
 from phalanx.testing.faults import NO_FAULTS, Faults

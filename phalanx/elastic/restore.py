@@ -1,7 +1,7 @@
 """Filling slots with experts, each checked by its digest: the only I/O on weights.
 
 Sources are asked in the order of their speed: the vault of this host, whose bytes a slot borrows without a copy; a live
-replica on a peer of this host, which is copied; other hosts (`elastic.remote`), of which everything that nobody here
+replica on a peer of this host, which is copied; other hosts (`vault.remote`), of which everything that nobody here
 has is asked at once, and comes while the rest is filled; the checkpoint on disk. A copy that is missing, damaged or
 gone costs no more than the next.
 
@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx.elastic.agree import Agreed
-from phalanx.elastic.remote import Arrival, Remote, Want
 from phalanx.elastic.replan import Move
 from phalanx.elastic.store import Clock, MonotonicClock
+from phalanx.elastic.vault.remote import Arrival, Remote, Want
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import PeerBank, digest
 from phalanx.testing.faults import NO_FAULTS, Faults
@@ -142,7 +142,7 @@ class PeerSource:
 
 
 class Shelf(Protocol):
-    """Experts in this host's memory, in slot layout, `elastic.vault.Vault` in a service."""
+    """Experts in this host's memory, in slot layout, `elastic.vault.memory.Vault` in a service."""
 
     def expert(self, layer: int, expert: int) -> tuple[Bytes, int] | None: ...
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from phalanx import __version__
 from phalanx import messages as m
-from phalanx.elastic.fabric import chosen
+from phalanx.elastic.vault.fabric import chosen
 from phalanx.errors import BadConfig
 from phalanx.server.answers import ServiceHere, json_answer
 from phalanx.server.chat import prompt_of

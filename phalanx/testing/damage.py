@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from phalanx.elastic.vault import NAME, Vault, address_at
+from phalanx.elastic.vault.memory import NAME, Vault, address_at
 
 
 def vault_of(launcher_pid: int) -> str:

@@ -13,11 +13,11 @@ from torch.distributed import TCPStore
 
 from phalanx.config import ServeConfig
 from phalanx.elastic.agree import Agreed
-from phalanx.elastic.shares import Share
-from phalanx.elastic.stall import serve
 from phalanx.elastic.store import TcpStore
-from phalanx.elastic.transport import Stall, stall_key
-from phalanx.elastic.vault import Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.memory import Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.shares import Share
+from phalanx.elastic.vault.stall import serve
+from phalanx.elastic.vault.transport import Stall, stall_key
 from phalanx.moe.experts import digest
 from phalanx.process import VaultSpec
 from phalanx.wire import Site, listen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ def incarnations(service: Service, timeout_s: float = PATIENCE_S) -> list[int]:
         if {rank["state"] for rank in ranks} == {"healthy"}:
             return [rank["incarnation"] for rank in ranks]
         service.wait_for_line(ANY_LINE, deadline - time.monotonic(), after=seen)
+
+
+def eventually(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Until what the service is asked for holds: what its processes tell it comes after their lines in the log."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"it does not hold after {timeout_s} s"
 
 
 class Standing:

@@ -23,16 +23,17 @@ from phalanx import wire
 from phalanx.comm.notices import NoticeBoard
 from phalanx.config import ServeConfig
 from phalanx.custodian import Custodian
-from phalanx.elastic import keeper
 from phalanx.elastic.agree import Agreed
-from phalanx.elastic.mooncake import MooncakeTransport
-from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import diff
 from phalanx.elastic.restore import Restore
-from phalanx.elastic.room import room_for
-from phalanx.elastic.shares import Share
 from phalanx.elastic.store import TcpStore
-from phalanx.elastic.transport import (
+from phalanx.elastic.vault import keeper
+from phalanx.elastic.vault.memory import Vault
+from phalanx.elastic.vault.mooncake import MooncakeTransport
+from phalanx.elastic.vault.remote import Remote
+from phalanx.elastic.vault.room import room_for
+from phalanx.elastic.vault.shares import Share
+from phalanx.elastic.vault.transport import (
     Gate,
     Greeting,
     Piece,
@@ -43,7 +44,6 @@ from phalanx.elastic.transport import (
     send_request,
     stall_key,
 )
-from phalanx.elastic.vault import Vault
 from phalanx.model.loader import Checkpoint
 from phalanx.moe.experts import SlotBank, digest
 from phalanx.process import VaultSpec

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from standing import Standing
+from standing import Standing, eventually
 from streams import SAMPLING, Streams
 
 from phalanx.testing.service import Service
@@ -57,13 +56,6 @@ def metric(service: Service, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-def wait_for_metric(service: Service, name: str, timeout_s: float = 30) -> None:
-    """Until it is above 0: what a rank reports comes after its line in the log."""
-    deadline = time.monotonic() + timeout_s
-    while metric(service, name) <= 0:
-        assert time.monotonic() < deadline, f"{name} is still 0 after {timeout_s} s"
-
-
 def chaos(service: Service, kind: str, rank: int, where: str) -> None:
     httpx.post(f"{service.url}/chaos", json={"kind": kind, "rank": rank, "where": where}).raise_for_status()
 
@@ -74,7 +66,8 @@ def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(moving:
             assert running.join() == unmoved[kind]
         # on a slow machine the streams may end first: an idle service goes on with what it has begun
         service.wait_for_line("rebalanced: ")
-        wait_for_metric(service, 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}')
+        rebalances = 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}'
+        eventually(lambda: metric(service, rebalances) > 0)
         balance = httpx.get(f"{service.url}/server_info").json()["expert_balance"]
         assert balance["enabled"]
         assert balance["replicas"] == 3 * (16 + 4) == metric(service, "phalanx_expert_replicas")

@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from standing import Standing
+from standing import Standing, eventually
 from streams import PROMPTS, SAMPLING, Streams
 
-from phalanx.elastic.room import available_bytes
+from phalanx.elastic.vault.room import available_bytes
 from phalanx.testing.damage import damage_vault, vault_of
 from phalanx.testing.service import Service
 
@@ -113,15 +113,15 @@ def test_when_the_checkpoint_is_gone_all_that_dies_comes_back_and_what_is_damage
     keeper = service.status()["vault"]["pid"]
     os.kill(keeper, signal.SIGUSR1)
     service.wait_for_line("the vault cannot be filled: .* is not a directory", after=seen)
+    eventually(lambda: "cannot be filled" in service.status()["vault"]["reason"])
     vault = service.status()["vault"]
     assert (vault["state"], vault["pid"]) == ("filling", keeper)
     assert 0 < vault["filled_bytes"] < vault["total_bytes"]
-    assert "cannot be filled" in vault["reason"]
     shutil.copytree(tiny, model)
     seen = service.lines
     os.kill(keeper, signal.SIGUSR1)
     service.wait_for_line(FULL, after=seen)
-    assert service.status()["vault"]["reason"] == ""
+    eventually(lambda: service.status()["vault"]["reason"] == "")
     for kind, running in both_kinds(service.url).items():
         assert running.join() == unfailed[kind], "the newcomers have the right weights"
 

@@ -15,14 +15,14 @@ import torch
 from elastic_doubles import member
 
 from phalanx.elastic.agree import Agreed
-from phalanx.elastic.mooncake import BOUNCE_BYTES, ENTRY_GAP, MAX_ENTRIES, batches
-from phalanx.elastic.remote import Remote
 from phalanx.elastic.replan import diff
 from phalanx.elastic.restore import PeerSource, Restore
-from phalanx.elastic.shares import Share
 from phalanx.elastic.store import MemoryStore, MonotonicClock
-from phalanx.elastic.transport import Arrived, Gate, Piece, Stall, encoded_shape, stall_key
-from phalanx.elastic.vault import Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.memory import Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.mooncake import BOUNCE_BYTES, ENTRY_GAP, MAX_ENTRIES, batches
+from phalanx.elastic.vault.remote import Remote
+from phalanx.elastic.vault.shares import Share
+from phalanx.elastic.vault.transport import Arrived, Gate, Piece, Stall, encoded_shape, stall_key
 from phalanx.moe.experts import SlotBank, digest
 from phalanx.world import Member, Placement, View
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phalanx.elastic.shares import EVERYTHING, Share, hosts_of
-from phalanx.elastic.vault import Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.memory import Vault, VaultMemory, VaultShape
+from phalanx.elastic.vault.shares import EVERYTHING, Share, hosts_of
 
 clusters = st.tuples(st.integers(1, 12), st.integers(1, 5), st.integers(1, 6), st.integers(1, 40))
 

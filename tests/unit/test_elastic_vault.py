@@ -19,8 +19,8 @@ from phalanx.custodian import Custodian
 from phalanx.elastic.agree import Agreed
 from phalanx.elastic.replan import diff
 from phalanx.elastic.restore import DiskSource, PeerSource, Restore, VaultSource
-from phalanx.elastic.room import room_for
-from phalanx.elastic.vault import Follower, Vault, VaultGone, VaultMemory, VaultShape
+from phalanx.elastic.vault.memory import Follower, Vault, VaultGone, VaultMemory, VaultShape
+from phalanx.elastic.vault.room import room_for
 from phalanx.model.layers import DenseWeights
 from phalanx.model.loader import Checkpoint
 from phalanx.moe.experts import BorrowedSlot, PeerBank, SlotBank, digest

@@ -22,10 +22,10 @@ import time
 import msgspec
 
 from phalanx import wire
-from phalanx.elastic.fabric import chosen, rdma_devices
 from phalanx.elastic.store import Store, TcpStore
-from phalanx.elastic.transport import CONNECT_S, Greeting, Request, Stall, encoded_shape, stall_key
-from phalanx.elastic.vault import Vault, VaultGone
+from phalanx.elastic.vault.fabric import chosen, rdma_devices
+from phalanx.elastic.vault.memory import Vault, VaultGone
+from phalanx.elastic.vault.transport import CONNECT_S, Greeting, Request, Stall, encoded_shape, stall_key
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import PeerBank, StaleAddress
 from phalanx.process import VaultSpec, die_with_parent
@@ -116,7 +116,7 @@ def _publish(store: Store, stall: Stall) -> None:
 
 def _offer_mooncake(spec: VaultSpec, vault: Vault, stall: Stall) -> None:
     """Once the vault is full, register it with the Transfer Engine, too (which takes all its pages at once)."""
-    from phalanx.elastic.mooncake import Segment  # late: the package is optional
+    from phalanx.elastic.vault.mooncake import Segment  # late: the package is optional
 
     while not vault.is_full:
         time.sleep(_LOOK_S)

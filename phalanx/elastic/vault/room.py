@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from phalanx.config import ELEMENT_BYTES, ServeConfig
-from phalanx.elastic.shares import EVERYTHING, Share
-from phalanx.elastic.vault import VaultShape
+from phalanx.elastic.vault.memory import VaultShape
+from phalanx.elastic.vault.shares import EVERYTHING, Share
 from phalanx.model.loader import Checkpoint
 
 PROCESS_BYTES = 200 << 20

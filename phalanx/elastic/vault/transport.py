@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx import wire
-from phalanx.elastic.shares import Share
-from phalanx.elastic.vault import VaultShape
+from phalanx.elastic.vault.memory import VaultShape
+from phalanx.elastic.vault.shares import Share
 from phalanx.errors import PhalanxError
 
 Bytes = npt.NDArray[np.uint8]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from phalanx.elastic.transport import CHUNK_BYTES, Arrived, Bytes, Gate, Piece, Stall
+from phalanx.elastic.vault.transport import CHUNK_BYTES, Arrived, Bytes, Gate, Piece, Stall
 from phalanx.errors import PhalanxError
 
 log = logging.getLogger("phalanx.vault")

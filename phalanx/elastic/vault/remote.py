@@ -27,10 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx.elastic.agree import Agreed
-from phalanx.elastic.shares import hosts_of
 from phalanx.elastic.store import Store
-from phalanx.elastic.transport import Bytes, Gate, Piece, Stall, Transport, shape_of, stall_key
-from phalanx.elastic.vault import FILLED, VaultShape
+from phalanx.elastic.vault.memory import FILLED, VaultShape
+from phalanx.elastic.vault.shares import hosts_of
+from phalanx.elastic.vault.transport import Bytes, Gate, Piece, Stall, Transport, shape_of, stall_key
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import RunningDigest, SlotLayout
 from phalanx.world import Member

@@ -26,12 +26,12 @@ import zmq
 from phalanx import messages as m
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Answer, TcpStore
-from phalanx.elastic.remote import BATCH_BYTES, Remote, Want
 from phalanx.elastic.restore import TROUBLE, Bytes
-from phalanx.elastic.room import RESERVE_BYTES, available_bytes, gb
-from phalanx.elastic.stall import StallProcess
-from phalanx.elastic.transports import transports
-from phalanx.elastic.vault import Vault
+from phalanx.elastic.vault.memory import Vault
+from phalanx.elastic.vault.remote import BATCH_BYTES, Remote, Want
+from phalanx.elastic.vault.room import RESERVE_BYTES, available_bytes, gb
+from phalanx.elastic.vault.stall import StallProcess
+from phalanx.elastic.vault.transports import transports
 from phalanx.errors import BadCheckpoint
 from phalanx.model.known import KnownCheckpoint
 from phalanx.moe.experts import PeerBank, digest
@@ -348,12 +348,13 @@ class Report:
 
     def now(self, state: m.VaultPhase, reason: str = "") -> None:
         """Something worth saying at once; trouble that goes on is said to the log once. LOCAL."""
-        if reason and (state, reason) != (self._state, self._trouble) and not (state == self._state == "short"):
-            log.warning("%s", reason)
+        news = reason and (state, reason) != (self._state, self._trouble) and not (state == self._state == "short")
         self._trouble = reason
         self._began = time.monotonic()
         self._filled = self._vault.filled_bytes
         self._send(state, reason)
+        if news:
+            log.warning("%s", reason)
 
     def _sources(self) -> Iterator[str]:
         names = {"vault": "from other hosts", "peer": "from ranks", "disk": "from disk"}

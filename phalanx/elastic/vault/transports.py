@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from phalanx.config import ServeConfig
-from phalanx.elastic.fabric import chosen, rdma_devices
-from phalanx.elastic.mooncake import MooncakeTransport
-from phalanx.elastic.transport import TcpTransport, Transport
+from phalanx.elastic.vault.fabric import chosen, rdma_devices
+from phalanx.elastic.vault.mooncake import MooncakeTransport
+from phalanx.elastic.vault.transport import TcpTransport, Transport
 from phalanx.wire import Site
 
 

@@ -1,8 +1,8 @@
 """The vault: the model's weights in host memory, so that no recovery reads from disk. A host alone holds all of them;
-of several each holds the dense weights and its share of the experts (`elastic.shares`).
+of several each holds the dense weights and its share of the experts (`elastic.vault.shares`).
 
 It is one memory file. The launcher makes it and holds it, without ever mapping its contents; a process of its own (the
-keeper, `elastic.keeper`) fills it; workers map it read-only. So it outlives every worker, and the keeper too: one that
+keeper, `vault.keeper`) fills it; workers map it read-only. So it outlives every worker, and the keeper too: one that
 is killed loses nothing but the expert it was writing.
 
     header      magic, token, sizes, counters              one page
@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx.comm.segment import memory_fence
-from phalanx.elastic.shares import EVERYTHING, Share
+from phalanx.elastic.vault.shares import EVERYTHING, Share
 from phalanx.errors import PhalanxError
 
 if TYPE_CHECKING:
