@@ -11,9 +11,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -22,8 +21,8 @@ import zmq
 from phalanx import messages as m
 from phalanx.backend import Place, backend
 from phalanx.comm.notices import NoticeBoard
-from phalanx.elastic.ahead import LOOK_S
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
+from phalanx.elastic.ahead import LOOK_S
 from phalanx.elastic.balance import Balancer, Rules
 from phalanx.elastic.once import once
 from phalanx.elastic.planning import PlanProcess

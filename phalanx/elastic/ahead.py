@@ -5,9 +5,9 @@
     recovery.work()                  after each step: the next bit of the roll call, which waits for nobody
     recovery.run(Change("join"))     when all are ready all leave the same step boundary, with the World in hand
 
-It is the roll call of `elastic.agree`: the World of the next epoch, planned by the lowest member, written once. Only the
-members' answers stand under keys of their own. They are hints of what slots hold, given while all serve; an answer in a
-roll call after a failure says that somebody lives, so it must be a new one.
+It is the roll call of `elastic.agree`: the World of the next epoch, planned by the lowest member, written once. Only
+the members' answers stand under keys of their own. They say what slots hold, while all serve; an answer in a roll call
+after a failure says that somebody lives, so it must be a new one.
 
 A failure may come at any point. What was published by then is the next World, as ever; what was not is forgotten. So
 from its answer on, until it adopts the next World, whichever that is, a member's slots must not change (`under_way`).
@@ -21,8 +21,6 @@ Keys, n = the epoch that is agreed on, m = rank.incarnation:
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import msgspec
 
 from phalanx.elastic.agree import Agreed, Answer, Limits, Meeting, RollCall
 from phalanx.elastic.store import Clock
@@ -46,7 +44,7 @@ class Ahead:
         answer: Callable[[], Answer],
         routes: Callable[[Agreed], IntArray],
     ) -> None:
-        """answer: what this rank would say in a roll call. routes: its routing table, int32 [L, E, W], under a World."""
+        """answer: what this rank would say in a roll call. routes: its routing table under a World, int32 [L, E, W]."""
         self._calls, self._limits, self._clock = calls, limits, clock
         self._answer, self._routes = answer, routes
         self.forget()
@@ -77,7 +75,7 @@ class Ahead:
             self.trigger, self._base, self._since = trigger, base, self._clock.now()
 
     def take(self) -> tuple[Agreed, IntArray] | None:
-        """The World and this rank's routing table, int32 [L, E, W], if it is ready. Nothing is under way then. LOCAL."""
+        """The World and this rank's routing table, int32 [L, E, W], if it is ready. Ends what is under way. LOCAL."""
         agreed, routes_LEW = self._agreed, self._routes_LEW
         self.forget()
         return None if agreed is None or routes_LEW is None else (agreed, routes_LEW)
