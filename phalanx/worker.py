@@ -69,7 +69,7 @@ CHECK_PATIENCE_S = 5.0
 PROPOSALS: tuple[m.Trigger, ...] = ("rebalance", "join", "scale")
 """What stands in a step's header, counted from 1, for a change that is agreed on beside the steps; 0: nothing."""
 
-BESIDE_S = 0.0005
+BESIDE_S = 0.002
 """How long a rank goes on after a step with what moves such a change, when one bit of it leads to the next."""
 
 KNOCK_LINGER_MS = 1000
