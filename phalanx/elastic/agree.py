@@ -126,9 +126,10 @@ class RollCall:
             raise self.outside(agreed)
         return agreed
 
-    def join(self, mine: Answer) -> Agreed:
-        """Ask to be let in, and return the World that has this rank. Waits until the members meet; they wait for a
-        newcomer at most join_s. Raises Evicted when they do not meet for longer than start_s. LOCAL."""
+    def join(self, mine: Answer) -> tuple[Agreed, bool]:
+        """Ask to be let in. Returns the World that has this rank, and whether others made it. Waits until the members
+        meet; they wait for a newcomer at most join_s. Raises Evicted when they do not meet for longer than start_s.
+        LOCAL."""
         patience_s = self._limits.start_s + self._limits.roll_call_s  # the first meeting may be open already
         deadline = self._clock.now() + patience_s
         last = self.follow(None)
@@ -146,7 +147,7 @@ class RollCall:
                 knock_at = self._clock.now() + _KNOCK_EVERY_S
             if last is not None and all(self.is_dead(m) for m in last.view.members):
                 try:  # nobody is left to let it in
-                    return self.hold(last, "join", mine)
+                    return self.hold(last, "join", mine), False
                 except Evicted:  # another newcomer was faster: it is a member now, and can be asked
                     last = self.follow(last)
                     continue
@@ -159,7 +160,7 @@ class RollCall:
             if (agreed := self.read(epoch)) is not None:
                 last = self.follow(agreed)
                 if last is not None and self.me in last.view:
-                    return last
+                    return last, True
                 deadline = self._clock.now() + patience_s
         raise self._evicted(last.epoch if last else 0)
 

@@ -110,7 +110,7 @@ class Recovery:
         self._agreed: Agreed | None = None
         self._served: View | None = None
         self._unfinished: Change | None = None
-        self._said_what_it_holds = False
+        self._said_what_it_holds = self._let_in = False
         self._seconds = PhaseSeconds()
         self._bytes: dict[str, int] = {}
         self._source_s: dict[str, float] = {}
@@ -205,6 +205,8 @@ class Recovery:
         assert agreed is not None
         began = self._clock.now()
         self._comm.adopt(agreed.view)
+        if not self._let_in and not set(agreed.view.members) <= set(self._served.members if self._served else ()):
+            self._comm.ring()  # newcomers sleep until then
         self._add(mask=self._clock.now() - began)
         self._check_capacity(agreed)
         routes_LEW = self._restore(agreed, routes_LEW)
@@ -219,7 +221,7 @@ class Recovery:
         began = self._clock.now()
         base = self._calls.follow(self._agreed)
         if change.trigger == "join" and self._agreed is None:
-            agreed = self._calls.join(self._answer())
+            agreed, self._let_in = self._calls.join(self._answer())
         elif base is not None and self.me not in base.view:
             raise Evicted(self.me.rank, self.me.incarnation, base.epoch)
         elif base is not None and base.epoch > self.view.epoch and base.epoch >= change.epoch:
@@ -264,8 +266,8 @@ class Recovery:
                     if not job.remaining and (job.learned or not self._said_what_it_holds):
                         self._calls.remember(self._answer())
                         job.learned, self._said_what_it_holds = 0, True
-                        if self._served is None:
-                            self._calls.stand(agreed.epoch)
+                        if self._let_in:
+                            self._stand_by(agreed)
                     remaining, lost = self._meet(job)
         finally:
             self._add(restore=self._clock.now() - planned)
@@ -274,6 +276,12 @@ class Recovery:
             raise ExpertsLost(lost, "no source has an intact copy")
         self._faults.point("adopt")
         return routes_LEW
+
+    def _stand_by(self, agreed: Agreed) -> None:
+        """A newcomer's sleep until one who lets it in has come to the World that both have in hand. LOCAL."""
+        self._let_in = False
+        self._calls.stand(agreed.epoch)
+        self._comm.sleep(self._limits.restore_s)
 
     def _meet(self, job: Restore) -> tuple[int, tuple[tuple[int, int], ...]]:
         """How many experts are still to be restored anywhere, and which are lost. COLLECTIVE."""

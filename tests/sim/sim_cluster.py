@@ -343,7 +343,9 @@ class Cluster:
                 engine.accept()
                 self._on_point(process, "step")
                 rounds += 1
-                if process.leaving and not (told or process.deaf):
+                if recovery.ahead.under_way:
+                    pass
+                elif process.leaving and not (told or process.deaf):
                     recovery.leave(process.leaving)
                     recovery.begin("scale")
                     told = True

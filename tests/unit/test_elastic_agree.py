@@ -203,7 +203,8 @@ def test_a_newcomer_waits_for_a_roll_call_and_answers_the_one_that_is_open(table
             table.rank(0).hold(base, "join", answer(member(0)))
 
     table.store.before_get = members_meet
-    agreed = table.rank(2, 1).join(answer(member(2, 1)))
+    agreed, let_in = table.rank(2, 1).join(answer(member(2, 1)))
+    assert let_in
     assert member(2, 1) in agreed.view
 
 
