@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from standing import Standing, eventually
+from asking import becomes, chaos, eventually, get, healthy, metric
+from standing import Standing
 from streams import SAMPLING, Streams
 
 from phalanx.testing.service import Service
@@ -47,19 +47,6 @@ def moving(tiny: Path) -> Iterator[Standing]:
     service.end()
 
 
-def alive(service: Service) -> set[int]:
-    return {rank["rank"] for rank in service.status()["ranks"] if rank["state"] == "healthy"}
-
-
-def metric(service: Service, name: str) -> float:
-    lines = httpx.get(f"{service.url}/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
-def chaos(service: Service, kind: str, rank: int, where: str) -> None:
-    httpx.post(f"{service.url}/chaos", json={"kind": kind, "rank": rank, "where": where}).raise_for_status()
-
-
 def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(moving: Standing, unmoved: Unfailed) -> None:
     with moving.losing() as service:
         for kind, running in both_kinds(service.url).items():
@@ -68,7 +55,7 @@ def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(moving:
         service.wait_for_line("rebalanced: ")
         rebalances = 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}'
         eventually(lambda: metric(service, rebalances) > 0)
-        balance = httpx.get(f"{service.url}/server_info").json()["expert_balance"]
+        balance = get(service, "/server_info").json()["expert_balance"]
         assert balance["enabled"]
         assert balance["replicas"] == 3 * (16 + 4) == metric(service, "phalanx_expert_replicas")
         assert 0 < balance["moves"] <= metric(service, "phalanx_expert_moves_total")  # more may have moved in between
@@ -85,7 +72,7 @@ def test_a_rank_that_dies_while_experts_are_staged_changes_no_stream(
     moving: Standing, unmoved: Unfailed, rank: int
 ) -> None:
     with moving.losing(rank) as service:
-        chaos(service, "kill", rank, "stage")
+        chaos(service, "kill", rank, where="stage")
         for kind, running in both_kinds(service.url).items():
             assert running.join() == unmoved[kind]
 
@@ -97,7 +84,7 @@ def test_a_rank_that_dies_at_the_switch_changes_no_stream(
     moving: Standing, unmoved: Unfailed, rank: int, where: str
 ) -> None:
     with moving.losing(rank) as service:
-        chaos(service, "kill", rank, where)
+        chaos(service, "kill", rank, where=where)
         for kind, running in both_kinds(service.url).items():
             assert running.join() == unmoved[kind]
 
@@ -106,12 +93,12 @@ def test_after_a_death_redundant_experts_come_back_by_themselves_also_in_an_idle
     serve: Serve, unmoved: Unfailed
 ) -> None:
     service = serve(num_redundant_experts=16)  # every expert stands twice again before the second death
-    chaos(service, "kill", 1, "all_gather")
+    chaos(service, "kill", 1, where="all_gather")
     service.wait_for_line(r"recovered: lost ranks \[1\]")
     service.wait_for_line("rebalanced: ")
     seen = service.lines
-    chaos(service, "kill", 2, "all_gather")
+    chaos(service, "kill", 2, where="all_gather")
     service.wait_for_line(r"recovered: lost ranks \[2\].* no bytes restored", after=seen)
     for kind, running in both_kinds(service.url).items():
         assert running.join() == unmoved[kind]
-    assert alive(service) == {0, 3}
+    becomes(lambda: healthy(service), {0, 3})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-import httpx
 import pytest
-from standing import Standing
+from asking import becomes, eventually, get, instruct, problem, states
+from standing import Standing, incarnations
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.testing.service import Service
@@ -20,13 +20,6 @@ pytestmark = pytest.mark.cluster
 RANKS = range(4)
 Unfailed = dict[str, list[Any]]
 Serve = Callable[..., Service]
-
-
-def incarnations(service: Service) -> list[int]:
-    """Of all ranks, when all are healthy."""
-    ranks = service.status()["ranks"]
-    assert {rank["state"] for rank in ranks} == {"healthy"}, ranks
-    return [rank["incarnation"] for rank in ranks]
 
 
 def back(service: Service, *ranks: int, after: int, timeout_s: float = 60) -> None:
@@ -40,11 +33,6 @@ def both_kinds(url: str) -> dict[str, Streams]:
     for streams in running.values():
         streams.wait_for_chunks(4)
     return running
-
-
-def instruct(service: Service, instruction: str, rank: int) -> int:
-    body = {"instruction": instruction, "params": {"rank": rank}}
-    return httpx.post(f"{service.url}/fault_tolerance/apply", json=body).status_code
 
 
 def check(running: dict[str, Streams], unfailed: Unfailed) -> None:
@@ -114,17 +102,16 @@ def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_ope
     faults = ",".join(f"raise@start:rank=1:incarnation={number}" for number in range(3))
     service = serve(ep_size=2, max_restarts=2, faults=faults)
     service.wait_for_line(r"rank 1 is not started again: given up after 2 restarts")
+    eventually(lambda: "given up after 2 restarts" in problem(service, 1))
+    assert "InjectedFault" in problem(service, 1)
     state = service.status()["ranks"][1]
     assert (state["state"], state["incarnation"]) == ("dead", 2)
-    problem = httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
-    assert "given up after 2 restarts" in problem
-    assert "InjectedFault" in problem
-    assert httpx.get(f"{service.url}/ready").status_code == 200
+    assert get(service, "/ready").status_code == 200
     seen = service.lines
-    assert instruct(service, "rejoin", 1) == 202
+    assert instruct(service, "rejoin", rank=1).status_code == 202
     back(service, 1, after=seen)
     assert incarnations(service) == [0, 3]
-    assert not httpx.get(f"{service.url}/server_info").json()["rank_problems"]
+    becomes(lambda: problem(service, 1), "")
 
 
 def test_an_evicted_rank_that_stays_stopped_is_replaced(quick: Standing, unfailed: Unfailed) -> None:
@@ -141,14 +128,14 @@ def test_a_masked_rank_stays_out_until_an_operator_wants_it_back(standing: Stand
     with standing.losing(1) as service:
         running = both_kinds(service.url)
         seen = service.lines
-        assert instruct(service, "mask_rank", 1) == 202
+        assert instruct(service, "mask_rank", rank=1).status_code == 202
         service.wait_for_line(r"rank 1 is not started again: taken out by an operator", after=seen)
-        assert "operator" in httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
+        eventually(lambda: "operator" in problem(service, 1))
         check(running, unfailed)
-        assert service.status()["ranks"][1]["state"] == "dead"
-        assert instruct(service, "rejoin", 1) == 202
+        assert states(service)[1] == "dead"
+        assert instruct(service, "rejoin", rank=1).status_code == 202
         back(service, 1, after=seen)
-        assert instruct(service, "rejoin", 1) == 400
+        assert instruct(service, "rejoin", rank=1).status_code == 400
 
 
 def test_a_masked_rank_may_be_called_back_before_its_process_has_ended(standing: Standing, unfailed: Unfailed) -> None:
@@ -156,10 +143,9 @@ def test_a_masked_rank_may_be_called_back_before_its_process_has_ended(standing:
         running = both_kinds(service.url)
         seen = service.lines
         service.signal(1, signal.SIGSTOP)  # so that it cannot end by itself
-        assert instruct(service, "mask_rank", 1) == 202
-        while service.status()["ranks"][1]["state"] != "dead":
-            assert service.process.poll() is None
-        assert instruct(service, "rejoin", 1) == 202
+        assert instruct(service, "mask_rank", rank=1).status_code == 202
+        becomes(lambda: states(service)[1], "dead")
+        assert instruct(service, "rejoin", rank=1).status_code == 202
         back(service, 1, after=seen)
         check(running, unfailed)
 
@@ -200,39 +186,36 @@ def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_
         os.kill(nursery, signal.SIGKILL)
     service.wait_for_line("the process that forks workers ended: no more", after=seen)
     service.wait_for_line("rank 1 is not started again: no process can be started", after=seen)
-    assert "no process can be started" in httpx.get(f"{service.url}/server_info").json()["rank_problems"]["1"]
-    assert httpx.get(f"{service.url}/ready").status_code == 200
-    assert instruct(service, "rejoin", 1) == 202
+    eventually(lambda: "no process can be started" in problem(service, 1))
+    assert get(service, "/ready").status_code == 200
+    assert instruct(service, "rejoin", rank=1).status_code == 202
     back(service, 1, after=seen)
     assert incarnations(service) == [0, 1]
 
 
 def test_a_rank_that_returns_to_a_paused_service_is_paused(standing: Standing, unfailed: Unfailed) -> None:
     with standing.losing(1) as service:
-        seen = service.lines
-        everybody = {"instruction": "pause"}
-        assert httpx.post(f"{service.url}/fault_tolerance/apply", json=everybody).status_code == 202
-        service.wait_for_line(r"rank 1\.\d+ is paused", after=seen)
+        assert instruct(service, "pause").status_code == 202
+        becomes(lambda: set(states(service).values()), {"paused"})
         streams = {kind: Streams(service.url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
         seen = service.lines
         service.signal(1, signal.SIGKILL)
         back(service, 1, after=seen)
-        service.wait_for_line(r"rank 1\.\d+ is paused", after=seen)
-        assert {rank["state"] for rank in service.status()["ranks"]} == {"paused"}
+        becomes(lambda: set(states(service).values()), {"paused"})
         assert not any(stream.at for kind in streams.values() for stream in kind.seen)
-        retry = {"instruction": "retry"}
-        assert httpx.post(f"{service.url}/fault_tolerance/apply", json=retry).status_code == 202
+        assert instruct(service, "retry").status_code == 202
         check(streams, unfailed)
 
 
 def nursery_of(service: Service, other_than: int = 0) -> int:
-    """The process that forks workers; there must be one in a moment. Whom it forked has the same command line."""
-    status = service.status()
-    forked = {other_than, status["vault"]["pid"], *(rank["pid"] for rank in status["ranks"])}
+    """The process that forks workers; there must be one in a moment. Whom it forked has the same command line, but it
+    alone leads a session."""
     while True:
+        assert service.process.poll() is None, service.log
         for pid in children(service.process.pid):
-            if pid not in forked and "phalanx.nursery" in command(pid):
-                return pid
+            with suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
+                if pid != other_than and "phalanx.nursery" in command(pid) and os.getsid(pid) == pid:
+                    return pid
 
 
 def children(pid: int) -> list[int]:
@@ -242,4 +225,4 @@ def children(pid: int) -> list[int]:
 
 def command(pid: int) -> str:
     with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return re.sub(r"\0+", " ", file.read().decode())
+        return file.read().replace(b"\0", b" ").decode()

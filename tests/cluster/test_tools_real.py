@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from asking import becomes, states
 
 from phalanx.testing.service import Service
 
@@ -57,6 +58,7 @@ def test_chaos_kills_the_rank_it_names_and_status_shows_it(serve: Callable[..., 
     killed = run("-m", "phalanx", "chaos", "kill", "--rank", "1", "--url", service.url)
     assert killed.returncode == 0, killed.stderr
     service.wait_for_line(r"recovered: lost ranks \[1\]")
+    becomes(lambda: states(service), {0: "healthy", 1: "dead"})
     seen = run("-m", "phalanx", "status", "--url", service.url, "--json")
     assert seen.returncode == 0, seen.stderr
     state = json.loads(seen.stdout)["fault_tolerance"]
