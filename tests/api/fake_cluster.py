@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +23,7 @@ import httpx
 import msgspec
 import zmq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from warm_server import WarmServer
 
 from phalanx import messages as m
 from phalanx.config import ServeConfig
@@ -188,10 +186,8 @@ class Cluster:
     def start(self, serve: bool = True) -> Cluster:
         listener = socket.create_server(("127.0.0.1", 0), backlog=1)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        fd = listener.fileno()
-        command = [sys.executable, "-m", "phalanx.server", "--config", str(self._config_file), "--run-dir", self.dir]
-        self.log_file = open(os.path.join(self.dir, "server.log"), "wb")  # noqa: SIM115
-        self.server = subprocess.Popen([*command, "--fd", str(fd)], pass_fds=[fd], stderr=self.log_file)
+        arguments = ["--config", str(self._config_file), "--run-dir", self.dir]
+        self.server = WarmServer(arguments, Path(self.dir, "server.log"), listener.fileno())
         listener.close()
         self.http = httpx.Client(base_url=self.url, timeout=60)
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -212,7 +208,6 @@ class Cluster:
         self._thread.join(10)
         self.http.close()
         self._zmq.destroy(linger=0)
-        self.log_file.close()
         return code
 
     @property
