@@ -68,6 +68,12 @@ def metric(service: Service, name: str, label: str = "") -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
 
 
+def restored(service: Service) -> dict[str, int]:
+    """Bytes by source since the service became ready."""
+    name = "phalanx_expert_bytes_restored_total"
+    return {source: int(metric(service, name, f'source="{source}"')) for source in ("peer", "vault", "disk")}
+
+
 def instruct(service: Service, instruction: str, **params: object) -> httpx.Response:
     """An operator's instruction."""
     return post(service, "/fault_tolerance/apply", {"instruction": instruction, "params": params})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import becomes, chaos, eventually, get, metric, state_of
+from asking import becomes, chaos, eventually, get, restored, state_of
 from standing import Standing
 from streams import PROMPTS, SAMPLING, Streams
 
@@ -20,7 +20,6 @@ from phalanx.testing.service import Service
 
 pytestmark = pytest.mark.cluster
 
-RANKS = range(4)
 Unfailed = dict[str, list[Any]]
 Serve = Callable[..., Service]
 
@@ -29,12 +28,6 @@ FULL = r"the vault is full"
 
 def both_kinds(url: str) -> dict[str, Streams]:
     return {kind: Streams(url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
-
-
-def restored(service: Service) -> dict[str, int]:
-    """Bytes by source since the service became ready, from its metrics."""
-    name = "phalanx_expert_bytes_restored_total"
-    return {source: int(metric(service, name, f'source="{source}"')) for source in ("peer", "vault", "disk")}
 
 
 def kill_in_mid_stream(service: Service, unfailed: Unfailed, *ranks: int) -> None:
@@ -54,30 +47,6 @@ def keeper_of(service: Service) -> int:
     while not ((pid := service.status()["vault"]["pid"]) and Path(f"/proc/{pid}").exists()):
         assert service.process.poll() is None, service.log
     return int(pid)
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_with_a_full_vault_neither_recovery_nor_return_reads_from_disk(
-    standing: Standing, unfailed: Unfailed, rank: int
-) -> None:
-    with standing.losing(rank) as service:
-        service.wait_for_line(FULL)
-        before, seen = restored(service), service.lines
-        kill_in_mid_stream(service, unfailed, rank)
-        service.wait_for_line(r"recovered: .* bytes from vault at \d+\.\d\d GB/s a rank", after=seen)
-        after = restored(service)
-        assert after["disk"] == before["disk"]
-        assert after["vault"] > before["vault"]
-
-
-def test_down_to_one_rank_nothing_is_read_from_disk(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve()
-    service.wait_for_line(FULL)
-    kill_in_mid_stream(service, unfailed, 0, 2, 1)
-    assert restored(service)["disk"] == 0
-    last = service.status()["last_recovery"]
-    assert last["bytes_restored"]["disk"] == 0
-    assert last["seconds_restored"]["vault"] > 0
 
 
 def test_when_the_checkpoint_is_gone_all_that_dies_comes_back_and_what_is_damaged_waits_for_it(
