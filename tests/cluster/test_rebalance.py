@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cluster
 SKEWED = ["aaaaaaaaaaaaaaaa " * 4, "aaaaaaaa", "aaaaaaaaaaaa " * 2, "aaaaaaaa b", "aaaaa", "aaaaaaaaaaaaaaaaaaaaaaaa"]
 """The same few tokens over and over: they ask the same few experts."""
 
-LENGTH = 150
+LENGTH = 100
 EPLB = {"enable_eplb": True, "eplb_window": 16, "eplb_interval": 16, "eplb_min_gain": 0.0}
 
 Serve = Callable[..., Service]
@@ -47,6 +47,17 @@ def moving(tiny: Path) -> Iterator[Standing]:
     service.end()
 
 
+def stream_until_dead(service: Service, rank: int, unmoved: Unfailed) -> None:
+    """Stream until a rank has died as it was told to: on a slow machine experts may first move in a later round."""
+    incarnation = service.status()["ranks"][rank]["incarnation"]
+    dead = False
+    while not dead:
+        for kind, running in both_kinds(service.url).items():
+            assert running.join() == unmoved[kind]
+        now = service.status()["ranks"][rank]
+        dead = now["incarnation"] > incarnation or now["state"] in ("dead", "rejoining")
+
+
 def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(moving: Standing, unmoved: Unfailed) -> None:
     with moving.losing() as service:
         for kind, running in both_kinds(service.url).items():
@@ -73,8 +84,7 @@ def test_a_rank_that_dies_while_experts_are_staged_changes_no_stream(
 ) -> None:
     with moving.losing(rank) as service:
         chaos(service, "kill", rank, where="stage")
-        for kind, running in both_kinds(service.url).items():
-            assert running.join() == unmoved[kind]
+        stream_until_dead(service, rank, unmoved)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +95,7 @@ def test_a_rank_that_dies_at_the_switch_changes_no_stream(
 ) -> None:
     with moving.losing(rank) as service:
         chaos(service, "kill", rank, where=where)
-        for kind, running in both_kinds(service.url).items():
-            assert running.join() == unmoved[kind]
+        stream_until_dead(service, rank, unmoved)
 
 
 def test_after_a_death_redundant_experts_come_back_by_themselves_also_in_an_idle_service(
