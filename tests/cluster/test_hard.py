@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import becomes, chaos, instruct, metric, post
+from asking import becomes, chaos, get, instruct, metric, post
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.testing.damage import vault_of
@@ -118,16 +118,22 @@ def test_a_rank_that_dies_while_streams_are_finished_for_a_stop_changes_none(
     service.wait_for_line(r"rank 1\.0 .* ended: killed by SIGKILL")
 
 
-def test_who_asks_twice_to_stop_is_not_kept_waiting_for_streams(serve: Serve) -> None:
-    service = serve(ep_size=2, peer_timeout=200, roll_call_timeout=300, drain_timeout=300)
-    streams = Streams(service.url, PROMPTS, temperature=0).start()
+def test_experts_that_no_slot_can_hold_stop_serving_but_not_the_service_and_who_asks_twice_ends_it(
+    serve: Serve,
+) -> None:
+    service = serve(ep_size=2, slots_per_rank=8, drain_timeout=300)
+    streams = Streams(service.url, PROMPTS, max_tokens=256, temperature=0).start()
     streams.wait_for_chunks(3)
-    service.signal(1, signal.SIGSTOP)  # now no stream can end
+    service.signal(0, signal.SIGKILL)
+    service.wait_for_line("cannot serve.*8 live slots a layer cannot hold 16 experts")
+    assert get(service, "/ready").status_code == 503
+    assert get(service, "/health").status_code == 200
+    service.signal(1, signal.SIGSTOP)  # no stream can end, and this one hears nothing
     service.process.send_signal(signal.SIGINT)
     service.wait_for_line("asked to stop: finishing streams")
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0
-    streams.join()
+    assert not any(reason for _, reason, _, _ in streams.join()), "none came to its end"
 
 
 def spoil_experts(model: Path) -> dict[Path, bytes]:

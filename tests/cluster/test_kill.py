@@ -174,14 +174,6 @@ def test_a_rank_that_hangs_while_idle_is_found_by_heartbeat(quick: Standing) -> 
         service.wait_for_line(r"recovered: lost ranks \[2\]", after=seen)
 
 
-def test_experts_that_no_slot_can_hold_stop_serving_but_not_the_service(serve: Serve) -> None:
-    service = serve(ep_size=2, slots_per_rank=8)
-    service.signal(0, signal.SIGKILL)
-    service.wait_for_line("cannot serve.*8 live slots a layer cannot hold 16 experts")
-    assert get(service, "/ready").status_code == 503
-    assert get(service, "/health").status_code == 200
-
-
 def test_pause_holds_requests_and_retry_lets_them_go(standing: Standing, unfailed: Unfailed) -> None:
     with standing.losing() as service:
         assert instruct(service, "pause").status_code == 202

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import becomes, chaos, eventually, get, healthy, metric
+from asking import becomes, chaos, eventually, get, healthy, metric, restored
 from standing import Standing
 from streams import SAMPLING, Streams
 
@@ -99,16 +100,23 @@ def test_a_rank_that_dies_at_the_switch_changes_no_stream(
         stream_until_dead(service, rank, unmoved)
 
 
-def test_after_a_death_redundant_experts_come_back_by_themselves_also_in_an_idle_service(
+def test_after_a_death_redundant_experts_come_back_by_themselves_in_an_idle_service_without_vault_or_disk(
     serve: Serve, unmoved: Unfailed
 ) -> None:
-    service = serve(num_redundant_experts=16)  # every expert stands twice again before the second death
-    chaos(service, "kill", 1, where="all_gather")
-    service.wait_for_line(r"recovered: lost ranks \[1\]")
+    service = serve(num_redundant_experts=16, expert_backup="none")
+    streams = both_kinds(service.url)
+    for running in streams.values():
+        running.wait_for_chunks(4)
+    service.signal(1, signal.SIGKILL)
+    for kind, running in streams.items():
+        assert running.join() == unmoved[kind]
+    service.wait_for_line(r"recovered: lost ranks \[1\].* no bytes restored")
     service.wait_for_line("rebalanced: ")
     seen = service.lines
-    chaos(service, "kill", 2, where="all_gather")
+    chaos(service, "kill", 2, where="all_gather")  # every expert stands twice again
     service.wait_for_line(r"recovered: lost ranks \[2\].* no bytes restored", after=seen)
     for kind, running in both_kinds(service.url).items():
         assert running.join() == unmoved[kind]
     becomes(lambda: healthy(service), {0, 3})
+    found = restored(service)
+    assert (found["vault"], found["disk"], found["peer"] > 0) == (0, 0, True)

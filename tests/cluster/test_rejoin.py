@@ -73,28 +73,23 @@ def test_all_ranks_killed_at_once_come_back_and_the_streams_go_on(standing: Stan
         check(running, unfailed)
 
 
-def test_a_newcomer_that_dies_on_its_way_in_is_followed_by_the_next_one(serve: Serve, unfailed: Unfailed) -> None:
+def test_newcomers_that_die_on_their_way_in_are_followed_by_the_next_ones_and_a_healthy_rank_that_dies_in_a_join_too(
+    serve: Serve, unfailed: Unfailed
+) -> None:
     ways = {1: "restore", 2: "join", 3: "barrier"}
-    faults = ",".join(f"kill@{where}:rank={rank}:incarnation=1" for rank, where in ways.items())
-    service = serve(max_restarts=5, faults=faults)
+    faults = [f"kill@{where}:rank={rank}:incarnation=1" for rank, where in ways.items()]
+    # Roll call 1 is the first meeting, 2 for the death of rank 1, 3 for the return of its second successor.
+    service = serve(",".join([*faults, "kill@roll_call:rank=0:incarnation=0:n=3"]), max_restarts=5)
     for rank in ways:
         running = both_kinds(service.url)
         seen = service.lines
         service.signal(rank, signal.SIGKILL)
         service.wait_for_line(rf"rank {rank}\.1 .* ended: killed by SIGKILL", after=seen)
         service.wait_for_line(rf"rank {rank}\.2 came in", after=seen)
+        if rank == 1:
+            service.wait_for_line(r"rank 0\.1 came in", after=seen)
         check(running, unfailed)
-    assert incarnations(service) == [0, 2, 2, 2]
-
-
-def test_a_healthy_rank_that_dies_in_a_join_comes_back_too(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(max_restarts=5, faults="kill@roll_call:rank=3:incarnation=0:n=3")
-    running = both_kinds(service.url)
-    seen = service.lines
-    service.signal(1, signal.SIGKILL)  # roll call 1 is the first meeting, 2 for this death, 3 for the return
-    back(service, 1, 3, after=seen)
-    check(running, unfailed)
-    assert incarnations(service) == [0, 1, 0, 1]
+    assert incarnations(service) == [1, 2, 2, 2]
 
 
 def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_operator_tries_again(serve: Serve) -> None:

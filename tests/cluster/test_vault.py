@@ -232,13 +232,6 @@ def test_a_vault_that_does_not_fit_is_said_to_and_the_service_goes_on_with_disk(
     assert restored(service)["disk"] > 0
 
 
-def test_without_backup_live_replicas_are_enough_as_long_as_there_are_some(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(expert_backup="none", num_redundant_experts=16)
-    kill_in_mid_stream(service, unfailed, 1)
-    found = restored(service)
-    assert found["vault"] == found["disk"] == 0
-
-
 def test_without_backup_an_expert_whose_only_holder_dies_stops_serving_but_not_the_service(serve: Serve) -> None:
     service = serve(ep_size=2, expert_backup="none")
     service.signal(1, signal.SIGKILL)
