@@ -73,7 +73,6 @@ class Custodian:
             self._give_up("the vault's process cannot be started: it stays as it is")
 
     def _give_up(self, reason: str) -> None:
-        log.error("%s", reason)
         memory = self._memory
         self._tell(
             m.VaultState(
@@ -84,6 +83,7 @@ class Custodian:
                 reason=reason,
             )
         )
+        log.error("%s", reason)
 
     def buried(self) -> None:
         """The keeper has ended: start another one, unless several ended one after the other to no effect. LOCAL."""

@@ -308,14 +308,14 @@ class Launcher:
             self._notice(worker.rank, worker.incarnation, "host")
         for rank in ranks:
             self._due.pop(rank, None)
-        level = logging.INFO if self._stopping else logging.WARNING
-        log.log(level, "lost host %d (ranks %s): %s", node_rank, ranks, reason)
         self._tell(
             m.HostState(
                 node_rank=node_rank, state="lost", ranks=ranks, reason=reason,
                 lost=[(worker.rank, worker.incarnation) for worker in gone],
             )
         )  # fmt: skip
+        level = logging.INFO if self._stopping else logging.WARNING
+        log.log(level, "lost host %d (ranks %s): %s", node_rank, ranks, reason)
         if self._stopping:
             return
         if not self.config.elastic:
@@ -341,9 +341,9 @@ class Launcher:
             self._due[worker.rank] = now + delay_s
 
     def _give_up(self, worker: Worker, reason: str) -> None:
+        self._tell(m.GivenUp(rank=worker.rank, incarnation=worker.incarnation, reason=reason))
         if self.config.max_restarts:
             log.error("rank %d is not started again: %s", worker.rank, reason)
-        self._tell(m.GivenUp(rank=worker.rank, incarnation=worker.incarnation, reason=reason))
 
     def _start_by_hand(self, rank: int) -> None:
         worker, node = self._workers.get(rank), self._others.places.host_of(rank)

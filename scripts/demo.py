@@ -35,6 +35,7 @@ from phalanx.errors import PhalanxError
 from phalanx.testing.service import Service, ServiceEnded
 from phalanx.testing.streams import Stream, client, run_and_hurt, run_streams
 
+SETTLED_S = 30.0
 QUESTION = "What is the capital of France?"
 CHATS = (
     "How do I learn to play the piano?",
@@ -120,7 +121,7 @@ class Demo:
         before = self._service.status()
         pid = next(rank["pid"] for rank in before["ranks"] if rank["rank"] == self._kill_rank)
         streams, killed_s, over = asyncio.run(self._with_a_death(expected, pid))
-        after = self._service.status()
+        after = self._settled(before)
         self._report(expected, streams, killed_s, over, after)
         self._check(expected, streams, over, before, after)
         if self._answer() != answer:
@@ -221,6 +222,17 @@ class Demo:
             raise DemoFailed(f"the service knows of no recovery from the loss of rank {self._kill_rank}")
         if not self._is_ready():
             raise DemoFailed("the service is not ready after the recovery")
+
+    def _settled(self, before: dict[str, Any]) -> dict[str, Any]:
+        """The status when all ranks have told of the recovery: that may be a moment after the last token."""
+        deadline = time.monotonic() + SETTLED_S
+        while True:
+            status = self._service.status()
+            last, states = status["last_recovery"], {rank["state"] for rank in status["ranks"]}
+            told = status["epoch"] > before["epoch"] and last and self._kill_rank in last["lost"]
+            if (told and states <= {"healthy", "dead"}) or time.monotonic() > deadline:
+                return status
+            time.sleep(0.01)
 
     def _is_ready(self) -> bool:
         with talking_to(self._service.url):

@@ -56,7 +56,7 @@ class Service:
 
     def find_url(self) -> Service:
         """Wait until it has said where it listens."""
-        self.url = self.wait_for_line(LISTENING, timeout_s=60).group(1)
+        self.url = self.wait_for_line(LISTENING, timeout_s=120).group(1)
         return self
 
     def launch(self) -> Service:
@@ -114,7 +114,7 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         """GET /fault_tolerance/status."""
-        answer: dict[str, Any] = httpx.get(f"{self.url}/fault_tolerance/status", timeout=30).raise_for_status().json()
+        answer: dict[str, Any] = httpx.get(f"{self.url}/fault_tolerance/status", timeout=60).raise_for_status().json()
         return answer
 
     def pid(self, rank: int) -> int:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +23,7 @@ import httpx
 import msgspec
 import zmq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from warm_server import WarmServer
 
 from phalanx import messages as m
 from phalanx.config import ServeConfig
@@ -90,6 +88,8 @@ class FakeRank:
     outbox: zmq.Socket[bytes]
     epoch: int = 1
     deaf: bool = False
+    endless: bool = False
+    """It keeps the last token of each request to itself, so that no stream ends."""
     paused: bool = False
     step: int = 0
     running: dict[str, tuple[m.Submit, int]] = field(default_factory=dict)
@@ -126,6 +126,8 @@ class FakeRank:
             return
         tokens, reports = [], []
         for submit, index in list(self.running.values()):
+            if self.endless and index + 1 >= submit.sampling.max_tokens:
+                continue
             if index == 0 and submit.sampling.prompt_logprobs is not None and len(submit.prompt_ids) > 1:
                 k = submit.sampling.prompt_logprobs
                 entries = [_logprobs(i, k) for i in submit.prompt_ids[1:]]
@@ -134,6 +136,8 @@ class FakeRank:
             self.running[submit.request_id] = (submit, index + 1)
             if tokens[-1].finish_reason:
                 del self.running[submit.request_id]
+        if not tokens:
+            return
         self.step += 1
         load = m.Load(running=len(self.running), kv_blocks_used=len(self.running), kv_blocks_total=100)
         stepped = m.Stepped(rank=self.rank, incarnation=self.incarnation, epoch=self.epoch, step=self.step,
@@ -168,6 +172,7 @@ class Cluster:
         self.alive: dict[int, FakeRank] = {}
         self.told: list[m.ToLauncher] = []
         self.epoch = 0
+        self._endless = False
         self._zmq = zmq.Context()
         self._inbox = self._zmq.socket(zmq.PULL)
         self._inbox.bind(launcher_endpoint(self.dir))
@@ -181,12 +186,10 @@ class Cluster:
     def start(self, serve: bool = True) -> Cluster:
         listener = socket.create_server(("127.0.0.1", 0), backlog=1)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        fd = listener.fileno()
-        command = [sys.executable, "-m", "phalanx.server", "--config", str(self._config_file), "--run-dir", self.dir]
-        self.log_file = open(os.path.join(self.dir, "server.log"), "wb")  # noqa: SIM115
-        self.server = subprocess.Popen([*command, "--fd", str(fd)], pass_fds=[fd], stderr=self.log_file)
+        arguments = ["--config", str(self._config_file), "--run-dir", self.dir]
+        self.server = WarmServer(arguments, Path(self.dir, "server.log"), listener.fileno())
         listener.close()
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         if serve:
@@ -199,13 +202,12 @@ class Cluster:
         """End the server as an operator would; its exit code."""
         if self.server.poll() is None:
             self.server.send_signal(signal.SIGTERM)
-        code = self.server.wait(30)
+        code = self.server.wait(60)
         with self.lock:
             self._over = True
         self._thread.join(10)
         self.http.close()
         self._zmq.destroy(linger=0)
-        self.log_file.close()
         return code
 
     @property
@@ -242,9 +244,17 @@ class Cluster:
         inbox.bind(worker_endpoint(self.dir, rank, incarnation))
         fake = FakeRank(rank, incarnation, inbox, self._push())
         with self.lock:
+            fake.endless = self._endless
             self.alive[rank] = fake
             self.tell(m.Spawned(rank=rank, incarnation=incarnation, pid=1000 + 10 * rank + incarnation))
         return fake
+
+    def keep_open(self, open_: bool) -> None:
+        """Whether no stream may end, whoever runs it: what happens meanwhile happens in mid-stream, on any machine."""
+        with self.lock:
+            self._endless = open_
+            for fake in self.alive.values():
+                fake.endless = open_
 
     def tell(self, message: m.ToServer) -> None:
         """Say something as the launcher."""
@@ -288,12 +298,12 @@ class Cluster:
 
     # --- waiting
 
-    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 15) -> None:
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
         """Wait until the fakes have seen something."""
         with self.lock:
             assert self.lock.wait_for(condition, timeout_s), f"{what}: not within {timeout_s} s\n{self.log}"
 
-    def until_http(self, path: str, good: Callable[[httpx.Response], bool], timeout_s: float = 15) -> httpx.Response:
+    def until_http(self, path: str, good: Callable[[httpx.Response], bool], timeout_s: float = 60) -> httpx.Response:
         """Ask until the answer is as wanted."""
         deadline = time.monotonic() + timeout_s
         while True:

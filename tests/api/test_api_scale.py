@@ -69,6 +69,7 @@ def test_the_answer_comes_when_the_new_ranks_serve(make_cluster: Make, name: str
 
 def test_a_stream_on_a_rank_that_leaves_goes_on_elsewhere_with_the_same_text(make_cluster: Make) -> None:
     cluster = make_cluster(ranks=2, step_s=0.005)
+    cluster.keep_open(True)
     prompts = ["one", "two"]
     streams = [
         Call(cluster, "/v1/completions", {"prompt": prompt, "max_tokens": 200, "ignore_eos": True})
@@ -80,6 +81,7 @@ def test_a_stream_on_a_rank_that_leaves_goes_on_elsewhere_with_the_same_text(mak
     cluster.until(lambda: leave in cluster.alive[1].heard, "rank 1 is told to leave")
     [gone] = cluster.leave(1)
     assert call.result().json()["ranks"] == [0]
+    cluster.keep_open(False)
     assert isinstance(gone.heard[-2], m.Abort), "what it had was taken from it before"
     for prompt, stream in zip(prompts, streams, strict=True):
         assert stream.result().json()["choices"][0]["text"] == alphabet(prompt, 200)

@@ -19,8 +19,11 @@ from phalanx.comm.notices import NoticeBoard
 from phalanx.wire import Site
 from phalanx.world import Member, View
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """No test waits longer than this for an event that should come."""
+
+PEER_TIMEOUT_S = 20.0
+"""Of ranks that are not told otherwise: longer than anything takes, so that nobody is suspected for being slow."""
 
 HIDDEN, TOP_K, SLOTS, MAX_TOKENS = 24, 3, 4, 17
 
@@ -87,7 +90,8 @@ def masks_rank_0(node: Node) -> None:
     """Send to rank 0, mask it in mid-round, and go on alone for as many collectives as reuse every buffer."""
     node.adopt()
     slots = torch.zeros(1, TOP_K, dtype=torch.int32)
-    node.comm.dispatch(torch.ones(1, HIDDEN, dtype=node.comm.dtype), slots)
+    with node.comm.patience(PATIENCE_S):
+        node.comm.dispatch(torch.ones(1, HIDDEN, dtype=node.comm.dtype), slots)
     node.comm.update_mask(0, False)
     for _ in range(3):
         node.comm.barrier()
@@ -102,7 +106,7 @@ class Ranks:
         self,
         ep_size: int,
         *,
-        peer_timeout_s: float = 20.0,
+        peer_timeout_s: float = PEER_TIMEOUT_S,
         elastic: bool = True,
         board: bool = True,
         dtype: torch.dtype = torch.bfloat16,
@@ -148,9 +152,8 @@ class Ranks:
 
     def _run(self, rank: int, incarnation: int, body: Body, channel: Channel, fault_point: Any) -> None:
         try:
-            torch.set_num_threads(
-                1
-            )  # as ranks do; what the test computed before may have left threads that a fork lacks
+            # As ranks do; what the test computed before may have left threads that a fork lacks.
+            torch.set_num_threads(1)
             board = NoticeBoard.open(self._board_address) if self.board else None
             comm = CpuCommunicator(
                 rank,

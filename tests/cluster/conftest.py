@@ -88,8 +88,8 @@ def quick(tiny: Path) -> Iterator[Standing]:
 
 @pytest.fixture(scope="session")
 def patient(tiny: Path) -> Iterator[Standing]:
-    """With long time-outs: ranks may be stopped for a while and stay in."""
-    service = Standing(tiny, peer_timeout=30, roll_call_timeout=60)
+    """With long time-outs: ranks may be stopped for a while and stay in, and idle ones look for each other rarely."""
+    service = Standing(tiny, peer_timeout=60, roll_call_timeout=120, heartbeat_interval=120)
     yield service
     service.end()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,24 @@ PATIENCE_S = 90.0
 ANY_LINE = re.compile("")
 
 
-def incarnations(service: Service, timeout_s: float = PATIENCE_S) -> list[int]:
-    """Of all ranks, as soon as all are healthy."""
+LOOK_S = 0.5
+"""How often it is looked whether they are, when nothing new is in the log."""
+
+
+def incarnations(service: Service, wanted: list[int] | None = None, timeout_s: float = PATIENCE_S) -> list[int]:
+    """Of all ranks, as soon as all are healthy. wanted: and are these, for an ordered death may still be to come."""
     deadline = time.monotonic() + timeout_s
     while True:
         seen = service.lines
         ranks = service.status()["ranks"]
-        if {rank["state"] for rank in ranks} == {"healthy"}:
-            return [rank["incarnation"] for rank in ranks]
-        service.wait_for_line(ANY_LINE, deadline - time.monotonic(), after=seen)
-
-
-def eventually(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Until what the service is asked for holds: what its processes tell it comes after their lines in the log."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, f"it does not hold after {timeout_s} s"
+        found = [rank["incarnation"] for rank in ranks]
+        assert not wanted or all(map(int.__le__, found, wanted)), f"more died than {wanted}: {ranks}"
+        if {rank["state"] for rank in ranks} == {"healthy"} and (not wanted or found == wanted):
+            return found
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not healthy as {wanted or 'any'} within {timeout_s} s: {ranks}")
+        with suppress(TimeoutError):
+            service.wait_for_line(ANY_LINE, LOOK_S, after=seen)
 
 
 class Standing:
@@ -56,7 +58,7 @@ class Standing:
         try:
             before = incarnations(service)
             yield service
-            assert incarnations(service) == [n + (rank in ranks) for rank, n in enumerate(before)]
+            incarnations(service, [n + (rank in ranks) for rank, n in enumerate(before)])
         except BaseException:
             self.end()
             raise

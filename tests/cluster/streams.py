@@ -54,7 +54,7 @@ class Streams:
             thread.start()
         return self
 
-    def wait_for_chunks(self, count: int, timeout_s: float = 60) -> None:
+    def wait_for_chunks(self, count: int, timeout_s: float = 120) -> None:
         """Until every stream has had `count` chunks of text (or has ended)."""
         with self._news:
             happened = self._news.wait_for(
@@ -62,7 +62,7 @@ class Streams:
             )
         assert happened, [(len(s.at), s.error) for s in self.seen]
 
-    def join(self, timeout_s: float = 120) -> list[tuple[str, str | None, str, bool]]:
+    def join(self, timeout_s: float = 240) -> list[tuple[str, str | None, str, bool]]:
         """(text, finish reason, error, saw [DONE]) of each stream."""
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:

@@ -275,13 +275,14 @@ def test_a_rank_that_the_others_masked_is_told_nothing_and_times_out() -> None:
     def masked(node: Node) -> None:
         node.adopt()
         slots = torch.zeros(1, TOP_K, dtype=torch.int32)
-        node.comm.dispatch(torch.ones(1, HIDDEN, dtype=node.comm.dtype), slots)
+        with node.comm.patience(PATIENCE_S):
+            node.comm.dispatch(torch.ones(1, HIDDEN, dtype=node.comm.dtype), slots)
         node.tell_status()
         node.comm.barrier()
         node.tell_status()
         node.hear()
 
-    with Ranks(2, hosts=apart, peer_timeout_s=1.0) as ranks:
+    with Ranks(2, hosts=apart, peer_timeout_s=0.5) as ranks:
         ranks.spawn(0, masked)
         ranks.spawn(1, masks_rank_0)
         ranks.meet(1)

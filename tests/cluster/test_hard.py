@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from asking import becomes, chaos, get, instruct, metric, post
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.testing.damage import vault_of
@@ -109,8 +109,7 @@ def test_a_rank_that_dies_while_streams_are_finished_for_a_stop_changes_none(
     serve: Serve, unfailed: dict[str, list[Any]]
 ) -> None:
     service = serve(ep_size=3, drain_timeout=120)
-    fault = {"kind": "kill", "rank": 1, "at_step": 30}
-    httpx.post(f"{service.url}/chaos", json=fault).raise_for_status()
+    chaos(service, "kill", 1, at_step=30)
     streams = Streams(service.url, PROMPTS, **SAMPLING["greedy"]).start()
     streams.wait_for_chunks(3)
     service.process.send_signal(signal.SIGTERM)
@@ -119,16 +118,22 @@ def test_a_rank_that_dies_while_streams_are_finished_for_a_stop_changes_none(
     service.wait_for_line(r"rank 1\.0 .* ended: killed by SIGKILL")
 
 
-def test_who_asks_twice_to_stop_is_not_kept_waiting_for_streams(serve: Serve) -> None:
-    service = serve(ep_size=2, peer_timeout=200, roll_call_timeout=300, drain_timeout=300)
-    streams = Streams(service.url, PROMPTS, temperature=0).start()
+def test_experts_that_no_slot_can_hold_stop_serving_but_not_the_service_and_who_asks_twice_ends_it(
+    serve: Serve,
+) -> None:
+    service = serve(ep_size=2, slots_per_rank=8, drain_timeout=300)
+    streams = Streams(service.url, PROMPTS, max_tokens=256, temperature=0).start()
     streams.wait_for_chunks(3)
-    service.signal(1, signal.SIGSTOP)  # now no stream can end
+    service.signal(0, signal.SIGKILL)
+    service.wait_for_line("cannot serve.*8 live slots a layer cannot hold 16 experts")
+    assert get(service, "/ready").status_code == 503
+    assert get(service, "/health").status_code == 200
+    service.signal(1, signal.SIGSTOP)  # no stream can end, and this one hears nothing
     service.process.send_signal(signal.SIGINT)
     service.wait_for_line("asked to stop: finishing streams")
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0
-    streams.join()
+    assert not any(reason for _, reason, _, _ in streams.join()), "none came to its end"
 
 
 def spoil_experts(model: Path) -> dict[Path, bytes]:
@@ -149,30 +154,28 @@ def test_streams_outlive_a_spoilt_disk_once_it_is_mended(
     serve: Serve, tiny: Path, tmp_path: Path, unfailed: dict[str, list[Any]]
 ) -> None:
     model = Path(shutil.copytree(tiny, tmp_path / "tiny"))
-    service = serve(model=model, ep_size=2, expert_backup="disk")
-    streams = Streams(service.url, PROMPTS, **SAMPLING["greedy"]).start()
-    streams.wait_for_chunks(3)
+    service = serve("kill@decode:rank=1:n=5", model=model, ep_size=2, expert_backup="disk")
     before = spoil_experts(model)
-    service.signal(1, signal.SIGKILL)
+    streams = Streams(service.url, PROMPTS, **SAMPLING["greedy"]).start()
     service.wait_for_line("rank 0.0 cannot serve: cannot restore layer 0 expert")
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
-    assert httpx.post(f"{service.url}/v1/completions", json=body).status_code == 503
+    assert post(service, "/v1/completions", body).status_code == 503
     seen = service.lines
-    retry = {"instruction": "retry", "params": {}}
-    httpx.post(f"{service.url}/fault_tolerance/apply", json=retry).raise_for_status()
+    instruct(service, "retry").raise_for_status()
     service.wait_for_line("rank 0.0 cannot serve: cannot restore layer 0 expert", after=seen)
     for file, content in before.items():
         with file.open("r+b") as out:
             out.write(content)
-    httpx.post(f"{service.url}/fault_tolerance/apply", json=retry).raise_for_status()
+    instruct(service, "retry").raise_for_status()
     assert streams.join() == unfailed["greedy"]
+    service.wait_for_line("recovered: lost ranks", after=seen)
     recovery = service.status()["last_recovery"]
     assert (recovery["trigger"], recovery["lost"]) == ("operator", [1])
     seconds = recovery["seconds"]
     assert seconds["total"] >= sum(seconds.values()) - seconds["total"]
-    assert "phalanx_steps_replayed_total 1.0" in httpx.get(f"{service.url}/metrics").text
+    assert metric(service, "phalanx_steps_replayed_total") == 1
     assert recovery["bytes_restored"]["disk"] > 0
     assert recovery["bytes_restored"].get("vault", 0) == 0
-    assert service.status()["vault"]["state"] == "off"
+    becomes(lambda: service.status()["vault"]["state"], "off")
     with pytest.raises(LookupError):
         vault_of(service.process.pid)

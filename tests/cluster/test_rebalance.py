@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from standing import Standing, eventually
+from asking import becomes, chaos, eventually, get, healthy, metric, restored
+from standing import Standing
 from streams import SAMPLING, Streams
 
 from phalanx.testing.service import Service
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.cluster
 SKEWED = ["aaaaaaaaaaaaaaaa " * 4, "aaaaaaaa", "aaaaaaaaaaaa " * 2, "aaaaaaaa b", "aaaaa", "aaaaaaaaaaaaaaaaaaaaaaaa"]
 """The same few tokens over and over: they ask the same few experts."""
 
-LENGTH = 150
+LENGTH = 100
 EPLB = {"enable_eplb": True, "eplb_window": 16, "eplb_interval": 16, "eplb_min_gain": 0.0}
 
 Serve = Callable[..., Service]
@@ -47,17 +48,15 @@ def moving(tiny: Path) -> Iterator[Standing]:
     service.end()
 
 
-def alive(service: Service) -> set[int]:
-    return {rank["rank"] for rank in service.status()["ranks"] if rank["state"] == "healthy"}
-
-
-def metric(service: Service, name: str) -> float:
-    lines = httpx.get(f"{service.url}/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
-def chaos(service: Service, kind: str, rank: int, where: str) -> None:
-    httpx.post(f"{service.url}/chaos", json={"kind": kind, "rank": rank, "where": where}).raise_for_status()
+def stream_until_dead(service: Service, rank: int, unmoved: Unfailed) -> None:
+    """Stream until a rank has died as it was told to: on a slow machine experts may first move in a later round."""
+    incarnation = service.status()["ranks"][rank]["incarnation"]
+    dead = False
+    while not dead:
+        for kind, running in both_kinds(service.url).items():
+            assert running.join() == unmoved[kind]
+        now = service.status()["ranks"][rank]
+        dead = now["incarnation"] > incarnation or now["state"] in ("dead", "rejoining")
 
 
 def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(moving: Standing, unmoved: Unfailed) -> None:
@@ -68,9 +67,10 @@ def test_streams_go_on_unchanged_while_experts_move_to_where_the_load_is(moving:
         service.wait_for_line("rebalanced: ")
         rebalances = 'phalanx_recoveries_total{outcome="complete",trigger="rebalance"}'
         eventually(lambda: metric(service, rebalances) > 0)
-        balance = httpx.get(f"{service.url}/server_info").json()["expert_balance"]
+        becomes(lambda: metric(service, "phalanx_expert_replicas"), 3 * (16 + 4))
+        becomes(lambda: get(service, "/server_info").json()["expert_balance"]["replicas"], 3 * (16 + 4))
+        balance = get(service, "/server_info").json()["expert_balance"]
         assert balance["enabled"]
-        assert balance["replicas"] == 3 * (16 + 4) == metric(service, "phalanx_expert_replicas")
         assert 0 < balance["moves"] <= metric(service, "phalanx_expert_moves_total")  # more may have moved in between
         assert 0 < balance["balancedness"] <= 1
         assert 0 < metric(service, "phalanx_expert_balancedness") <= 1
@@ -85,9 +85,8 @@ def test_a_rank_that_dies_while_experts_are_staged_changes_no_stream(
     moving: Standing, unmoved: Unfailed, rank: int
 ) -> None:
     with moving.losing(rank) as service:
-        chaos(service, "kill", rank, "stage")
-        for kind, running in both_kinds(service.url).items():
-            assert running.join() == unmoved[kind]
+        chaos(service, "kill", rank, where="stage")
+        stream_until_dead(service, rank, unmoved)
 
 
 @pytest.mark.parametrize(
@@ -97,21 +96,27 @@ def test_a_rank_that_dies_at_the_switch_changes_no_stream(
     moving: Standing, unmoved: Unfailed, rank: int, where: str
 ) -> None:
     with moving.losing(rank) as service:
-        chaos(service, "kill", rank, where)
-        for kind, running in both_kinds(service.url).items():
-            assert running.join() == unmoved[kind]
+        chaos(service, "kill", rank, where=where)
+        stream_until_dead(service, rank, unmoved)
 
 
-def test_after_a_death_redundant_experts_come_back_by_themselves_also_in_an_idle_service(
+def test_after_a_death_redundant_experts_come_back_by_themselves_in_an_idle_service_without_vault_or_disk(
     serve: Serve, unmoved: Unfailed
 ) -> None:
-    service = serve(num_redundant_experts=16)  # every expert stands twice again before the second death
-    chaos(service, "kill", 1, "all_gather")
-    service.wait_for_line(r"recovered: lost ranks \[1\]")
+    service = serve(num_redundant_experts=16, expert_backup="none")
+    streams = both_kinds(service.url)
+    for running in streams.values():
+        running.wait_for_chunks(4)
+    service.signal(1, signal.SIGKILL)
+    for kind, running in streams.items():
+        assert running.join() == unmoved[kind]
+    service.wait_for_line(r"recovered: lost ranks \[1\].* no bytes restored")
     service.wait_for_line("rebalanced: ")
     seen = service.lines
-    chaos(service, "kill", 2, "all_gather")
+    chaos(service, "kill", 2, where="all_gather")  # every expert stands twice again
     service.wait_for_line(r"recovered: lost ranks \[2\].* no bytes restored", after=seen)
     for kind, running in both_kinds(service.url).items():
         assert running.join() == unmoved[kind]
-    assert alive(service) == {0, 3}
+    becomes(lambda: healthy(service), {0, 3})
+    found = restored(service)
+    assert (found["vault"], found["disk"], found["peer"] > 0) == (0, 0, True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from asking import becomes, states
 
 from phalanx.testing.service import Service
 
@@ -23,7 +24,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_demo_ends_well_on_any_model(tiny: Path) -> None:
-    ended = run(str(DEMO), "--model", str(tiny), "--ep-size", "3", "--chats", "3", "--kill-rank", "1")
+    ended = run(
+        str(DEMO), "--model", str(tiny), "--ep-size", "3", "--chats", "3", "--kill-rank", "1", "--max-tokens", "120"
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "SIGKILL to rank 1" in ended.stdout
     assert ended.stdout.count("the same │") == 3
@@ -41,7 +44,7 @@ def test_the_demo_fails_when_the_service_cannot_come_up(tmp_path: Path) -> None:
 def test_bench_recovery_starts_a_service_kills_a_rank_and_compares(tiny: Path) -> None:
     ended = run(
         "-m", "phalanx", "bench", "recovery", str(tiny), "--ep-size", "2", "--rounds", "1", "--ranks", "1",
-        "--streams", "4", "--output-len", "64", "--json",
+        "--streams", "4", "--output-len", "128", "--share", "0.1", "--json",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     figures = json.loads(ended.stdout)
@@ -57,6 +60,7 @@ def test_chaos_kills_the_rank_it_names_and_status_shows_it(serve: Callable[..., 
     killed = run("-m", "phalanx", "chaos", "kill", "--rank", "1", "--url", service.url)
     assert killed.returncode == 0, killed.stderr
     service.wait_for_line(r"recovered: lost ranks \[1\]")
+    becomes(lambda: states(service), {0: "healthy", 1: "dead"})
     seen = run("-m", "phalanx", "status", "--url", service.url, "--json")
     assert seen.returncode == 0, seen.stderr
     state = json.loads(seen.stdout)["fault_tolerance"]

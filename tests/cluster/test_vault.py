@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from standing import Standing, eventually
+from asking import becomes, chaos, eventually, get, restored, state_of
+from standing import Standing
 from streams import PROMPTS, SAMPLING, Streams
 
 from phalanx.elastic.vault.room import available_bytes
@@ -20,7 +20,6 @@ from phalanx.testing.service import Service
 
 pytestmark = pytest.mark.cluster
 
-RANKS = range(4)
 Unfailed = dict[str, list[Any]]
 Serve = Callable[..., Service]
 
@@ -29,16 +28,6 @@ FULL = r"the vault is full"
 
 def both_kinds(url: str) -> dict[str, Streams]:
     return {kind: Streams(url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
-
-
-def restored(service: Service) -> dict[str, int]:
-    """Bytes by source since the service became ready, from its metrics."""
-    found = {"peer": 0, "vault": 0, "disk": 0}
-    for line in httpx.get(f"{service.url}/metrics").text.splitlines():
-        for source in found:
-            if line.startswith(f'phalanx_expert_bytes_restored_total{{source="{source}"}}'):
-                found[source] = int(float(line.split()[-1]))
-    return found
 
 
 def kill_in_mid_stream(service: Service, unfailed: Unfailed, *ranks: int) -> None:
@@ -53,32 +42,11 @@ def kill_in_mid_stream(service: Service, unfailed: Unfailed, *ranks: int) -> Non
     service.wait_for_line(rf"recovered: lost ranks \[[^]]*\b{ranks[-1]}\b", after=seen)
 
 
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_with_a_full_vault_neither_recovery_nor_return_reads_from_disk(
-    standing: Standing, unfailed: Unfailed, rank: int
-) -> None:
-    with standing.losing(rank) as service:
-        service.wait_for_line(FULL)
-        before, seen = restored(service), service.lines
-        kill_in_mid_stream(service, unfailed, rank)
-        service.wait_for_line(r"recovered: .* bytes from vault at \d+\.\d\d GB/s a rank", after=seen)
-        after = restored(service)
-        assert after["disk"] == before["disk"]
-        assert after["vault"] > before["vault"]
-
-
-def test_down_to_one_rank_nothing_is_read_from_disk(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve()
-    service.wait_for_line(FULL)
-    kill_in_mid_stream(service, unfailed, 0, 2, 1)
-    assert restored(service)["disk"] == 0
-    last = service.status()["last_recovery"]
-    assert last["bytes_restored"]["disk"] == 0
-    assert last["seconds_restored"]["vault"] > 0
+def keeper_of(service: Service) -> int:
+    """The vault's process; the server may still know none, or the one before."""
+    while not ((pid := service.status()["vault"]["pid"]) and Path(f"/proc/{pid}").exists()):
+        assert service.process.poll() is None, service.log
+    return int(pid)
 
 
 def test_when_the_checkpoint_is_gone_all_that_dies_comes_back_and_what_is_damaged_waits_for_it(
@@ -89,7 +57,7 @@ def test_when_the_checkpoint_is_gone_all_that_dies_comes_back_and_what_is_damage
     service.wait_for_line(FULL)
     shutil.rmtree(model)
     seen = service.lines
-    os.kill(service.status()["vault"]["pid"], signal.SIGKILL)
+    os.kill(keeper_of(service), signal.SIGKILL)
     service.wait_for_line(FULL, after=seen)
     for rank in (0, 2):
         before = restored(service)
@@ -110,7 +78,7 @@ def test_when_the_checkpoint_is_gone_all_that_dies_comes_back_and_what_is_damage
         assert found["vault"] - before["vault"] > join["bytes_restored"]["vault"], "and the survivors before that"
     damage_vault(vault_of(service.process.pid), layer=1)
     seen = service.lines
-    keeper = service.status()["vault"]["pid"]
+    keeper = keeper_of(service)
     os.kill(keeper, signal.SIGUSR1)
     service.wait_for_line("the vault cannot be filled: .* is not a directory", after=seen)
     eventually(lambda: "cannot be filled" in service.status()["vault"]["reason"])
@@ -131,8 +99,8 @@ def test_the_first_load_reads_each_expert_once_and_the_vault_takes_them_from_the
     line = service.wait_for_line(rf"{FULL}: .* MB in .* s \((\S+) MB from ranks, (\S+) MB from disk\)")
     experts = 3 * 16 * 3 * 64 * 64 * 4 / 1e6
     assert float(line.group(1)) == pytest.approx(experts, abs=0.06), "all experts, and they alone"
+    eventually(lambda: service.status()["vault"]["state"] == "full")
     vault = service.status()["vault"]
-    assert vault["state"] == "full"
     assert vault["filled_bytes"] == vault["total_bytes"]
     assert vault["filled_bytes"] == pytest.approx(1e6 * (float(line.group(1)) + float(line.group(2))), rel=0.1)
 
@@ -142,20 +110,19 @@ def test_the_vaults_process_killed_while_serving_disturbs_nobody_and_comes_back(
 ) -> None:
     with standing.losing() as service:
         service.wait_for_line(FULL)
-        before = service.status()
+        keeper, before = keeper_of(service), service.status()
         streams = both_kinds(service.url)
         for running in streams.values():
             running.wait_for_chunks(3)
         seen = service.lines
-        os.kill(before["vault"]["pid"], signal.SIGKILL)
+        os.kill(keeper, signal.SIGKILL)
         service.wait_for_line("the vault's process .* ended: killed by SIGKILL", after=seen)
         service.wait_for_line("checked the vault: all 48 experts in it are whole", after=seen)
         service.wait_for_line(FULL, after=seen)
         for kind, running in streams.items():
             assert running.join() == unfailed[kind]
-        after = service.status()
-        assert after["epoch"] == before["epoch"]
-        assert after["vault"]["restarts"] == before["vault"]["restarts"] + 1
+        becomes(lambda: service.status()["vault"]["restarts"], before["vault"]["restarts"] + 1)
+        assert service.status()["epoch"] == before["epoch"]
     with standing.losing(1) as service:
         read = restored(service)["disk"]
         kill_in_mid_stream(service, unfailed, 1)
@@ -168,11 +135,12 @@ def test_the_vaults_process_may_be_dead_when_a_rank_dies(standing: Standing, unf
         streams = both_kinds(service.url)
         for running in streams.values():
             running.wait_for_chunks(5)
-        keeper, rank = service.status()["vault"]["pid"], service.pid(2)
+        keeper, rank = keeper_of(service), service.pid(2)
         os.kill(keeper, signal.SIGKILL)
         os.kill(rank, signal.SIGKILL)
         for kind, running in streams.items():
             assert running.join() == unfailed[kind]
+        service.wait_for_line(r"recovered:.* ranks \[2\] rejoined", after=seen)
         assert restored(service)["disk"] == read, "its memory is not its own"
         service.wait_for_line(FULL, after=seen)
 
@@ -182,14 +150,14 @@ def test_the_vaults_process_killed_in_the_middle_of_a_restore_changes_no_stream(
 ) -> None:
     with patient.losing(3) as service:
         service.wait_for_line(FULL)
-        httpx.post(f"{service.url}/chaos", json={"kind": "stop", "rank": 0, "where": "restore"}).raise_for_status()
+        chaos(service, "stop", 0, where="restore")
         restoring = service.pid(0)
         streams = both_kinds(service.url)
         for running in streams.values():
             running.wait_for_chunks(3)
         service.signal(3, signal.SIGKILL)
-        while state_of(restoring) != "T":
-            keeper = service.status()["vault"]["pid"]
+        keeper = keeper_of(service)
+        eventually(lambda: state_of(restoring) == "T")
         seen = service.lines
         os.kill(keeper, signal.SIGKILL)
         service.wait_for_line("the vault's process .* ended: killed by SIGKILL", after=seen)
@@ -203,7 +171,7 @@ def test_a_fill_that_is_cut_off_anywhere_is_finished_by_the_next_process(serve: 
     points = ["vault_dense", "vault_fill", "vault_torn", "vault_publish"]
     service = serve(faults=",".join(f"kill@{point}:incarnation={i}:n=7" for i, point in enumerate(points)))
     service.wait_for_line(FULL)
-    assert service.status()["vault"]["restarts"] == 4
+    becomes(lambda: service.status()["vault"]["restarts"], 4)
     kill_in_mid_stream(service, unfailed, 0)
     assert restored(service)["disk"] == 0
 
@@ -213,7 +181,7 @@ def test_a_vault_whose_process_always_dies_is_given_up_and_the_service_goes_on(
 ) -> None:
     service = serve(faults="kill@vault_dense")
     service.wait_for_line("5 processes of the vault ended in a row")
-    assert service.status()["vault"]["state"] == "given_up"
+    becomes(lambda: service.status()["vault"]["state"], "given_up")
     kill_in_mid_stream(service, unfailed, 3)
     assert restored(service)["vault"] == 0
     assert restored(service)["disk"] > 0
@@ -229,7 +197,7 @@ def test_damaged_experts_are_taken_from_disk_and_then_mended(serve: Serve, unfai
     assert found["vault"] == 2 * found["disk"], "two layers of three were whole"
     service.wait_for_line("the copy from vault is damaged")
     seen = service.lines
-    os.kill(service.status()["vault"]["pid"], signal.SIGUSR1)
+    os.kill(keeper_of(service), signal.SIGUSR1)
     service.wait_for_line("16 entries of the vault are damaged", after=seen)
     service.wait_for_line(FULL, after=seen)
     kill_in_mid_stream(service, unfailed, 2)
@@ -241,8 +209,8 @@ def test_a_vault_that_runs_short_of_memory_waits_and_the_service_goes_on_with_di
 ) -> None:
     service = serve(faults=",".join(["raise@vault_memory:incarnation=0"] * 1000))
     service.wait_for_line(r"only \S+ MB of memory are left: the vault waits")
+    becomes(lambda: service.status()["vault"]["state"], "short")
     vault = service.status()["vault"]
-    assert vault["state"] == "short"
     assert "the vault waits" in vault["reason"]
     kill_in_mid_stream(service, unfailed, 2)
     found = restored(service)
@@ -259,21 +227,14 @@ def test_a_vault_that_does_not_fit_is_said_to_and_the_service_goes_on_with_disk(
     too_much = available_bytes() // 3 >> 20  # of KV cache for each of four ranks: it is never touched
     service = serve(kv_cache_memory_mb=too_much, block_size=1024)
     service.wait_for_line(r"--expert-backup dram does not fit: the vault takes \S+ MB; .* going on with disk")
-    assert service.status()["vault"]["state"] == "off"
+    becomes(lambda: service.status()["vault"]["state"], "off")
     kill_in_mid_stream(service, unfailed, 1)
     assert restored(service)["disk"] > 0
-
-
-def test_without_backup_live_replicas_are_enough_as_long_as_there_are_some(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(expert_backup="none", num_redundant_experts=16)
-    kill_in_mid_stream(service, unfailed, 1)
-    found = restored(service)
-    assert found["vault"] == found["disk"] == 0
 
 
 def test_without_backup_an_expert_whose_only_holder_dies_stops_serving_but_not_the_service(serve: Serve) -> None:
     service = serve(ep_size=2, expert_backup="none")
     service.signal(1, signal.SIGKILL)
     service.wait_for_line("cannot serve: cannot restore layer 0 expert .* no source has an intact copy")
-    assert httpx.get(f"{service.url}/ready").status_code == 503
-    assert httpx.get(f"{service.url}/health").status_code == 200
+    assert get(service, "/ready").status_code == 503
+    assert get(service, "/health").status_code == 200

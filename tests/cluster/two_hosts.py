@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from asking import becomes
 from standing import incarnations
 from streams import PROMPTS, SAMPLING, Streams
 
@@ -87,6 +88,10 @@ class TwoHosts:
         """Of all ranks, as soon as all are healthy."""
         return incarnations(self.first)
 
+    def hear(self, host: int, state: str) -> None:
+        """Wait until the first host's server has heard that a host is in, or lost."""
+        becomes(lambda: self.first.status()["hosts"][host]["state"], state)
+
     def both_kinds(self) -> dict[str, Streams]:
         """Streams of each kind of sampling, all of them under way."""
         running = {kind: Streams(self.first.url, PROMPTS, **options).start() for kind, options in SAMPLING.items()}
@@ -106,7 +111,7 @@ def check(running: dict[str, Streams], unfailed: Unfailed) -> None:
         assert streams.join() == unfailed[kind]
 
 
-def exit_of(service: Service, timeout_s: float = 60) -> int:
+def exit_of(service: Service, timeout_s: float = 120) -> int:
     """The exit code of a launcher that ends by itself."""
     return service.process.wait(timeout_s)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import script
 
 GPU_CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check"
 ON_DEVICES = (
@@ -75,12 +76,16 @@ def test_a_machine_without_devices_is_told_that_nothing_was_checked() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     for arguments in ([], ["engine"]):
-        done = gpu_check(*arguments)
-        assert done.returncode == 0
-        assert "skipped, this machine has no CUDA device" in done.stdout
+        code, said = script(GPU_CHECK, *arguments)
+        assert code == 0
+        assert "skipped, this machine has no CUDA device" in said
 
 
 def test_every_check_of_the_script_is_a_test_here() -> None:
-    assert tuple(gpu_check("--list").stdout.split()) == ON_DEVICES
-    assert tuple(gpu_check("--list", "--interpret").stdout.split()) == INTERPRETED
-    assert tuple(gpu_check("engine", "--list", "--interpret").stdout.split()) == ENGINE
+    for arguments, names in (
+        (["--list"], ON_DEVICES),
+        (["--list", "--interpret"], INTERPRETED),
+        (["engine", "--list", "--interpret"], ENGINE),
+    ):
+        code, said = script(GPU_CHECK, *arguments)
+        assert (code, tuple(said.split())) == (0, names)

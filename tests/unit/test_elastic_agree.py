@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from multiprocessing import get_context
 
 import msgspec
 import numpy as np
 import pytest
 from elastic_doubles import SHAPE, Announcements, HookedStore, answer, member, planner
+from torch.distributed import TCPStore
 
 from phalanx.elastic.agree import Agreed, FakeClock, Limits, MemoryStore, RollCall, Store, TcpStore
 from phalanx.elastic.store import MonotonicClock
@@ -305,21 +307,21 @@ def test_compare_set_writes_once_and_tells_who_was_first(store: Store) -> None:
 
 
 def test_a_launcher_that_is_gone_is_a_clear_error() -> None:
-    import subprocess
-    import sys
+    ours, theirs = get_context("fork").Pipe()
 
-    code = (
-        "from torch.distributed import TCPStore as S; import sys; s = S('127.0.0.1', 0, None, True, "
-        "wait_for_workers=False); print(s.port, flush=True); sys.stdin.read()"
-    )
-    server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    port = int(server.stdout.readline())
-    client = TcpStore("127.0.0.1", port, timeout_s=5.0)
+    def launcher() -> None:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        theirs.send(store.port)
+        theirs.recv()  # for ever
+
+    server = get_context("fork").Process(target=launcher, daemon=True)
+    server.start()
+    port = ours.recv()
+    client = TcpStore("127.0.0.1", port, timeout_s=20.0)
     client.set("key", b"value")
     assert client.get("key") == b"value"
     server.kill()
-    server.communicate()
+    server.join()
     with pytest.raises(StoreLost, match=f"127.0.0.1:{port}"):
         client.get("key")
     with pytest.raises(StoreLost):

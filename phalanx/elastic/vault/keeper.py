@@ -335,9 +335,9 @@ class Report:
         """Everything is there. LOCAL."""
         self._filled = self._vault.filled_bytes
         parts = ", ".join(self._sources()) or "nothing was missing"
-        log.info("the vault is full: %s in %.1f s (%s)", gb(self._filled), time.monotonic() - self._began, parts)
         self._by_source, self._trouble = {}, ""
         self._send("full")
+        log.info("the vault is full: %s in %.1f s (%s)", gb(self._filled), time.monotonic() - self._began, parts)
 
     def enough(self) -> None:
         """There is memory, so the vault fills. LOCAL."""
