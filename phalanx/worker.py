@@ -11,9 +11,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -23,7 +22,8 @@ from phalanx import messages as m
 from phalanx.backend import Place, backend
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
-from phalanx.elastic.balance import REBALANCE, Balancer, Rules
+from phalanx.elastic.ahead import LOOK_S
+from phalanx.elastic.balance import Balancer, Rules
 from phalanx.elastic.once import once
 from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
@@ -58,12 +58,6 @@ MAIL_BOUND = 100_000
 """Messages that may wait in either direction; far beyond what the router lets a rank have."""
 
 
-PROPOSES_JOIN = REBALANCE + 1
-"""What a rank proposes in a step that newcomers be let in; 0: nothing."""
-
-PROPOSES_LEAVE = PROPOSES_JOIN + 1
-"""What a rank proposes that is asked to leave."""
-
 JOIN_S = 0.25
 """How long members wait for a newcomer that knocked and does not answer: it looks every few milliseconds."""
 
@@ -72,10 +66,11 @@ CHECK_PATIENCE_S = 5.0
 """How long a rank waits for another one of its host to check the products, before it does so itself."""
 
 
-TRIGGERS: Mapping[int, m.Trigger] = MappingProxyType(
-    {REBALANCE: "rebalance", PROPOSES_JOIN: "join", PROPOSES_LEAVE: "scale"}
-)
-"""What kind of change each proposal is for."""
+PROPOSALS: tuple[m.Trigger, ...] = ("rebalance", "join", "scale")
+"""What stands in a step's header, counted from 1, for a change that is agreed on beside the steps; 0: nothing."""
+
+BESIDE_S = 0.002
+"""How long a rank goes on after a step with what moves such a change, when one bit of it leads to the next."""
 
 KNOCK_LINGER_MS = 1000
 """How long a knock may take to be delivered."""
@@ -204,6 +199,7 @@ class Worker:
         )
         self._change: Change | None = Change("join" if spec.incarnation else "start")
         self._knocked = self._told_to_leave = False
+        self._said = (0, False)
         self._timeline = Timeline()
 
     def run(self) -> NoReturn:
@@ -214,7 +210,7 @@ class Worker:
                 if self._change is not None:
                     self._adopt(self._recovery.run(self._change))
                 self._accept()
-                self._settle(self._engine.step(self._proposal()))
+                self._settle(self._step())
             except Left as left:
                 self._wait_for_the_end(left)
             except PeerLost as lost:  # the only handler of this error; the next step is the replay
@@ -237,13 +233,27 @@ class Worker:
         self._runner.warm_up(self._limits)
         self._prepared.lap("warm_up")
 
-    def _proposal(self) -> int:
-        """What this rank wants all to do instead of the next step. A knock is only a hint: the store says who asks."""
+    def _step(self) -> StepResult:
+        """One step. Its header says which change this rank knows of that all could make, and whether it is ready."""
+        if not self._recovery.ahead.under_way:
+            self._begin_what_is_due()
+        self._said = self._to_say
+        return self._engine.step(*self._said)
+
+    def _begin_what_is_due(self) -> None:
         if self._told_to_leave:
             self._told_to_leave = False  # if it is refused, a later roll call will do: this rank goes on asking
-            return PROPOSES_LEAVE
-        knocked, self._knocked = self._knocked, False
-        return PROPOSES_JOIN if knocked and self._recovery.joiners() else self._balancer.proposal
+            self._recovery.begin("scale")
+        elif self._knocked and self._recovery.joiners():  # a knock is only a hint: the store says who asks
+            self._recovery.begin("join")
+        elif self._balancer.staged:
+            self._recovery.begin("rebalance")
+        self._knocked = False
+
+    @property
+    def _to_say(self) -> tuple[int, bool]:
+        ahead = self._recovery.ahead
+        return (PROPOSALS.index(ahead.trigger) + 1 if ahead.trigger in PROPOSALS else 0, ahead.ready)
 
     def _accept(self) -> None:
         """Take the mail in: requests for the engine, the rest for this rank itself."""
@@ -283,10 +293,17 @@ class Worker:
             )
         if (recovered := self._timeline.first_step(self._me, self._prepared, idle=result.idle)) is not None:
             self._mail.send(recovered)
-        if result.proposal:
+        if result.boundary:
             self._timeline.boundary()
-            self._change = Change(TRIGGERS[result.proposal])
-        self._balancer.work(result.step)
+            self._change = Change(PROPOSALS[result.proposal - 1])
+            return
+        if result.proposal:
+            self._recovery.begin(PROPOSALS[result.proposal - 1])
+        until = time.monotonic() + BESIDE_S
+        while self._recovery.work() and time.monotonic() < until:
+            pass
+        if not self._recovery.ahead.under_way:
+            self._balancer.work(result.step)
         self._report_balance()
         if result.idle:
             self._sleep()
@@ -307,14 +324,23 @@ class Worker:
         """All ranks sleep together. One that finds work, or whose heartbeat is due, wakes the others for a step: a
         peer that hangs is found by an empty step."""
         deadline = time.monotonic() + self._config.heartbeat_interval_s
-        pause = self._balancer.idle_work()
-        while not self._comm.sleep(max(0.0, min(pause, deadline - time.monotonic())), (self._mail.wake_fd,)):
+        while not self._comm.sleep(
+            max(0.0, min(self._idle_work(), deadline - time.monotonic())), (self._mail.wake_fd,)
+        ):
             self._accept()
-            pause = self._balancer.idle_work()
-            wanted = self._engine.has_work or self._knocked or self._told_to_leave or self._balancer.proposal
+            news = not self._recovery.ahead.under_way and (
+                self._knocked or self._told_to_leave or self._balancer.staged
+            )
+            wanted = self._engine.has_work or self._said != self._to_say or news
             if wanted or time.monotonic() >= deadline:
                 self._comm.ring()
                 return
+
+    def _idle_work(self) -> float:
+        """Do one bit of what is done beside the steps. How many seconds to sleep at most before the next one. LOCAL."""
+        if self._recovery.work():
+            return 0.0
+        return LOOK_S if self._recovery.ahead.under_way else self._balancer.idle_work()
 
     def _suspect(self, lost: PeerLost) -> Change:
         change = self._recovery.change_after(lost)

@@ -9,6 +9,7 @@ Keys, n = epoch, m = rank.incarnation:
 
     entry/{n}/{m}   what m answers to the roll call for n         written by m
     open/{n}        somebody opened the roll call for n           a hint for newcomers
+    ahead/{n}/{m}, standing/{n}/{m}                               `elastic.ahead`
     plan/{n}/{m}    the World for n as m would have it            written by m
     world/{n}       the m whose plan became the World for n       compare_set, once
     latest          a published epoch to start following from     a hint for newcomers
@@ -22,7 +23,9 @@ No I/O but through store and clock, so the whole of it runs in a simulation.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -65,7 +68,7 @@ Planner = Callable[[Trigger, View, IntArray, Loads], Placement]
 
 
 class RollCall:
-    """One rank's part in every agreement. Holds no state of its own: what is agreed stands in the store."""
+    """One rank's part in every agreement. What is agreed stands in the store alone."""
 
     def __init__(
         self,
@@ -85,19 +88,20 @@ class RollCall:
         self._shape, self._limits = shape, limits
         self._store, self._clock, self._notices = store, clock, notices
         self._plan, self._knock, self._faults = plan, knock, faults
+        self._chores = deque[Callable[[], object]]()
 
     def follow(self, base: Agreed | None) -> Agreed | None:
         """The last World of the chain, from `base` on; None before the first. Raises Evicted at one without this rank,
         if this rank was in before. LOCAL."""
         if base is None:
-            base = self._read(int(self._store.get("latest") or 0))
+            base = self.read(int(self._store.get("latest") or 0))
         member = base is not None and self.me in base.view
-        while (agreed := self._read((base.epoch if base else 0) + 1)) is not None:
+        while (agreed := self.read((base.epoch if base else 0) + 1)) is not None:
             base = agreed
             if self.me in base.view:
                 member = True
             elif member:
-                raise self._outside(base)
+                raise self.outside(base)
         return base
 
     def hold(self, base: Agreed | None, trigger: Trigger, mine: Answer, known_dead: Iterable[Member] = ()) -> Agreed:
@@ -105,56 +109,58 @@ class RollCall:
 
         known_dead: members that are dead for certain, besides those on the notice board. Ends by itself, at the latest
         some time after roll_call_s, whoever dies meanwhile. Raises Evicted when the others went on without it."""
-        meeting = _Meeting(self, base, trigger, frozenset(known_dead))
+        meeting = Meeting(self, base, trigger, frozenset(known_dead))
         self._faults.point("roll_call")
-        self._store.set(f"entry/{meeting.epoch}/{self.me}", msgspec.msgpack.encode(mine))
-        self._store.set(f"open/{meeting.epoch}", b"1")
+        self.post(f"entry/{meeting.epoch}/{self.me}", mine)
+        self.open(meeting.epoch)
         meeting.answers[self.me] = mine
         opened = self._clock.now()
-        while (agreed := self._read(meeting.epoch)) is None:
-            if self._is_dead(self.me):
+        while (agreed := self.read(meeting.epoch)) is None:
+            if self.is_dead(self.me):
                 raise self._evicted(meeting.epoch)
             if meeting.is_closed(self._clock.now() - opened):
-                self._publish(meeting)
+                self.publish(meeting)
             else:
                 self._store.wait(meeting.awaited(), _LOOK_S)
         if self.me not in agreed.view:
-            raise self._outside(agreed)
+            raise self.outside(agreed)
         return agreed
 
-    def join(self, mine: Answer) -> Agreed:
-        """Ask to be let in, and return the World that has this rank. Waits until the members meet; they wait for a
-        newcomer at most join_s. Raises Evicted when they do not meet for longer than start_s. LOCAL."""
+    def join(self, mine: Answer) -> tuple[Agreed, bool]:
+        """Ask to be let in. Returns the World that has this rank, and whether others made it. Waits until the members
+        meet; they wait for a newcomer at most join_s. Raises Evicted when they do not meet for longer than start_s.
+        LOCAL."""
         patience_s = self._limits.start_s + self._limits.roll_call_s  # the first meeting may be open already
         deadline = self._clock.now() + patience_s
         last = self.follow(None)
         asked = answered = 0
         knock_at = 0.0
-        while self._clock.now() < deadline and not self._is_dead(self.me):
+        while self._clock.now() < deadline and not self.is_dead(self.me):
             epoch = (last.epoch if last else 0) + 1
             if asked < epoch:
                 self._faults.point("join")
                 self._ask_in()
                 asked, knock_at = epoch, self._clock.now()
             if last is not None and answered < epoch and self._clock.now() >= knock_at:
+                self._ask_in()  # whoever died while it made another World may have struck this rank off
                 self._knock(last.view)
                 knock_at = self._clock.now() + _KNOCK_EVERY_S
-            if last is not None and all(self._is_dead(m) for m in last.view.members):
+            if last is not None and all(self.is_dead(m) for m in last.view.members):
                 try:  # nobody is left to let it in
-                    return self.hold(last, "join", mine)
+                    return self.hold(last, "join", mine), False
                 except Evicted:  # another newcomer was faster: it is a member now, and can be asked
                     last = self.follow(last)
                     continue
             # An answer must be fresh, or a newcomer that died while it waited would be let in.
             if answered < epoch and self._store.wait(f"open/{epoch}", _LOOK_S) is not None:
-                self._store.set(f"entry/{epoch}/{self.me}", msgspec.msgpack.encode(mine))
+                self.post(f"entry/{epoch}/{self.me}", mine)
                 answered = epoch
             if answered == epoch:
                 self._store.wait(f"world/{epoch}", _LOOK_S)
-            if (agreed := self._read(epoch)) is not None:
+            if (agreed := self.read(epoch)) is not None:
                 last = self.follow(agreed)
                 if last is not None and self.me in last.view:
-                    return last
+                    return last, True
                 deadline = self._clock.now() + patience_s
         raise self._evicted(last.epoch if last else 0)
 
@@ -164,7 +170,7 @@ class RollCall:
 
     def remember(self, mine: Answer) -> None:
         """Leave behind the digests of what this rank holds, for when it can no longer answer. LOCAL."""
-        self._store.set(f"digests/{self.me}", msgspec.msgpack.encode(mine))
+        self.post(f"digests/{self.me}", mine)
 
     def coming(self) -> tuple[Member, ...]:
         """Newcomers that the launcher has started, as far as their identity goes. LOCAL."""
@@ -191,10 +197,37 @@ class RollCall:
         slots_LP = np.frombuffer(value, np.int32).reshape(self._shape.num_layers, -1)
         return Placement(slots_LP, self._shape.num_experts, self._shape.slots_per_rank)
 
-    # --- for _Meeting
+    def stand(self, epoch: int) -> None:
+        """Say that this newcomer has adopted World `epoch`, and needs nothing more than the others' switch. LOCAL."""
+        self._store.set(f"standing/{epoch}/{self.me}", b"1")
 
-    def answer_of(self, epoch: int, member: Member) -> Answer | None:
-        value = self._store.get(f"entry/{epoch}/{member}")
+    def is_standing(self, epoch: int, member: Member) -> bool:
+        return self._store.get(f"standing/{epoch}/{member}") is not None
+
+    def tidy(self) -> bool:
+        """Do one thing that only saves room and time, as deleting what was needed for past Worlds; it may be cut off at
+        any point by this rank's death. False when nothing is to be done. LOCAL."""
+        if not self._chores:
+            return False
+        self._chores.popleft()()
+        return True
+
+    # --- for meetings
+
+    def answer_ahead(self, epoch: int, mine: Answer) -> None:
+        """Answer the roll call for `epoch` that goes on beside the steps."""
+        self._faults.point("roll_call")
+        self.post(f"ahead/{epoch}/{self.me}", mine)
+
+    def open(self, epoch: int) -> None:
+        """Tell newcomers that the roll call for `epoch` is open."""
+        self._store.set(f"open/{epoch}", b"1")
+
+    def post(self, key: str, mine: Answer) -> None:
+        self._store.set(key, msgspec.msgpack.encode(mine))
+
+    def answer_of(self, epoch: int, member: Member, *, ahead: bool = False) -> Answer | None:
+        value = self._store.get(f"{'ahead' if ahead else 'entry'}/{epoch}/{member}")
         return msgspec.msgpack.decode(value, type=Answer) if value else None
 
     def digests_of(self, member: Member) -> Answer | None:
@@ -203,17 +236,17 @@ class RollCall:
 
     # --- parts
 
-    def _is_dead(self, member: Member) -> bool:
+    def is_dead(self, member: Member) -> bool:
         return self._notices.is_dead(member)
 
-    def _outside(self, agreed: Agreed) -> Evicted | Left:
+    def outside(self, agreed: Agreed) -> Evicted | Left:
         out = Left if self.me in agreed.leaving else Evicted
         return out(self.me.rank, self.me.incarnation, agreed.epoch)
 
     def _evicted(self, epoch: int) -> Evicted:
         return Evicted(self.me.rank, self.me.incarnation, epoch)
 
-    def _read(self, epoch: int) -> Agreed | None:
+    def read(self, epoch: int) -> Agreed | None:
         """The World of an epoch, or None when there is none yet."""
         if epoch == 0 or not (winner := self._store.get(f"world/{epoch}")):
             return None
@@ -222,7 +255,7 @@ class RollCall:
             raise self._evicted(epoch)
         return decoded(value, self._shape)
 
-    def _publish(self, meeting: _Meeting) -> None:
+    def publish(self, meeting: Meeting) -> None:
         """Plan, and write the plan down as the World unless another one was faster."""
         self._faults.point("publish")
         view, leaving, held_LP, digest_LE, load_LE, step = meeting.outcome()
@@ -234,22 +267,26 @@ class RollCall:
             held_LP.tobytes(), digest_LE.tobytes(), load_LE.tobytes(), leaving,
         )  # fmt: skip
         self._store.set(f"plan/{view.epoch}/{self.me}", msgspec.msgpack.encode(plan))
-        if self._store.compare_set(f"world/{view.epoch}", "", str(self.me)) == str(self.me):
-            self._clear_up(meeting)
-
-    def _clear_up(self, meeting: _Meeting) -> None:
-        """What only saves room and time, and may therefore be cut off at any point by this rank's death."""
-        epoch = meeting.epoch
-        self._store.set("latest", str(epoch).encode())
-        if meeting.newcomers:
+        if meeting.newcomers:  # now, because those whom this World leaves out ask again as soon as they see it
             self._forget_joiners(meeting.newcomers)
-        for member in (*meeting.members, *meeting.newcomers, *meeting.left):
-            self._store.delete(f"entry/{epoch - 1}/{member}")
-            self._store.delete(f"plan/{epoch - 3}/{member}")
-        if winner := self._store.get(f"world/{epoch - 3}"):  # it may have left since
-            self._store.delete(f"plan/{epoch - 3}/{winner.decode()}")
-        for member in meeting.newcomers:
-            self._store.delete(f"wish/{member}")
+        if self._store.compare_set(f"world/{view.epoch}", "", str(self.me)) == str(self.me):
+            self._leave_chores(meeting)
+
+    def _leave_chores(self, meeting: Meeting) -> None:
+        """What is to be done for `tidy`, in this order: a newcomer that starts from `latest` must find its plan."""
+        epoch = meeting.epoch
+        members = (*meeting.members, *meeting.newcomers, *meeting.left)
+        self._chores.append(lambda: self._store.set("latest", str(epoch).encode()))
+        names = [f"{key}/{epoch - 1}/{m}" for m in members for key in ("entry", "ahead", "standing")]
+        names += [f"plan/{epoch - 3}/{m}" for m in members]
+        names += [f"wish/{m}" for m in meeting.newcomers]
+        self._chores.extend(partial(self._store.delete, name) for name in names)
+        self._chores.append(lambda: self._delete_plan(epoch - 3))
+
+    def _delete_plan(self, epoch: int) -> None:
+        """Whose plan it was may have left long since."""
+        if winner := self._store.get(f"world/{epoch}"):
+            self._store.delete(f"plan/{epoch}/{winner.decode()}")
 
     def _ask_in(self) -> None:
         me = (self.me.rank, self.me.incarnation)
@@ -266,7 +303,7 @@ class RollCall:
         self._store.compare_set("joiners", before, after)
 
 
-class _Meeting:
+class Meeting:
     """One roll call as one rank sees it: who is expected, who answered, and whether this rank is to end it."""
 
     def __init__(self, calls: RollCall, base: Agreed | None, trigger: Trigger, known_dead: frozenset[Member]) -> None:
@@ -278,9 +315,9 @@ class _Meeting:
         self.members = base.view.members if base else tuple(Member(r, 0) for r in first)
         self.left = base.leaving if base else ()
         self.newcomers: tuple[Member, ...] = ()
-        self._look_for_newcomers()
+        self.look_for_newcomers()
 
-    def _look_for_newcomers(self) -> None:
+    def look_for_newcomers(self) -> None:
         self.newcomers = tuple(
             Member(rank, incarnation)
             for rank, incarnation in self._calls.joiners()
@@ -297,7 +334,7 @@ class _Meeting:
         return tuple(
             m
             for m in (*self.members, *self.newcomers)
-            if m.incarnation == newest[m.rank] and m not in self._known_dead and not self._calls._is_dead(m)
+            if m.incarnation == newest[m.rank] and m not in self._known_dead and not self._calls.is_dead(m)
         )
 
     def is_closed(self, open_s: float) -> bool:
@@ -310,7 +347,7 @@ class _Meeting:
         late = open_s >= limit
         if not late and (not expected or expected[0] != self._calls.me):
             return False
-        self._look_for_newcomers()
+        self.look_for_newcomers()
         expected = self.expected()
         for member in expected:
             if member not in self.answers and (answer := self._calls.answer_of(self.epoch, member)) is not None:
@@ -370,7 +407,7 @@ class _Meeting:
             load_LE += np.frombuffer(answer.load, np.int64).reshape(load_LE.shape)
         if self._base is not None:
             ranks = {answer.member.rank for answer in present}
-            earlier = [m for m in self.left if m.rank not in ranks and not calls._is_dead(m)]
+            earlier = [m for m in self.left if m.rank not in ranks and not calls.is_dead(m)]
             leaving += still_readable(earlier, self._base.held_LP, held_LP, slots)
         return view, leaving, held_LP, digest_LE, load_LE, max((a.step for a in present), default=0)
 

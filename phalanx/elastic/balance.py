@@ -1,9 +1,9 @@
 """Load balancing in the background: count, plan, stage beside what serves, and switch at a step boundary.
 
-    balancer.work(step)                after each step: the next bits of what is to be done, for a part of a step's time
-    engine.step(balancer.proposal)     when every rank has staged, the lowest one proposes the switch to all
-    recovery.run(Change("rebalance"))  the same path as every change; nothing is left to restore, so it takes no time
-    balancer.adopted(...)        whatever was under way for the World before is forgotten
+    balancer.work(step)            after each step: the next bits of what is to be done, for a part of a step's time
+    recovery.begin("rebalance")    when every rank has staged, the lowest one begins the switch, as for every change
+                                   that is agreed on beside the steps; nothing is left to restore
+    balancer.adopted(...)          whatever was under way for the World before is forgotten
 
 What is staged is an ordinary expert in a slot that the World leaves EMPTY: marked, with its digest, `held` tells of it.
 So nothing has to be undone when a rank dies half-way: its roll call finds more replicas than were there before.
@@ -37,9 +37,6 @@ from phalanx.testing.faults import NO_FAULTS, Faults
 from phalanx.world import EMPTY, IntArray, Member, Placement, View, World
 
 log = logging.getLogger("phalanx.balance")
-
-REBALANCE = 1
-"""The proposal to switch, in a step's header."""
 
 SHARE = 0.05
 """Which part of a step's time the work between two steps may take; what one expert takes longer is made good later."""
@@ -145,8 +142,8 @@ class Balancer:
         self._job: Restore | None = None
         self._target: Placement | None = None
         self._more = False
-        self.proposal = 0
-        """What to propose in the next step's header."""
+        self.staged = False
+        """Whether all have staged, and this rank is to begin the switch; until another World is served."""
 
     # --- what the worker's loop calls
 
@@ -324,7 +321,7 @@ class Balancer:
         elif not done:
             self._give_up()
         elif not self._unstaged:
-            self.proposal = REBALANCE
+            self.staged = True
 
     def _take(self, value: bytes) -> None:
         """The lowest rank's word: stage, or nothing."""
@@ -428,7 +425,7 @@ class Balancer:
             return True
         self._unstaged.pop()
         if not self._unstaged:
-            self.proposal = REBALANCE
+            self.staged = True
         return True
 
     def _give_up(self) -> None:

@@ -1,6 +1,8 @@
 """The one operation behind start-up, failure, join, rebalance and scaling: agree, mask, replan, restore, meet.
 
     adoption = recovery.run(change)      # worker.py: engine.adopt(adoption.world, adoption.routes_LEW)
+    recovery.begin("join")               # what can be foreseen is agreed on beside the steps (`elastic.ahead`), and
+    recovery.work()                      # `run` only switches
 
 A failure is a re-placement with fewer ranks, a join one with more, start-up the first. Whatever goes wrong on the way
 raises, and running again goes on from what is agreed and held by then: there is no state half-way.
@@ -17,6 +19,7 @@ import torch
 
 from phalanx.comm.base import Communicator, empty_view
 from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
+from phalanx.elastic.ahead import Ahead
 from phalanx.elastic.detect import certainly_dead, change_after, merged
 from phalanx.elastic.leave import within
 from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
@@ -31,6 +34,9 @@ from phalanx.world import EMPTY, IntArray, Member, Placement, View, World
 
 _PREPARATIONS = 3
 """How often a newcomer looks again whether the World that it prepared for has changed meanwhile."""
+
+FORESEEN: frozenset[Trigger] = frozenset({"join", "rebalance", "scale"})
+"""Changes that are agreed on beside the steps."""
 
 _REPORTED = 30
 """How many lost experts a rank can name to the others: a row of an all_gather has room for 64 numbers."""
@@ -99,10 +105,12 @@ class Recovery:
         self._calls = RollCall(
             me, shape, limits, store=store, clock=clock, notices=notices, plan=self._plan, knock=knock, faults=faults
         )
+        self.ahead = Ahead(self._calls, limits, clock, answer=self._answer, routes=self._routes)
+        """The change that is agreed on beside the steps; `begin` and `work` move it."""
         self._agreed: Agreed | None = None
         self._served: View | None = None
         self._unfinished: Change | None = None
-        self._said_what_it_holds = False
+        self._said_what_it_holds = self._let_in = False
         self._seconds = PhaseSeconds()
         self._bytes: dict[str, int] = {}
         self._source_s: dict[str, float] = {}
@@ -113,8 +121,21 @@ class Recovery:
         return self._agreed.view if self._agreed else empty_view(self._shape.ep_size)
 
     def joiners(self) -> tuple[tuple[int, int], ...]:
-        """(rank, incarnation) of newcomers that ask to be let in: run(Change("join")) does it. LOCAL."""
-        return self._calls.joiners()
+        """(rank, incarnation) of newcomers that ask to be let in: `begin`, or run(Change("join")) where nothing is
+        served. LOCAL."""
+        known = {m.rank: m.incarnation for m in self.view.members}
+        return tuple((rank, inc) for rank, inc in self._calls.joiners() if inc > known.get(rank, -1))
+
+    def begin(self, trigger: Trigger) -> None:
+        """Begin, or hear that others have begun, with a change that can be agreed on while all serve. Does nothing when
+        one is under way already. LOCAL."""
+        assert self._agreed is not None
+        self.ahead.begin(self._agreed, trigger)
+
+    def work(self) -> bool:
+        """Do the next bit of what is done beside the steps, a question to the store or an answer. False when there is
+        none. Raises PeerLost. LOCAL."""
+        return self.ahead.work() if self.ahead.under_way else self._calls.tidy()
 
     def leave(self, members: Sequence[tuple[int, int]]) -> None:
         """Ask that these, this rank among them, be left out of the next view, in every roll call from now on; none: no
@@ -172,12 +193,23 @@ class Recovery:
         and adopted and the same on every member: TooFewRanks, TooFewSlots, ExpertsLost (wait, then run again).
         StoreLost: the launcher is gone. Left: see `leave`."""
         change = self._unfinished = merged(self._unfinished, change)
-        agreed = self._agree(change)
+        ahead = self.ahead.take()
+        routes_LEW = None
+        if ahead is not None and change.trigger in FORESEEN:
+            self._agreed, routes_LEW = ahead
+            if self.me not in self._agreed.view:
+                raise self._calls.outside(self._agreed)
+        else:
+            self._agree(change)
+        agreed = self._agreed
+        assert agreed is not None
         began = self._clock.now()
         self._comm.adopt(agreed.view)
+        if not self._let_in and not set(agreed.view.members) <= set(self._served.members if self._served else ()):
+            self._comm.ring()  # newcomers sleep until then
         self._add(mask=self._clock.now() - began)
         self._check_capacity(agreed)
-        routes_LEW = self._restore(agreed)
+        routes_LEW = self._restore(agreed, routes_LEW)
         adoption = self._adoption(change, agreed, routes_LEW)
         self._unfinished, self._served = None, agreed.view
         self._seconds, self._bytes, self._source_s = PhaseSeconds(), {}, {}
@@ -185,11 +217,11 @@ class Recovery:
 
     # --- the phases
 
-    def _agree(self, change: Change) -> Agreed:
+    def _agree(self, change: Change) -> None:
         began = self._clock.now()
         base = self._calls.follow(self._agreed)
         if change.trigger == "join" and self._agreed is None:
-            agreed = self._calls.join(self._answer())
+            agreed, self._let_in = self._calls.join(self._answer())
         elif base is not None and self.me not in base.view:
             raise Evicted(self.me.rank, self.me.incarnation, base.epoch)
         elif base is not None and base.epoch > self.view.epoch and base.epoch >= change.epoch:
@@ -200,7 +232,6 @@ class Recovery:
             agreed = self._calls.hold(base, change.trigger, self._answer(), dead)
         self._agreed = agreed
         self._add(agree=self._clock.now() - began - agreed.replan_s, replan=agreed.replan_s)
-        return agreed
 
     def _check_capacity(self, agreed: Agreed) -> None:
         alive = len(agreed.view.members)
@@ -209,7 +240,7 @@ class Recovery:
         if agreed.placement.missing:
             raise TooFewSlots(alive * self._shape.slots_per_rank, self._shape.num_experts)
 
-    def _restore(self, agreed: Agreed) -> IntArray:
+    def _restore(self, agreed: Agreed, routes_LEW: IntArray | None) -> IntArray:
         """Fill this rank's slots, and leave when every rank has filled its own. Returns the routing table.
 
         Ranks restore in slices and meet after each: a rank that stops is noticed after roll_call_s, though the whole
@@ -217,7 +248,8 @@ class Recovery:
         began = self._clock.now()
         self._faults.point("replan")
         moves = diff(agreed.held_LP, agreed.placement, self.me.rank)
-        routes_LEW = routes(agreed.placement, agreed.view, self.me.rank, self._width, agreed.load_LE)
+        if routes_LEW is None:
+            routes_LEW = self._routes(agreed)
         planned = self._clock.now()
         self._add(replan=planned - began)
         job = Restore(
@@ -234,6 +266,8 @@ class Recovery:
                     if not job.remaining and (job.learned or not self._said_what_it_holds):
                         self._calls.remember(self._answer())
                         job.learned, self._said_what_it_holds = 0, True
+                        if self._let_in:
+                            self._stand_by(agreed)
                     remaining, lost = self._meet(job)
         finally:
             self._add(restore=self._clock.now() - planned)
@@ -242,6 +276,12 @@ class Recovery:
             raise ExpertsLost(lost, "no source has an intact copy")
         self._faults.point("adopt")
         return routes_LEW
+
+    def _stand_by(self, agreed: Agreed) -> None:
+        """A newcomer's sleep until one who lets it in has come to the World that both have in hand. LOCAL."""
+        self._let_in = False
+        self._calls.stand(agreed.epoch)
+        self._comm.sleep(self._limits.restore_s)
 
     def _meet(self, job: Restore) -> tuple[int, tuple[tuple[int, int], ...]]:
         """How many experts are still to be restored anywhere, and which are lost. COLLECTIVE."""
@@ -264,6 +304,9 @@ class Recovery:
         for name, count in job.bytes_by_source.items():
             self._bytes[name] = self._bytes.get(name, 0) + count
             self._source_s[name] = self._source_s.get(name, 0.0) + job.seconds_by_source[name]
+
+    def _routes(self, agreed: Agreed) -> IntArray:
+        return routes(agreed.placement, agreed.view, self.me.rank, self._width, agreed.load_LE)
 
     def _answer(self) -> Answer:
         return Answer(

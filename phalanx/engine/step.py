@@ -28,7 +28,7 @@ from phalanx.world import World
 _ROWS_AT_ONCE = 64
 """Rows of logits that are in memory at a time: with V = 150,000 one row is 600 KB."""
 
-_TOKENS, _PROPOSAL, _EPOCH, _WANTS, _STEP = range(5)
+_TOKENS, _PROPOSAL, _READY, _EPOCH, _WANTS, _STEP = range(6)
 """What stands where in the header that each rank gathers at the start of a step."""
 
 
@@ -46,9 +46,9 @@ class StepResult:
     """What one call of `step` brought.
 
     tokens: committed ones and ends, also of requests that were aborted since the last call. rejected: since then.
-    idle: no rank had anything to do, nothing ran: all may sleep. proposal: greater than 0 when a rank proposed a
-    change of membership; nothing ran, all are at the same step boundary. step: the number of the step, the same on
-    all ranks. prompt_tokens: prompt tokens computed in it.
+    idle: no rank had anything to do, nothing ran: all may sleep. proposal: the highest of any rank. boundary: all ranks
+    were ready for what is proposed; nothing ran, all are at the same step boundary. step: the number of the step, the
+    same on all ranks. prompt_tokens: prompt tokens computed in it.
     """
 
     tokens: list[TokenOut] = field(default_factory=list)
@@ -56,6 +56,7 @@ class StepResult:
     rejected: list[Refusal] = field(default_factory=list)
     idle: bool = False
     proposal: int = 0
+    boundary: bool = False
     step: int = 0
     prompt_tokens: int = 0
 
@@ -91,10 +92,11 @@ class Engine:
         self._ended: list[TokenOut] = []
         self._rejected: list[Refusal] = []
 
-    def step(self, proposal: int = 0) -> StepResult:
+    def step(self, proposal: int = 0, ready: bool = False) -> StepResult:
         """Run one step with all ranks. COLLECTIVE.
 
-        proposal: greater than 0 to end the step at its boundary, on all ranks, for a change of membership.
+        proposal: greater than 0 when this rank knows of a change that all are to make together. ready: whether it is
+        ready for it. When all ranks are, the step ends at its boundary, on all of them.
         Raises PeerLost when ranks fell silent or a roll call was opened; then nothing of the step was committed."""
         self._faults.point("step", self._step + 1)
         ahead, self._ahead = self._ahead, None
@@ -105,11 +107,12 @@ class Engine:
         else:
             plan, ahead = self._scheduler.schedule(), None
         self._faults.point("schedule")
-        header_RN = self._header(plan, proposal)
-        if header_RN[:, _PROPOSAL].any():
-            return self._result(proposal=int(header_RN[:, _PROPOSAL].max()))
+        header_RN = self._header(plan, proposal, ready)
+        proposal = int(header_RN[:, _PROPOSAL].max())
+        if header_RN[header_RN[:, _STEP] > 0, _READY].all():
+            return self._result(proposal=proposal, boundary=True)
         if not header_RN[:, _WANTS].any():
-            return self._result(idle=True)
+            return self._result(proposal=proposal, idle=True)
         if ahead:
             batch, prompt_tokens = ahead[1], 0  # decodes alone are made ahead
             complete(batch)
@@ -126,7 +129,7 @@ class Engine:
             outcome = _Outcome({}, {}, {})
         self._faults.point("commit")
         self._step = int(header_RN[:, _STEP].max())
-        return self._commit(plan, outcome, prompt_tokens)
+        return self._commit(plan, outcome, prompt_tokens, proposal)
 
     def accept(self, messages: Iterable[ToWorker]) -> None:
         """Take in what the server sends, between steps. Messages that are not the engine's are left alone. LOCAL."""
@@ -173,9 +176,9 @@ class Engine:
 
     # --- the parts of a step
 
-    def _header(self, plan: Plan, proposal: int) -> npt.NDArray[np.int64]:
-        """What every rank brings to this step: int64 [R, 5]. It is read only if it is complete. COLLECTIVE."""
-        header_RN, status = self._comm.meet([plan.num_tokens, proposal, self._epoch, bool(plan), self._step + 1])
+    def _header(self, plan: Plan, proposal: int, ready: bool) -> npt.NDArray[np.int64]:
+        """What every rank brings to this step: int64 [R, 6]. It is read only if it is complete. COLLECTIVE."""
+        header_RN, status = self._comm.meet([plan.num_tokens, proposal, ready, self._epoch, bool(plan), self._step + 1])
         self._check(status)
         present = header_RN[header_RN[:, _STEP] > 0]
         assert (present[:, _EPOCH] == self._epoch).all(), f"ranks in a step of epochs {present[:, _EPOCH].tolist()}"
@@ -226,7 +229,7 @@ class Engine:
                 entries.append(sampler.logprobs(logits_V, token_id, count))
         return entries
 
-    def _commit(self, plan: Plan, outcome: _Outcome, prompt_tokens: int) -> StepResult:
+    def _commit(self, plan: Plan, outcome: _Outcome, prompt_tokens: int, proposal: int) -> StepResult:
         """Make the step count. LOCAL."""
         told: list[PromptLogprobs] = []
         sampled: list[tuple[Request, int]] = []
@@ -251,7 +254,7 @@ class Engine:
             )
             for request, index in sampled
         ]
-        return self._result(tokens=tokens, prompt_logprobs=told, prompt_tokens=prompt_tokens)
+        return self._result(tokens=tokens, prompt_logprobs=told, prompt_tokens=prompt_tokens, proposal=proposal)
 
     def _result(
         self,
@@ -260,6 +263,7 @@ class Engine:
         prompt_logprobs: Iterable[PromptLogprobs] = (),
         idle: bool = False,
         proposal: int = 0,
+        boundary: bool = False,
         prompt_tokens: int = 0,
     ) -> StepResult:
         """Hand out what the step brought, and what was waiting to be told."""
@@ -269,6 +273,7 @@ class Engine:
             rejected=self._rejected,
             idle=idle,
             proposal=proposal,
+            boundary=boundary,
             step=self._step,
             prompt_tokens=prompt_tokens,
         )

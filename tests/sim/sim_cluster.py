@@ -15,7 +15,8 @@ from sim_network import SimBank, SimComm, SimDisk, SimNotices, SimPeer, SimStore
 from sim_scheduler import Killed, Scheduler, Task
 
 from phalanx.elastic.agree import Change, Limits, Shape
-from phalanx.elastic.balance import REBALANCE, Balancer, Rules
+from phalanx.elastic.ahead import LOOK_S
+from phalanx.elastic.balance import Balancer, Rules
 from phalanx.elastic.planning import PlanHere
 from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.restore import DiskSource, PeerSource
@@ -26,11 +27,7 @@ from phalanx.world import Member, World
 
 TOP_K = 2
 PRIME = 1_000_003
-JOIN = REBALANCE + 1
-"""What a rank proposes when a newcomer asks to be let in."""
-LEAVE = JOIN + 1
-"""What a rank proposes that was told to leave."""
-TRIGGERS: dict[int, Trigger] = {REBALANCE: "rebalance", JOIN: "join", LEAVE: "scale"}
+PROPOSALS: tuple[Trigger, ...] = ("rebalance", "join", "scale")
 PEER_TIMEOUT_S = 0.02
 HEARTBEAT_S = 0.01
 LIMITS = Limits(
@@ -150,15 +147,16 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._running) or bool(self._cluster.router.mail.get(self._me))
 
-    def step(self, proposal: int) -> tuple[bool, int]:
-        """(idle, the highest proposal of any rank). Raises PeerLost before anything is committed."""
+    def step(self, proposal: int, ready: bool) -> tuple[bool, int, bool]:
+        """(idle, the highest proposal, whether all are ready for it). Raises PeerLost before anything is committed."""
         batch = self._running[:3]
-        rows = self._comm.all_gather(torch.tensor([len(batch), proposal]))
+        rows = self._comm.all_gather(torch.tensor([len(batch), proposal, ready, 1]))
         self._check()
-        if int(rows[:, 1].max()) > 0:
-            return False, int(rows[:, 1].max())
+        proposal = int(rows[:, 1].max())
+        if rows[rows[:, 3] > 0, 2].all():
+            return False, proposal, True
         if int(rows[:, 0].sum()) == 0:
-            return True, 0
+            return True, proposal, False
         tokens = self._forward(batch)
         self._check()
         for (request, attempt, output), token in zip(batch, tokens, strict=True):
@@ -166,7 +164,7 @@ class Engine:
             self._cluster.router.token(request, attempt, len(output) - 1, token)
         self._running = [r for r in self._running if len(r[2]) < r[0].length]
         self.step_number += 1
-        return False, 0
+        return False, proposal, False
 
     def _forward(self, batch: list[tuple[Request, int, list[int]]]) -> list[int]:
         shape = self._cluster.shape
@@ -345,24 +343,55 @@ class Cluster:
                 engine.accept()
                 self._on_point(process, "step")
                 rounds += 1
-                asked = rounds % 4 == 0 and recovery.joiners()
-                leave = bool(process.leaving) and not (told or process.deaf)
-                if leave:
+                if recovery.ahead.under_way:
+                    pass
+                elif process.leaving and not (told or process.deaf):
                     recovery.leave(process.leaving)
+                    recovery.begin("scale")
                     told = True
-                idle, proposal = engine.step(LEAVE if leave else JOIN if asked else balancer.proposal)
+                elif rounds % 4 == 0 and recovery.joiners():
+                    recovery.begin("join")
+                elif balancer.staged:
+                    recovery.begin("rebalance")
+                said = self._to_say(recovery)
+                idle, proposal, boundary = engine.step(*said)
+                if boundary:
+                    change = Change(PROPOSALS[proposal - 1])
+                    continue
                 if proposal:
-                    change = Change(TRIGGERS[proposal])
-                balancer.work(engine.step_number)
+                    recovery.begin(PROPOSALS[proposal - 1])
+                recovery.work()
+                if not recovery.ahead.under_way:
+                    balancer.work(engine.step_number)
                 self._reports(balancer)
                 if idle:
-                    comm.sleep_until(min(HEARTBEAT_S, balancer.idle_work()), lambda: engine.has_work)
-                    comm.ring()
+                    self._sleep(comm, engine, recovery, balancer, said)
             except PeerLost as lost:
                 change = recovery.change_after(lost)
             except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
                 self.cannot_serve.append((process.member, recovery.view.epoch, str(error)))
                 change = self._wait_for_help(comm, recovery)
+
+    def _sleep(
+        self, comm: SimComm, engine: Engine, recovery: Recovery, balancer: Balancer, said: tuple[int, bool]
+    ) -> None:
+        """As long as there is nothing to tell the others, working on what is done beside the steps."""
+        until = self.sim.now() + HEARTBEAT_S
+        while not engine.has_work and self._to_say(recovery) == said and self.sim.now() < until:
+            if recovery.work():
+                continue
+            pause = LOOK_S if recovery.ahead.under_way else balancer.idle_work()
+            end = min(until, self.sim.now() + pause)
+            if comm.sleep_until(end - self.sim.now(), lambda: engine.has_work):
+                break
+            if balancer.staged and not recovery.ahead.under_way:
+                break
+        comm.ring()
+
+    @staticmethod
+    def _to_say(recovery: Recovery) -> tuple[int, bool]:
+        ahead = recovery.ahead
+        return (PROPOSALS.index(ahead.trigger) + 1 if ahead.trigger in PROPOSALS else 0, ahead.ready)
 
     def _reports(self, balancer: Balancer) -> None:
         if (report := balancer.take_report()) is not None:

@@ -88,7 +88,8 @@ def test_fewer_ranks_than_asked_for_wait_for_a_newcomer_and_then_serve_what_was_
 def test_too_few_slots_are_the_same_error_on_every_survivor_until_someone_joins() -> None:
     story = Story(Shape(num_layers=1, num_experts=6, ep_size=4, slots_per_rank=2))
     story.requests()
-    story.sim.after(0.02, lambda: (story.kill(0), story.kill(3)))
+    for rank in (0, 3):
+        story.sim.after(0.02, lambda rank=rank: story.kill(rank))
     story.sim.after(0.3, lambda: story.cluster.start(3, 1))
     story.run()
     assert {(m.rank, why) for m, _, why in story.cluster.cannot_serve} == {

@@ -69,7 +69,7 @@ def test_after_a_return_the_experts_are_spread_as_before_and_no_more_slots_are_f
     assert len(worlds) == 5
     for epoch in (3, 5):
         assert sum(filled[epoch]) <= 36, filled
-        assert max(filled[epoch]) - min(filled[epoch]) <= 4, filled
+        assert max(filled[epoch]) - min(filled[epoch]) <= 5, filled
     last = told.cluster.worlds[5].placement
     for process in (*told.ranks, *told.cluster.processes[4:]):
         if process.alive or process.member in told.cluster.latest_members():

@@ -214,8 +214,10 @@ def test_a_pause_runs_no_request_but_takes_them_in() -> None:
     assert bench.run() == {"a": reference(submit("a", range(5))), "b": reference(submit("b", range(4)))}
 
 
-def peer_row(tokens: int = 0, proposal: int = 0, epoch: int = 1, wants: int = 0, step: int = 1) -> list[int]:
-    return [tokens, proposal, epoch, wants, step]
+def peer_row(
+    tokens: int = 0, proposal: int = 0, ready: int = 0, epoch: int = 1, wants: int = 0, step: int = 1
+) -> list[int]:
+    return [tokens, proposal, ready, epoch, wants, step]
 
 
 def test_a_rank_without_work_runs_an_empty_batch_when_a_peer_has_tokens() -> None:
@@ -241,22 +243,28 @@ def test_all_are_idle_only_when_nobody_wants_the_step() -> None:
     assert bench.model.batches == []
 
 
-def test_any_ranks_proposal_ends_the_step_at_its_boundary() -> None:
+def test_a_step_ends_at_its_boundary_when_all_ranks_are_ready_for_what_one_proposes() -> None:
     bench = Bench(limits(), ep_size=2)
     bench.accept(submit("a", range(5)))
-    bench.comm.peer_rows = [peer_row(proposal=6)]
+    bench.comm.peer_rows = [peer_row(proposal=6, ready=1)]
     result = bench.step()
     assert result is not None
-    assert result.proposal == 6
-    assert bench.model.batches == []
-    bench.comm.peer_rows = [peer_row()]
-    assert bench.engine.step(proposal=4).proposal == 4
-    assert bench.run() == {"a": reference(submit("a", range(5)))}
+    assert (result.proposal, result.boundary) == (6, False), "this rank has heard of it only now"
+    ran = len(bench.model.batches)
+    assert ran == 1
+    result = bench.engine.step(proposal=4, ready=True)
+    assert (result.proposal, result.boundary) == (6, True)
+    assert len(bench.model.batches) == ran, "nothing is computed"
+    bench.comm.peer_rows = [peer_row(proposal=6)]
+    result = bench.engine.step(proposal=6, ready=True)
+    assert not result.boundary, "the other one is not ready"
+    told = [out.token_id for out in (*bench.outputs["a"], *result.tokens)]
+    assert told == reference(submit("a", range(5)))[:2], "no token is lost at the boundary"
 
 
 def test_the_header_of_a_masked_rank_counts_for_nothing() -> None:
     bench = Bench(limits(), ep_size=2)
-    bench.comm.peer_rows = [[0] * 5]
+    bench.comm.peer_rows = [[0] * 6]
     result = bench.step()
     assert result is not None
     assert result.idle
