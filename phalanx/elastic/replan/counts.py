@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from phalanx.elastic.replan.ground import Ground
+from phalanx.elastic.replan.ground import Ground, pour
 from phalanx.elastic.replan.order import Bools, Floats, Ints, descending, turns
 
 Priority = Literal["even", "safety", "balance"]
@@ -51,34 +51,27 @@ def safest(ground: Ground, num_experts: int) -> Safety:
         return Safety(np.ones(n, bool), num_experts)
     doubles = total - num_experts
     order = used[np.argsort(ground.fill_N[used], kind="stable")]
-    best = Safety(np.zeros(n, bool), 0)
-    for k in range(1, order.size):
-        safe = order[:k]
-        needed = max(num_experts - int(ground.fill_N[order[k:]].sum()), int(ground.fill_N[safe].max()))
-        # Each protected expert can stand on a rank once, so few of them cannot take many slots.
-        needed = max(needed, -(-doubles // (order.size - 1)))
-        if needed > doubles:
-            break
+    fill = ground.fill_N[order]
+    # What the first k ranks to be safe ask for at least: it grows with k, so look from the top down.
+    beyond = np.maximum(num_experts - (total - np.cumsum(fill)), fill)[:-1]
+    # Each protected expert can stand on a rank once, so few of them cannot take many slots.
+    least = np.maximum(beyond, -(-doubles // (order.size - 1)))
+    for k in range(int((least <= doubles).sum()), 0, -1):
+        needed = int(least[k - 1])
         mask = np.zeros(n, bool)
-        mask[safe] = True
+        mask[order[:k]] = True
         while needed <= doubles and int(protected_room(ground, mask, doubles + needed).max()) > needed:
             needed += 1
         if needed <= doubles:
-            best = Safety(mask, needed)
-    return best
+            return Safety(mask, needed)
+    return Safety(np.zeros(n, bool), 0)
 
 
 def protected_room(ground: Ground, safe_N: Bools, replicas: int) -> Ints:
     """[N]: slots a rank for replicas of protected experts: the safe ranks' all, the rest evenly on the others."""
     room = np.where(safe_N, ground.fill_N, 0)
-    others = [i for i in ground.sequence_N if not safe_N[i]]
     left = min(replicas, ground.total) - int(room.sum())
-    while left > 0:
-        for i in others:
-            if left > 0 and room[i] < ground.fill_N[i]:
-                room[i] += 1
-                left -= 1
-    return room
+    return room + pour(ground.fill_N - room, left, ground.sequence_N) if left > 0 else room
 
 
 def protected_experts(w_LE: Floats, safety: Safety, ground: Ground, priority: Priority) -> Bools:

@@ -38,7 +38,6 @@ def even_out(out: Deal, rounds: int) -> None:
         return
     everyone, starts = np.concatenate(sets), np.cumsum([0] + [among.size for among in sets[:-1]])
     now = _heaviest(out, everyone, starts)
-    bound = _bound(out)
     stuck, before = np.zeros(now.shape, bool), np.full(now.shape, np.inf)
     for number in range(rounds):
         most = np.maximum(now.max(axis=1), goal)[:, None]
@@ -48,13 +47,13 @@ def even_out(out: Deal, rounds: int) -> None:
         if not work:
             return
         if number % 3 < 2:
-            _exchange(out, bound, [_pairs(out, rows, among, number, goal) for _, among, rows in work])
+            _exchange(out, [_pairs(out, rows, among, number, goal) for _, among, rows in work])
             now = _heaviest(out, everyone, starts)
             continue
         # The heaviest rank has its choice: when nothing helps, hardly any exchange will; when three rounds brought
         # next to nothing, more are not worth their time.
         meetings = [_choices(out, rows, among) for _, among, rows in work]
-        done = _exchange(out, bound, meetings, choose=True)
+        done = _exchange(out, meetings, choose=True)
         now = _heaviest(out, everyone, starts)
         for (g, _, rows), (_, _, _, many), mine in zip(work, meetings, done, strict=True):
             better = mine.reshape(-1, many).any(axis=1)
@@ -100,7 +99,7 @@ def _least(out: Deal, among: Ints) -> Floats:
     return least
 
 
-def _exchange(out: Deal, bound_LEH: Bools, meetings: list[Meetings], choose: bool = False) -> list[Bools]:
+def _exchange(out: Deal, meetings: list[Meetings], choose: bool = False) -> list[Bools]:
     """Make the exchange in each meeting that brings the two ranks closest, if any does; choose: only the best one of
     each heavy rank. Returns which were made; choose: for each list of meetings."""
     _, ranks, width, _ = out.shape
@@ -110,51 +109,46 @@ def _exchange(out: Deal, bound_LEH: Bools, meetings: list[Meetings], choose: boo
     b = out.expert_LNM.reshape(-1, width).take(cell_b, axis=0)
     part = out.part_LNM.reshape(-1, width)
     load_a, load_b = out.load_LN.take(cell_a), out.load_LN.take(cell_b)
-    far_a, far_b = _forbidden(out, bound_LEH, layer, heavy, light, a, b)
     half = (load_a - load_b) / 2
-    left = (part.take(cell_a, axis=0) - half[:, None]).astype(np.float32)
-    right = part.take(cell_b, axis=0).astype(np.float32)
-    # Distances from the exchange that would make both equal; what must not cross is moved far away.
-    left[far_a] = np.inf
-    right[far_b] = -np.inf
-    best, value = _closest(left, right)
+    # How far two replicas, one of each rank, are from the exchange that would make the ranks equal: left - right.
+    left, right = part.take(cell_a, axis=0) - half[:, None], part.take(cell_b, axis=0)
+    far_a, far_b = _forbidden(out, layer, heavy, light, a, b)
+    left[far_a], right[far_b] = np.inf, -np.inf
+    # Meetings come last from here on, so that numpy works along them and not along a few slots.
+    left_MQ, right_MQ = np.ascontiguousarray(left.T, np.float32), np.ascontiguousarray(right.T, np.float32)
+    closest_MQ = _closest(left_MQ, right_MQ)
+    value = closest_MQ.min(axis=0)
     gain = value < half * (1 - 1e-5)
-    if not choose:
-        return [_apply(out, bound_LEH, layer, heavy, light, best, gain, several=True)]
-    ends = np.cumsum([m[0].size for m in meetings]).tolist()
-    parts = [slice(end - m[0].size, end) for m, end in zip(meetings, ends, strict=True)]
-    after = np.where(gain, (load_a + load_b) / 2 + value, np.inf)
-    for mine, (*_, many) in zip(parts, meetings, strict=True):
-        first = after[mine].reshape(-1, many).argmin(axis=1)
-        gain[mine] &= (np.arange(many) == first[:, None]).ravel()
-    done = _apply(out, bound_LEH, layer, heavy, light, best, gain, several=len(meetings) > 1)
-    return [done[mine] for mine in parts]
+    parts = []
+    if choose:
+        ends = np.cumsum([m[0].size for m in meetings]).tolist()
+        parts = [slice(end - m[0].size, end) for m, end in zip(meetings, ends, strict=True)]
+        after = np.where(gain, (load_a + load_b) / 2 + value, np.inf)
+        for mine, (*_, many) in zip(parts, meetings, strict=True):
+            first = after[mine].reshape(-1, many).argmin(axis=1)
+            gain[mine] &= (np.arange(many) == first[:, None]).ravel()
+    at = np.nonzero(gain)[0]
+    i = closest_MQ[:, at].argmin(axis=0)
+    j = np.abs(left_MQ[i, at] - right_MQ[:, at]).argmin(axis=0)
+    several = not choose or len(meetings) > 1
+    done = np.zeros(gain.size, bool)
+    done[_apply(out, at, (layer[at], heavy[at], i, light[at], j), several)] = True
+    return [done[mine] for mine in parts] if choose else [done]
 
 
-def _closest(left_QM: Singles, right_QM: Singles) -> tuple[Ints, Singles]:
-    """[Q]: for each meeting the pair of slots, as one number, that are closest to each other, and their distance."""
-    meetings, width = left_QM.shape
+def _closest(left_MQ: Singles, right_MQ: Singles) -> Singles:
+    """[M, Q]: for each meeting and slot of the heavy rank the distance to the closest slot of the light one."""
+    width, meetings = left_MQ.shape
     many = max(1, DISTANCES // (width * width))
     if meetings > many:
-        parts = [_closest(left_QM[i : i + many], right_QM[i : i + many]) for i in range(0, meetings, many)]
-        return np.concatenate([best for best, _ in parts]), np.concatenate([value for _, value in parts])
-    distance = left_QM[:, :, None] - right_QM[:, None, :]
-    flat = np.abs(distance, out=distance).reshape(meetings, width * width)
-    best = flat.argmin(axis=1)
-    return best, flat[np.arange(meetings), best]
+        blocks = [slice(i, i + many) for i in range(0, meetings, many)]
+        return np.concatenate([_closest(left_MQ[:, block], right_MQ[:, block]) for block in blocks], axis=1)
+    distance = left_MQ[:, None, :] - right_MQ[None, :, :]
+    closest: Singles = np.abs(distance, out=distance).min(axis=1)
+    return closest
 
 
-def _bound(out: Deal) -> Bools:
-    """[L, E, H]: experts of which no replica may come to a host from another one: all the others are there."""
-    if not out.ground.host_matters:
-        return np.zeros(0, bool)
-    count = out.count_LE[:, :, None]
-    return (count > 1) & (out.on_host_LEH >= count - 1)
-
-
-def _forbidden(
-    out: Deal, bound_LEH: Bools, layer: Ints, heavy: Ints, light: Ints, a: Ints, b: Ints
-) -> tuple[Bools, Bools]:
+def _forbidden(out: Deal, layer: Ints, heavy: Ints, light: Ints, a: Ints, b: Ints) -> tuple[Bools, Bools]:
     """Replicas that must not cross: onto a rank that has the expert, the last copy off other hosts; and slots that do
     not exist. (Singles never meet a safe rank.)"""
     _, ranks, _, experts = out.shape
@@ -165,38 +159,33 @@ def _forbidden(
         far_a |= a < 0
         far_b |= b < 0
     if out.ground.host_matters:
-        hosts, bound = out.ground.num_hosts, bound_LEH.reshape(-1)
-        host_a, host_b = out.ground.host_N.take(heavy), out.ground.host_N.take(light)
-        cross, row = (host_a != host_b)[:, None], layer * (experts * hosts)
-        far_a |= cross & bound.take((row + host_b)[:, None] + a * hosts, mode="wrap")
-        far_b |= cross & bound.take((row + host_a)[:, None] + b * hosts, mode="wrap")
+        # None may come to a host where all the other replicas of its expert are.
+        here, there = out.ground.host_N.take(heavy), out.ground.host_N.take(light)
+        cross = (here != there)[:, None]
+        far_a |= cross & _others_there(out, layer, there, a)
+        far_b |= cross & _others_there(out, layer, here, b)
     return far_a, far_b
 
 
-def _apply(
-    out: Deal, bound_LEH: Bools, layer: Ints, heavy: Ints, light: Ints, best: Ints, gain: Bools, several: bool
-) -> Bools:
-    """Carry out the chosen exchanges. several: a layer may have more than one; of those that would carry one expert
-    between hosts twice at once, none. Returns which were."""
-    at = np.nonzero(gain)[0]
-    i, j = np.divmod(best[at], out.shape[2])
-    layer, here, there = layer[at], heavy[at], light[at]
-    done = np.zeros(gain.size, bool)
-    if not out.ground.host_matters:
-        out.swap(layer, here, i, there, j)
-        done[at] = True
-        return done
-    a, b = out.expert_LNM[layer, here, i], out.expert_LNM[layer, there, j]
-    cross = out.ground.host_N[here] != out.ground.host_N[there]
-    if several:
-        key_a, key_b = layer * out.shape[3] + a, layer * out.shape[3] + b
+def _others_there(out: Deal, layer: Ints, host: Ints, expert: Ints) -> Bools:
+    """[Q, M]: which of the experts have several replicas, all but at most one on that host."""
+    experts = out.shape[3]
+    count = out.count_LE.take((layer * experts)[:, None] + expert, mode="wrap")
+    there = out.on_host_LHE.take(((layer * out.ground.num_hosts + host) * experts)[:, None] + expert, mode="wrap")
+    return (count > 1) & (there >= count - 1)
+
+
+def _apply(out: Deal, at: Ints, exchanges: tuple[Ints, Ints, Ints, Ints, Ints], several: bool) -> Ints:
+    """Carry out exchanges: layer, rank, slot, other rank, its slot. several: a layer may have more than one; of those
+    that would carry one expert between hosts twice at once, none. Returns those of `at` that were."""
+    layer, here, i, there, j = exchanges
+    if several and out.ground.host_matters:
+        _, ranks, width, experts = out.shape
+        key_a = layer * experts + out.expert_LNM.take((layer * ranks + here) * width + i)
+        key_b = layer * experts + out.expert_LNM.take((layer * ranks + there) * width + j)
         times = np.bincount(np.concatenate([key_a, key_b]))
-        keep = ~(cross & ((times[key_a] > 1) | (times[key_b] > 1)))
-        at, layer, here, there, i, j = at[keep], layer[keep], here[keep], there[keep], i[keep], j[keep]
-        a, b, cross = a[keep], b[keep], cross[keep]
+        cross = out.ground.host_N.take(here) != out.ground.host_N.take(there)
+        keep = ~(cross & ((times.take(key_a) > 1) | (times.take(key_b) > 1)))
+        at, layer, here, i, there, j = at[keep], layer[keep], here[keep], i[keep], there[keep], j[keep]
     out.swap(layer, here, i, there, j)
-    done[at] = True
-    changed, one = np.tile(layer[cross], 2), np.concatenate([a[cross], b[cross]])
-    count = out.count_LE[changed, one][:, None]
-    bound_LEH[changed, one] = (count > 1) & (out.on_host_LEH[changed, one] >= count - 1)
-    return done
+    return at

@@ -20,7 +20,7 @@ class Deal:
 
     expert_LNM: -1 where a rank has fewer slots. part_LNM: the load each replica carries. load_LN: their sums.
     single_LE: experts that have one replica only. safe_N: ranks that must hold no such expert (where only some are).
-    holds_LNE: which rank holds which expert. on_host_LEH: replicas of each expert on each host, where that matters.
+    holds_LNE: which rank holds which expert. on_host_LHE: replicas of each expert on each host, where that matters.
     doubled: (layer, rank, slot) of replicas that came to lie on a rank which already had one, [3, conflicts].
     """
 
@@ -32,7 +32,7 @@ class Deal:
     single_LE: Bools
     safe_N: Bools
     holds_LNE: Bools
-    on_host_LEH: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    on_host_LHE: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     doubled: list[Ints] = field(default_factory=list)
 
     @property
@@ -51,32 +51,40 @@ class Deal:
         return bool(self.safe_N.any() and not self.safe_N.all())
 
     def count_hosts(self) -> None:
-        """Make on_host_LEH; `swap` keeps it."""
+        """Make on_host_LHE; `swap` keeps it."""
         layers, _, _, experts = self.shape
         hosts = self.ground.num_hosts
-        key = (np.arange(layers)[:, None, None] * experts + self.expert_LNM) * hosts + self.ground.host_N[:, None]
-        key = key[self.expert_LNM >= 0] if self.ragged else key.ravel()
-        self.on_host_LEH = np.bincount(key, minlength=layers * experts * hosts).reshape(layers, experts, hosts)
+        first = (np.arange(layers)[:, None] * hosts + self.ground.host_N) * experts
+        key = first[:, :, None] + self.expert_LNM
+        key = key[self.expert_LNM >= 0] if self.ragged else key.reshape(-1)
+        self.on_host_LHE = np.bincount(key, minlength=layers * hosts * experts).reshape(layers, hosts, experts)
 
     def swap(self, layer: Ints, rank: Ints, slot: Ints, other: Ints, place: Ints) -> None:
         """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice, nor may an expert
         of a layer that crosses between hosts."""
-        a, b = self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place]
-        part_a, part_b = self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place]
-        self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place] = b, a
-        self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place] = part_b, part_a
-        self.load_LN[layer, rank] -= part_a - part_b
-        self.load_LN[layer, other] += part_a - part_b
-        self.holds_LNE[layer, rank, a] = self.holds_LNE[layer, other, b] = False
-        self.holds_LNE[layer, rank, b] = self.holds_LNE[layer, other, a] = True
+        _, ranks, width, experts = self.shape
+        expert, part, load = self.expert_LNM.reshape(-1), self.part_LNM.reshape(-1), self.load_LN.reshape(-1)
+        holds, on_host = self.holds_LNE.reshape(-1), self.on_host_LHE.reshape(-1)
+        # Flat indices: numpy takes by one index several times as fast as by three.
+        mine, theirs = layer * ranks + rank, layer * ranks + other
+        at, to = mine * width + slot, theirs * width + place
+        a, b, part_a, part_b = expert.take(at), expert.take(to), part.take(at), part.take(to)
+        expert[at], expert[to], part[at], part[to] = b, a, part_b, part_a
+        more = part_a - part_b
+        load[mine] -= more
+        load[theirs] += more
+        mine, theirs = mine * experts, theirs * experts
+        holds[mine + a] = holds[theirs + b] = False
+        holds[mine + b] = holds[theirs + a] = True
         if self.ground.host_matters:
-            here, there = self.ground.host_N[rank], self.ground.host_N[other]
+            here, there = self.ground.host_N.take(rank), self.ground.host_N.take(other)
             # Within a host nothing changes; between hosts no expert of a layer may cross twice.
             cross = np.nonzero(here != there)[0]
-            layer, here, there = np.tile(layer[cross], 2), here[cross], there[cross]
-            one = np.concatenate([a[cross], b[cross]])
-            self.on_host_LEH[layer, one, np.concatenate([here, there])] -= 1
-            self.on_host_LEH[layer, one, np.concatenate([there, here])] += 1
+            first = layer[cross] * self.ground.num_hosts
+            here, there = (first + here[cross]) * experts, (first + there[cross]) * experts
+            a, b = a[cross], b[cross]
+            on_host[np.concatenate([here + a, there + b])] -= 1
+            on_host[np.concatenate([there + a, here + b])] += 1
 
 
 def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N: Bools) -> Deal:
@@ -246,10 +254,7 @@ def repair(out: Deal) -> None:
 
 def on_one_host(out: Deal) -> Bools:
     """[L, E]: experts that have several replicas, all on one host."""
-    # Host by host: numpy is slow where the last axis is short.
-    lone: Bools = out.on_host_LEH[:, :, 0] == out.count_LE
-    for host in range(1, out.ground.num_hosts):
-        lone |= out.on_host_LEH[:, :, host] == out.count_LE
+    lone: Bools = (out.on_host_LHE == out.count_LE[:, None, :]).any(axis=1)
     lone &= out.count_LE > 1
     return lone
 
@@ -292,10 +297,10 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
     if ground.host_matters:
         here = ground.host_N[rank]
         away = (ground.host_N[None, :] != here[:, None])[:, :, None]
-        count, hosts = out.count_LE[layer], out.on_host_LEH[layer]
+        count, hosts = out.count_LE[layer], out.on_host_LHE[layer]
         times = count[at, expert]
-        good &= ~away | (times == 1) | (times - hosts[at, expert, here[:, None, None]] > 1)
-        outside = count[c, mine][:, None] - hosts[c, mine]
+        good &= ~away | (times == 1) | (times - hosts[at, here[:, None, None], expert] > 1)
+        outside = count[c, mine][:, None] - hosts[c, :, mine]
         good &= away if off_host else ~away | (outside[:, ground.host_N] > 1)[:, :, None]
     delta = part[c, rank, slot][:, None, None] - part
     worst = np.maximum(load[c, rank][:, None, None] - delta, load[:, :, None] + delta)
@@ -322,11 +327,11 @@ def _replace(out: Deal, layer: int, rank: int, slot: int) -> None:
 def _cover(out: Deal, layer: int, one: int) -> None:
     """Likewise when no exchange takes an expert off its only host: it gets one more replica on another host, in place
     of one of three or more of another expert that keeps two hosts without it."""
-    hosts, expert, count = out.on_host_LEH[layer], out.expert_LNM[layer], out.count_LE[layer]
+    hosts, expert, count = out.on_host_LHE[layer], out.expert_LNM[layer], out.count_LE[layer]
     host = out.ground.host_N[:, None]
-    elsewhere = (count[:, None] - hosts)[expert, host]
-    spare = (count[expert] > 2) & ((elsewhere > 1) | ((elsewhere == 1) & (hosts[expert, host] > 1)))
-    spare &= (hosts[one] == 0)[host] & (expert >= 0)
+    elsewhere = (count - hosts)[host, expert]
+    spare = (count[expert] > 2) & ((elsewhere > 1) | ((elsewhere == 1) & (hosts[host, expert] > 1)))
+    spare &= (hosts[:, one] == 0)[host] & (expert >= 0)
     if spare.any():
         rank, slot = divmod(int(np.argmin(np.where(spare, out.part_LNM[layer], np.inf))), expert.shape[1])
         _put(out, layer, rank, slot, one)
@@ -353,5 +358,5 @@ def _put(out: Deal, layer: int, rank: int, slot: int, new: int) -> None:
     out.load_LN[layer] = out.part_LNM[layer].sum(axis=1)
     if out.ground.host_matters:
         host = out.ground.host_N[rank]
-        out.on_host_LEH[layer, old, host] -= 1
-        out.on_host_LEH[layer, new, host] += 1
+        out.on_host_LHE[layer, host, old] -= 1
+        out.on_host_LHE[layer, host, new] += 1

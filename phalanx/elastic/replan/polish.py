@@ -106,8 +106,8 @@ def _rebuild(out: Deal, layer: int, expert: Ints, weight: Floats) -> None:
     out.holds_LNE[layer] = False
     out.holds_LNE[layer, rank, expert[rank, slot]] = True
     if out.ground.host_matters:
-        out.on_host_LEH[layer] = 0
-        np.add.at(out.on_host_LEH[layer], (expert[rank, slot], out.ground.host_N[rank]), 1)
+        out.on_host_LHE[layer] = 0
+        np.add.at(out.on_host_LHE[layer], (out.ground.host_N[rank], expert[rank, slot]), 1)
 
 
 def _parts(out: Deal, layer: int) -> Floats:
@@ -139,7 +139,7 @@ def _swaps(out: Deal, layer: int, keep_safe: bool) -> Floats:
         bad |= (single[expert] & used)[None, :] & out.safe_N[rank][:, None]
     if out.ground.host_matters:
         host = out.ground.host_N[rank]
-        left = out.count_LE[layer][expert][:, None] - out.on_host_LEH[layer][expert[:, None], host[None, :]]
+        left = out.count_LE[layer][expert][:, None] - out.on_host_LHE[layer][host[None, :], expert[:, None]]
         lone = (out.count_LE[layer][expert] > 1)[:, None] & (left <= 1) & (host[:, None] != host[None, :])
         bad |= lone | lone.T
     load = np.broadcast_to(out.load_LN[layer], (expert.size, expert.size, ranks)).copy()
@@ -167,7 +167,7 @@ def _replacements(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E
     bad = (expert < 0)[:, None] | (count <= low_E)[expert][:, None] | ~may_grow_E[None, :] | holds[rank]
     if out.ground.host_matters:
         host = out.ground.host_N[rank]
-        hosts = out.on_host_LEH[layer][expert]
+        hosts = out.on_host_LHE[layer].T[expert]
         after = hosts.copy()
         after[np.arange(expert.size), host] -= 1
         bad |= ((hosts > 0).sum(axis=1) > 1)[:, None] & ((after > 0).sum(axis=1) < 2)[:, None]
