@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 
-from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending
+from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending, nth
 from phalanx.elastic.replan.place import Deal
 
 TOLERANCE = 0.004
@@ -17,10 +20,30 @@ NEARLY = 0.98
 DISTANCES = 1 << 24
 """Distances that are looked at at once: what bounds the memory where ranks have very many slots."""
 
+MANY = 1 << 14
+"""More replicas than an expert has on any host."""
+
 Singles = npt.NDArray[np.float32]
 
-Meetings = tuple[Ints, Ints, Ints, int]
-"""Who meets whom: layers, heavy ranks and light ones, [q] each, and how many of these in a row one heavy rank has."""
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """Ranks that are evened out apart from each other: one set or two, each of two ranks at least.
+
+    everyone: the ranks, set by set. starts, sizes: where each set lies in it. [G] for G sets."""
+
+    everyone: Ints
+    starts: Ints
+    sizes: Ints
+
+    def heaviest(self, out: Deal) -> Floats:
+        """[L, G]: the load of the heaviest rank of each."""
+        return np.maximum.reduceat(out.load_LN[:, self.everyone], self.starts, axis=1)
+
+    def lightest_first(self, out: Deal, rows: Ints) -> Ints:
+        """[rows, N]: the ranks in order of their load, set by set."""
+        load = out.load_LN[rows[:, None], self.everyone]
+        return self.everyone.take(ascending(load, ahead=int(self.starts[-1])))
 
 
 def even_out(out: Deal, rounds: int) -> None:
@@ -31,58 +54,66 @@ def even_out(out: Deal, rounds: int) -> None:
 
     In most rounds the i-th heaviest rank of every layer meets one of the lightest, each time another, and makes the
     one exchange that brings the two closest. In the others the heaviest rank alone may choose among many."""
-    sets = [np.nonzero(out.safe_N)[0], np.nonzero(~out.safe_N)[0]] if out.packed else [np.arange(out.shape[1])]
-    goal = np.max([_least(out, among) for among in sets], axis=0) * (1 + TOLERANCE)
-    sets = [among for among in sets if among.size > 1]
-    if not sets:
+    among = [np.nonzero(out.safe_N)[0], np.nonzero(~out.safe_N)[0]] if out.packed else [np.arange(out.shape[1])]
+    goal = np.max([_least(out, ranks) for ranks in among], axis=0) * (1 + TOLERANCE)
+    among = [ranks for ranks in among if ranks.size > 1]
+    if not among:
         return
-    everyone, starts = np.concatenate(sets), np.cumsum([0] + [among.size for among in sets[:-1]])
-    now = _heaviest(out, everyone, starts)
+    sizes = np.array([ranks.size for ranks in among])
+    sets = Sets(np.concatenate(among), np.cumsum(sizes) - sizes, sizes)
+    now = sets.heaviest(out)
     stuck, before = np.zeros(now.shape, bool), np.full(now.shape, np.inf)
     for number in range(rounds):
         most = np.maximum(now.max(axis=1), goal)[:, None]
         busy = (now > goal[:, None]) & (now >= most * NEARLY)
         busy &= ~(stuck & (now >= most)).any(axis=1)[:, None] & ~stuck
-        work = [(g, among, np.nonzero(busy[:, g])[0]) for g, among in enumerate(sets) if busy[:, g].any()]
-        if not work:
+        rows = np.nonzero(busy.any(axis=1))[0]
+        if not rows.size:
             return
         if number % 3 < 2:
-            _exchange(out, [_pairs(out, rows, among, number, goal) for _, among, rows in work])
-            now = _heaviest(out, everyone, starts)
+            _meet(out, sets, rows, busy[rows], number, goal)
+            now = sets.heaviest(out)
             continue
         # The heaviest rank has its choice: when nothing helps, hardly any exchange will; when three rounds brought
         # next to nothing, more are not worth their time.
-        meetings = [_choices(out, rows, among) for _, among, rows in work]
-        done = _exchange(out, meetings, choose=True)
-        now = _heaviest(out, everyone, starts)
-        for (g, _, rows), (_, _, _, many), mine in zip(work, meetings, done, strict=True):
-            better = mine.reshape(-1, many).any(axis=1)
-            stuck[rows, g] = ~better | (now[rows, g] >= before[rows, g] * (1 - TOLERANCE / 2))
-            before[rows, g] = now[rows, g]
+        better = np.zeros(now.shape, bool)
+        better[rows] = _choose(out, sets, rows, busy[rows])
+        now = sets.heaviest(out)
+        stuck |= busy & (~better | (now >= before * (1 - TOLERANCE / 2)))
+        before = np.where(busy, now, before)
 
 
-def _heaviest(out: Deal, everyone: Ints, starts: Ints) -> Floats:
-    """[L, sets]: the load of the heaviest rank of each set; these follow each other in `everyone`."""
-    return np.maximum.reduceat(out.load_LN[:, everyone], starts, axis=1)
+def _meet(out: Deal, sets: Sets, rows: Ints, busy: Bools, number: int, goal_L: Floats) -> None:
+    """The ranks that carry more than the goal meet the lightest ones, in each round others. busy: [rows, G]."""
+    pairs = np.minimum(sets.sizes // 2, 8 + sets.sizes // 16)
+    group, k = np.repeat(np.arange(pairs.size), pairs), nth(pairs)
+    order = sets.lightest_first(out, rows)
+    heavy = order.take((sets.starts + sets.sizes - 1)[group] - k, axis=1)
+    light = order.take(sets.starts[group] + (k + number) % pairs[group], axis=1)
+    meet = (out.load_LN.take(rows[:, None] * out.shape[1] + heavy) > goal_L[rows, None]) & busy[:, group]
+    meetings = _meetings(out, np.repeat(rows, meet.sum(axis=1)), heavy[meet], light[meet])
+    _exchange(out, meetings, meetings.helps)
 
 
-def _pairs(out: Deal, rows: Ints, among: Ints, number: int, goal_L: Floats) -> Meetings:
-    """The ranks that carry more than the goal meet the lightest ones, in each round others."""
-    pairs = min(among.size // 2, 8 + among.size // 16)
-    load = out.load_LN[rows[:, None], among]
-    order = ascending(load)
-    heavy, light = order[:, ::-1][:, :pairs], order[:, (np.arange(pairs) + number) % pairs]
-    row, pair = np.nonzero(np.take_along_axis(load, heavy, 1) > goal_L[rows, None])
-    return rows[row], among[heavy[row, pair]], among[light[row, pair]], 1
-
-
-def _choices(out: Deal, rows: Ints, among: Ints) -> Meetings:
-    """The heaviest rank of each layer meets many: with few slots a rank, one that is not light may still have the light
-    replica that is wanted."""
-    order = among[ascending(out.load_LN[rows[:, None], among])]
-    light = order[:, : among.size - 1 if out.shape[2] <= 4 else among.size // 2]
-    many = light.shape[1]
-    return np.repeat(rows, many), np.repeat(order[:, -1], many), light.ravel(), many
+def _choose(out: Deal, sets: Sets, rows: Ints, busy: Bools) -> Bools:
+    """The heaviest rank of each set meets many and makes the best exchange of all: with few slots a rank, one that is
+    not light may still have the light replica that is wanted. Returns whether there was one, [rows, G]."""
+    many = sets.sizes - 1 if out.shape[2] <= 4 else sets.sizes // 2
+    many = np.where(busy.any(axis=0), many, 0)
+    group, k = np.repeat(np.arange(many.size), many), nth(many)
+    order = sets.lightest_first(out, rows)
+    heavy = order.take((sets.starts + sets.sizes - 1)[group], axis=1)
+    light = order.take(sets.starts[group] + k, axis=1)
+    meetings = _meetings(out, np.repeat(rows, group.size), heavy.ravel(), light.ravel())
+    helps = meetings.helps.reshape(heavy.shape) & busy[:, group]
+    after = np.where(helps, (meetings.mean + meetings.distance).reshape(heavy.shape), np.inf)
+    best = np.zeros(helps.shape, bool)
+    ends = np.cumsum(many)
+    for start, end in zip((ends - many).tolist(), ends.tolist(), strict=True):
+        if start < end:
+            best[np.arange(rows.size), start + after[:, start:end].argmin(axis=1)] = True
+    done = _exchange(out, meetings, (helps & best).ravel()).reshape(helps.shape)
+    return np.stack([done[:, group == g].any(axis=1) for g in range(many.size)], axis=1)
 
 
 def _least(out: Deal, among: Ints) -> Floats:
@@ -99,45 +130,57 @@ def _least(out: Deal, among: Ints) -> Floats:
     return least
 
 
-def _exchange(out: Deal, meetings: list[Meetings], choose: bool = False) -> list[Bools]:
-    """Make the exchange in each meeting that brings the two ranks closest, if any does; choose: only the best one of
-    each heavy rank. Returns which were made; choose: for each list of meetings."""
+@dataclass(frozen=True, eq=False)
+class Meetings:
+    """Heavy ranks that meet light ones, [Q], to make the exchange each that brings the two closest.
+
+    mean, half: [Q] what the two carry on average, half of what the heavy one carries more. left, right: [M, Q] their
+    replicas' loads, so that the difference of two is how far their exchange is from making the ranks equal; infinite
+    where a replica must not cross. closest: [M, Q] for each slot of the heavy rank the least such distance.
+
+    Meetings come last here, so that numpy works along them and not along a few slots."""
+
+    layer: Ints
+    heavy: Ints
+    light: Ints
+    mean: Floats
+    half: Floats
+    left: Singles
+    right: Singles
+    closest: Singles
+
+    @cached_property
+    def distance(self) -> Singles:
+        """[Q]: how far from equal the best exchange leaves the two, in load of each."""
+        least: Singles = self.closest.min(axis=0)
+        return least
+
+    @cached_property
+    def helps(self) -> Bools:
+        return self.distance < self.half * (1 - 1e-5)
+
+    def slots(self, at: Ints) -> tuple[Ints, Ints]:
+        """Which slots the best exchange of these meetings is of, the heavy rank's and the light one's."""
+        i = self.closest[:, at].argmin(axis=0)
+        return i, np.abs(self.left[i, at] - self.right[:, at]).argmin(axis=0)
+
+
+def _meetings(out: Deal, layer: Ints, heavy: Ints, light: Ints) -> Meetings:
     _, ranks, width, _ = out.shape
-    layer, heavy, light = (np.concatenate([m[k] for m in meetings]) for k in range(3))
     cell_a, cell_b = layer * ranks + heavy, layer * ranks + light
-    a = out.expert_LNM.reshape(-1, width).take(cell_a, axis=0)
-    b = out.expert_LNM.reshape(-1, width).take(cell_b, axis=0)
-    part = out.part_LNM.reshape(-1, width)
     load_a, load_b = out.load_LN.take(cell_a), out.load_LN.take(cell_b)
     half = (load_a - load_b) / 2
-    # How far two replicas, one of each rank, are from the exchange that would make the ranks equal: left - right.
+    part = out.part_LNM.reshape(-1, width)
     left, right = part.take(cell_a, axis=0) - half[:, None], part.take(cell_b, axis=0)
-    far_a, far_b = _forbidden(out, layer, heavy, light, a, b)
+    far_a, far_b = _forbidden(out, layer, heavy, light)
     left[far_a], right[far_b] = np.inf, -np.inf
-    # Meetings come last from here on, so that numpy works along them and not along a few slots.
     left_MQ, right_MQ = np.ascontiguousarray(left.T, np.float32), np.ascontiguousarray(right.T, np.float32)
-    closest_MQ = _closest(left_MQ, right_MQ)
-    value = closest_MQ.min(axis=0)
-    gain = value < half * (1 - 1e-5)
-    parts = []
-    if choose:
-        ends = np.cumsum([m[0].size for m in meetings]).tolist()
-        parts = [slice(end - m[0].size, end) for m, end in zip(meetings, ends, strict=True)]
-        after = np.where(gain, (load_a + load_b) / 2 + value, np.inf)
-        for mine, (*_, many) in zip(parts, meetings, strict=True):
-            first = after[mine].reshape(-1, many).argmin(axis=1)
-            gain[mine] &= (np.arange(many) == first[:, None]).ravel()
-    at = np.nonzero(gain)[0]
-    i = closest_MQ[:, at].argmin(axis=0)
-    j = np.abs(left_MQ[i, at] - right_MQ[:, at]).argmin(axis=0)
-    several = not choose or len(meetings) > 1
-    done = np.zeros(gain.size, bool)
-    done[_apply(out, at, (layer[at], heavy[at], i, light[at], j), several)] = True
-    return [done[mine] for mine in parts] if choose else [done]
+    closest = _closest(left_MQ, right_MQ)
+    return Meetings(layer, heavy, light, (load_a + load_b) / 2, half, left_MQ, right_MQ, closest)
 
 
 def _closest(left_MQ: Singles, right_MQ: Singles) -> Singles:
-    """[M, Q]: for each meeting and slot of the heavy rank the distance to the closest slot of the light one."""
+    """[M, Q]: for each slot of the heavy rank the distance to the closest one of the light rank."""
     width, meetings = left_MQ.shape
     many = max(1, DISTANCES // (width * width))
     if meetings > many:
@@ -148,38 +191,35 @@ def _closest(left_MQ: Singles, right_MQ: Singles) -> Singles:
     return closest
 
 
-def _forbidden(out: Deal, layer: Ints, heavy: Ints, light: Ints, a: Ints, b: Ints) -> tuple[Bools, Bools]:
-    """Replicas that must not cross: onto a rank that has the expert, the last copy off other hosts; and slots that do
-    not exist. (Singles never meet a safe rank.)"""
-    _, ranks, _, experts = out.shape
-    holds = out.holds_LNE.reshape(-1)
-    far_a = holds.take(((layer * ranks + light) * experts)[:, None] + a, mode="wrap")
-    far_b = holds.take(((layer * ranks + heavy) * experts)[:, None] + b, mode="wrap")
+def _forbidden(out: Deal, layer: Ints, heavy: Ints, light: Ints) -> tuple[Bools, Bools]:
+    """[Q, M] of both ranks: replicas that must not cross: onto a rank that has the expert, the last copy off other
+    hosts; and slots that do not exist. (Singles never meet a safe rank.)"""
+    _, ranks, width, experts = out.shape
+    holds, expert = out.holds_LNE.reshape(-1), out.expert_LNM.reshape(-1, width)
+    cell_a, cell_b = layer * ranks + heavy, layer * ranks + light
+    a, b = expert.take(cell_a, axis=0), expert.take(cell_b, axis=0)
+    far_a = holds.take((cell_b * experts)[:, None] + a, mode="wrap")
+    far_b = holds.take((cell_a * experts)[:, None] + b, mode="wrap")
     if out.ragged:
         far_a |= a < 0
         far_b |= b < 0
     if out.ground.host_matters:
         # None may come to a host where all the other replicas of its expert are.
+        full = (out.on_host_LHE >= np.where(out.count_LE > 1, out.count_LE - 1, MANY)[:, None, :]).reshape(-1)
         here, there = out.ground.host_N.take(heavy), out.ground.host_N.take(light)
-        cross = (here != there)[:, None]
-        far_a |= cross & _others_there(out, layer, there, a)
-        far_b |= cross & _others_there(out, layer, here, b)
+        cross, row = (here != there)[:, None], layer * out.ground.num_hosts
+        far_a |= cross & full.take(((row + there) * experts)[:, None] + a, mode="wrap")
+        far_b |= cross & full.take(((row + here) * experts)[:, None] + b, mode="wrap")
     return far_a, far_b
 
 
-def _others_there(out: Deal, layer: Ints, host: Ints, expert: Ints) -> Bools:
-    """[Q, M]: which of the experts have several replicas, all but at most one on that host."""
-    experts = out.shape[3]
-    count = out.count_LE.take((layer * experts)[:, None] + expert, mode="wrap")
-    there = out.on_host_LHE.take(((layer * out.ground.num_hosts + host) * experts)[:, None] + expert, mode="wrap")
-    return (count > 1) & (there >= count - 1)
-
-
-def _apply(out: Deal, at: Ints, exchanges: tuple[Ints, Ints, Ints, Ints, Ints], several: bool) -> Ints:
-    """Carry out exchanges: layer, rank, slot, other rank, its slot. several: a layer may have more than one; of those
-    that would carry one expert between hosts twice at once, none. Returns those of `at` that were."""
-    layer, here, i, there, j = exchanges
-    if several and out.ground.host_matters:
+def _exchange(out: Deal, meetings: Meetings, which: Bools) -> Bools:
+    """Carry out the best exchange of these meetings, [Q]; of those in one layer that would carry one expert between
+    hosts twice at once, none. Returns which were."""
+    at = np.nonzero(which)[0]
+    i, j = meetings.slots(at)
+    layer, here, there = meetings.layer[at], meetings.heavy[at], meetings.light[at]
+    if out.ground.host_matters:
         _, ranks, width, experts = out.shape
         key_a = layer * experts + out.expert_LNM.take((layer * ranks + here) * width + i)
         key_b = layer * experts + out.expert_LNM.take((layer * ranks + there) * width + j)
@@ -188,4 +228,6 @@ def _apply(out: Deal, at: Ints, exchanges: tuple[Ints, Ints, Ints, Ints, Ints], 
         keep = ~(cross & ((times.take(key_a) > 1) | (times.take(key_b) > 1)))
         at, layer, here, i, there, j = at[keep], layer[keep], here[keep], i[keep], there[keep], j[keep]
     out.swap(layer, here, i, there, j)
-    return at
+    done = np.zeros(which.size, bool)
+    done[at] = True
+    return done

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from phalanx.elastic.replan.order import Ints
+from phalanx.elastic.replan.order import Ints, nth
 from phalanx.errors import TooFewSlots
 from phalanx.world import View
 
@@ -61,7 +61,7 @@ def spread(host_N: Ints) -> Ints:
     size = np.bincount(host_N)
     by_host = np.argsort(host_N, kind="stable")
     before = np.empty(host_N.size, np.int64)
-    before[by_host] = np.arange(host_N.size) - np.repeat(np.cumsum(size) - size, size)
+    before[by_host] = nth(size)
     mine = size[host_N]
     return np.lexsort((host_N, -mine, (before + 0.5) / mine))
 

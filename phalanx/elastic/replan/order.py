@@ -10,15 +10,16 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
-def ascending(x: Floats) -> Ints:
+def ascending(x: Floats, ahead: int = 0) -> Ints:
     """int64, shape of x: for each row (last axis) the order from smallest to largest; of equals the first one first.
 
-    x: not negative. Floats that are not negative sort like the integers of the same bits. With the column in place of
+    x: not negative. ahead: so many of the first columns come before all others, whatever they are. Floats that are not negative sort like the integers of the same bits. With the column in place of
     the lowest bits of the mantissa every key is different, so any sort gives the same order, and a plain sort of
     integers is many times as fast as a stable argsort. Two numbers within 2^-40 of each other count as equal."""
     column = (1 << max(1, (x.shape[-1] - 1).bit_length())) - 1
     keys = np.add(x, 0.0, order="C").view(np.int64)  # a copy, and -0.0 becomes 0.0
     keys &= ~column
+    keys[..., :ahead] |= np.iinfo(np.int64).min  # the sign
     return _sorted_columns(keys, column)
 
 
@@ -51,3 +52,8 @@ def along(column: Ints) -> Ints:
     several times as fast as take_along_axis where rows are short."""
     rows, n = column.shape
     return column + np.arange(0, rows * n, n)[:, None]
+
+
+def nth(size: Ints) -> Ints:
+    """Numbers the members of groups of these sizes that stand one after another: 0, 1, .. size[0] - 1, 0, 1, .."""
+    return np.arange(int(size.sum())) - np.repeat(np.cumsum(size) - size, size)

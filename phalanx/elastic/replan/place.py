@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from phalanx.elastic.replan.counts import protected_room
 from phalanx.elastic.replan.ground import Ground
-from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending, descending
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, descending, nth
 
 PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
 """The three ways to make pairs of four."""
@@ -35,17 +36,21 @@ class Deal:
     on_host_LHE: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     doubled: list[Ints] = field(default_factory=list)
 
-    @property
+    def __post_init__(self) -> None:
+        # Written through flat views.
+        assert all(x.flags.c_contiguous for x in (self.expert_LNM, self.part_LNM, self.load_LN, self.holds_LNE))
+
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """L, N, M, E."""
         layers, ranks, width = self.expert_LNM.shape
         return layers, ranks, width, int(self.count_LE.shape[1])
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         return bool((self.ground.fill_N != self.expert_LNM.shape[2]).any())
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether some ranks are to be safe and others not."""
         return bool(self.safe_N.any() and not self.safe_N.all())
@@ -57,7 +62,8 @@ class Deal:
         first = (np.arange(layers)[:, None] * hosts + self.ground.host_N) * experts
         key = first[:, :, None] + self.expert_LNM
         key = key[self.expert_LNM >= 0] if self.ragged else key.reshape(-1)
-        self.on_host_LHE = np.bincount(key, minlength=layers * hosts * experts).reshape(layers, hosts, experts)
+        self.on_host_LHE = np.bincount(key, minlength=layers * hosts * experts)
+        self.on_host_LHE = self.on_host_LHE.astype(np.int16).reshape(layers, hosts, experts)
 
     def swap(self, layer: Ints, rank: Ints, slot: Ints, other: Ints, place: Ints) -> None:
         """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice, nor may an expert
@@ -100,10 +106,10 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
     layers, experts = part.shape
     packed = bool(safe_N.any() and not safe_N.all())
     order = descending(part + np.where(single_LE, 0.0, 2 * part.max()) if packed else part)
-    flat = np.arange(layers)[:, None] * experts + order
+    flat = along(order)
     item = np.repeat(flat.ravel(), count_LE.take(flat).ravel()).reshape(layers, ground.total)
     item_part = part.take(item)
-    item %= experts
+    item -= np.arange(layers)[:, None] * experts
     width = int(ground.fill_N.max())
     shape = (layers, ground.size, width)
     out = Deal(
@@ -130,106 +136,132 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
 
 def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copies: bool) -> None:
     """Deal `item`, [L, n], into the places from_N..to_N of the ranks. copies: whether an expert may occur twice."""
-    rows = np.arange(item.shape[0])[:, None]
-    _, ranks, width, experts = out.shape
-    top, bottom = 0, item.shape[1]
-    levels = int((to_N - from_N).max(initial=0))
-    mix = levels > 2 and item.shape[1] >= 1.5 * experts
-    last_item = last_domain = np.full(item.shape[0], -1)
-    domain_N = out.ground.host_N if out.ground.host_matters else np.arange(ranks)
-    start = 0 if copies else _in_bulk(out, item, part, from_N, to_N)
-    top = start * int((to_N > from_N).sum())
-    for level in range(start, levels):
-        open_ = np.nonzero(to_N - from_N > level)[0]
-        light = open_.size // 8 * 2 if mix and level else 0
-        heavy = open_.size - light
-        column = np.r_[top : top + heavy, bottom - light : bottom] if light else slice(top, top + heavy)
-        top, bottom = top + heavy, bottom - light
-        mine = item[:, column]
-        rank = open_[_arrange(out, open_, copies)]
-        if copies:
-            rank = rank[:, _pairing(open_.size, level)]
-        if copies:
-            _part_neighbours(rank, mine, domain_N, last_item, last_domain)
-            last_item, last_domain = mine[:, -1], domain_N[rank[:, -1]]
-        cell = rows * ranks + rank
-        held = cell * experts + mine
-        if copies and level:
-            layer, at = np.nonzero(out.holds_LNE.take(held))
-            if layer.size:
-                out.doubled.append(np.stack([layer, rank[layer, at], from_N[rank[layer, at]] + level]))
-        out.holds_LNE.reshape(-1)[held] = True
-        place = cell * width + from_N[rank] + level
-        out.expert_LNM.reshape(-1)[place] = mine
-        out.part_LNM.reshape(-1)[place] = part[:, column]
-        out.load_LN.reshape(-1)[cell] += part[:, column]
+    layers, ranks, width, experts = out.shape
+    depth_N = to_N - from_N
+    sizes = (depth_N > np.arange(int(depth_N.max(initial=0)))[:, None]).sum(axis=1)
+    if sizes.size > 2 and item.shape[1] >= 1.5 * experts:
+        column = _mixed(sizes)
+        item, part = item[:, column], part[:, column]
+    rank = np.empty(item.shape, np.int64)
+    rows = np.arange(0, layers * ranks, ranks)[:, None]
+    level = 0 if copies else _in_bulk(out, part, rank, from_N, depth_N)
+    host_matters = copies and out.ground.host_matters
+    again = np.zeros(item.shape, bool)
+    np.equal(item[:, 1:], item[:, :-1], out=again[:, 1:])
+    last_domain = np.full(layers, -1)
+    end = int(sizes[:level].sum())
+    for deepest in np.unique(depth_N[depth_N > level]).tolist():
+        # The same ranks take part in all rounds up to here.
+        open_ = np.nonzero(depth_N >= deepest)[0]
+        host = out.ground.host_N[open_] if host_matters else open_
+        turn_in_host = nth(np.bincount(host)) if host_matters else None
+        pairings = [_pairing(open_.size, kind) for kind in PAIRINGS]
+        for level in range(level, deepest):
+            start, end = end, end + open_.size
+            turn = _arrange(out.load_LN[:, open_], host, turn_in_host)
+            if copies:
+                turn = turn.take(pairings[level % len(PAIRINGS)], axis=1)
+                last_domain = _part_neighbours(turn, host, again[:, start:end], last_domain)
+            rank[:, start:end] = mine = open_.take(turn)
+            out.load_LN.reshape(-1)[rows + mine] += part[:, start:end]
+        level = deepest
+    cell = rows + rank
+    place = cell * width + (from_N.take(rank) + np.repeat(np.arange(sizes.size), sizes))
+    out.expert_LNM.reshape(-1)[place] = item
+    out.part_LNM.reshape(-1)[place] = part
+    held = cell * experts + item
+    out.holds_LNE.reshape(-1)[held] = True
+    if copies and np.count_nonzero(out.holds_LNE) < held.size:
+        _note_doubles(out, held, place, sizes)
 
 
-def _in_bulk(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> int:
+def _note_doubles(out: Deal, held: Ints, place: Ints, sizes: Ints) -> None:
+    """Note the replicas, [L, n], that were dealt to a rank which had one from an earlier round. held: a number for
+    rank and expert. place: that of the slot. sizes: of each round."""
+    level = np.repeat(np.arange(sizes.size), sizes)
+    order = np.lexsort((np.broadcast_to(level, held.shape).ravel(), held.ravel()))
+    same = held.ravel()[order]
+    double = order[1:][same[1:] == same[:-1]]
+    layer, column = np.divmod(double, held.shape[1])
+    double = double[np.lexsort((column, layer, level[column]))]
+    rank, slot = np.divmod(place.ravel()[double], out.shape[2])
+    layer, rank = np.divmod(rank, out.shape[1])
+    out.doubled.append(np.stack([layer, rank, slot]))
+
+
+def _mixed(sizes: Ints) -> Ints:
+    """In which order the columns are dealt when each round but the first takes a quarter from the light end."""
+    top, bottom, columns = 0, int(sizes.sum()), []
+    for level, size in enumerate(sizes.tolist()):
+        light = size // 8 * 2 if level else 0
+        columns += [np.arange(top, top + size - light), np.arange(bottom - light, bottom)]
+        top, bottom = top + size - light, bottom - light
+    return np.concatenate(columns)
+
+
+def _in_bulk(out: Deal, part: Floats, rank: Ints, from_N: Ints, depth_N: Ints) -> int:
     """Deal all but the last few rounds in two goes where all ranks that take part are alike. Singles need no other
-    care, and the last rounds make the loads even. Returns how many rounds that were.
+    care, and the last rounds make the loads even. Fills in `rank`, [L, n]. Returns how many rounds that were.
 
     The first two rounds go to and fro. In the others the ranks keep their order, the lightest first: what is dealt then
     is too light to change it much."""
-    open_ = np.nonzero(to_N > from_N)[0]
-    first, rounds = int(from_N[open_[0]]), int((to_N - from_N).max()) - 3
-    alike = (from_N[open_] == first).all() and (to_N[open_] == to_N[open_[0]]).all()
+    open_ = np.nonzero(depth_N > 0)[0]
+    rounds, n = int(depth_N.max()) - 3, open_.size
+    alike = (from_N[open_] == from_N[open_[0]]).all() and (depth_N[open_] == depth_N[open_[0]]).all()
     if rounds < 2 or not alike:
         return 0
-    layers, n = item.shape[0], open_.size
-    experts = item[:, : rounds * n].reshape(layers, rounds, n)
-    parts = part[:, : rounds * n].reshape(layers, rounds, n)
-    load = parts[:, 0] + parts[:, 1, ::-1]
-    turn = ascending(load)[:, None, :]
-    rank = np.broadcast_to(turn, experts.shape).copy()
-    rank[:, 0], rank[:, 1] = np.arange(n), np.arange(n)[::-1]
-    layer = np.arange(layers)[:, None, None]
-    rank = open_[rank]
-    slot = first + np.arange(rounds)[None, :, None]
-    out.expert_LNM[layer, rank, slot] = experts
-    out.part_LNM[layer, rank, slot] = parts
-    out.load_LN[:, open_] = out.part_LNM[:, open_].sum(axis=2)
-    out.holds_LNE[layer, rank, experts] = True
+    layers, ranks, _, _ = out.shape
+    dealt = slice(rounds * n)
+    parts = part[:, dealt].reshape(layers, rounds, n)
+    first_two = parts[:, 0] + parts[:, 1, ::-1]
+    turn = ascending(first_two)
+    lightest_first = open_.take(turn)
+    rank[:, :n], rank[:, n : 2 * n] = open_, open_[::-1]
+    rank[:, 2 * n : rounds * n] = np.tile(lightest_first, rounds - 2)
+    cell = np.arange(0, layers * ranks, ranks)[:, None] + lightest_first
+    out.load_LN.reshape(-1)[cell] += first_two.take(along(turn)) + parts[:, 2:].sum(axis=1)
     return rounds
 
 
-def _arrange(out: Deal, open_: Ints, copies: bool) -> Ints:
-    """[L, n] positions in `open_`: in which order the ranks take their turns in a round, lightest first.
+def _arrange(load: Floats, host: Ints, turn_in_host: Ints | None) -> Ints:
+    """[L, n]: in which order n ranks take their turns in a round, lightest first.
 
     Where hosts matter: first the lightest rank of every host, then the second of every host and so on, so that two
     neighbours are on different hosts except where one such group ends and the next begins."""
-    load = out.load_LN[:, open_]
-    if not (copies and out.ground.host_matters):
+    if turn_in_host is None:
         return ascending(load)
-    host = out.ground.host_N[open_]
     scaled = load / (load.max(axis=1, keepdims=True) * 2 + 1e-300)
     by_host = ascending(host + scaled)
-    size = np.bincount(host)
-    nth = np.arange(host.size) - np.repeat(np.cumsum(size) - size, size)
-    return np.take_along_axis(by_host, ascending(nth + np.take_along_axis(scaled, by_host, 1)), 1)
+    return by_host.take(along(ascending(turn_in_host + scaled.take(along(by_host)))))
 
 
-def _pairing(size: int, level: int) -> Ints:
+def _pairing(size: int, kind: tuple[int, ...]) -> Ints:
     """An order of turns in which each of every four meets another of them as its neighbour, changing with the round.
 
     Two ranks that got the two replicas of an expert carry the same, so they would be neighbours in the next round too
     and end up as mirrors of each other: then a death would double one rank's load instead of raising many a little."""
     order = np.arange(size)
     whole = size // 4 * 4
-    order[:whole] = order[:whole].reshape(-1, 4)[:, PAIRINGS[level % len(PAIRINGS)]].ravel()
+    order[:whole] = order[:whole].reshape(-1, 4)[:, kind].ravel()
     return order
 
 
-def _part_neighbours(rank: Ints, item: Ints, domain_N: Ints, last_item: Ints, last_domain: Ints) -> None:
+def _part_neighbours(turn: Ints, domain: Ints, again: Bools, last_domain: Ints) -> Ints:
     """Where neighbours are replicas of one expert in one domain (a host, or else a rank), let the second one change
-    places with the one after it: their loads are nearly equal, and a group of turns has each domain once only."""
-    domain = domain_N[rank]
-    same = np.empty(item.shape, bool)
-    same[:, 0] = (item[:, 0] == last_item) & (domain[:, 0] == last_domain)
-    same[:, 1:] = (item[:, 1:] == item[:, :-1]) & (domain[:, 1:] == domain[:, :-1])
-    same[:, 1:] &= ~same[:, :-1]  # one exchange at a time: `repair` sees to the rest
-    layer, at = np.nonzero(same[:, :-1])
-    rank[layer, at], rank[layer, at + 1] = rank[layer, at + 1], rank[layer, at]
+    places with the one after it: their loads are nearly equal, and a group of turns has each domain once only.
+
+    turn: [L, n] who takes the replicas, changed in place. domain: of each who can. again: [L, n] whether a replica is
+    of the same expert as the one before. last_domain: [L] where the one before these went. Returns the next one."""
+    where = domain.take(turn)
+    same = again.copy()
+    same[:, 0] &= where[:, 0] == last_domain
+    same[:, 1:] &= where[:, 1:] == where[:, :-1]
+    if same.any():
+        same[:, 1:] &= ~same[:, :-1]  # one exchange at a time: `repair` sees to the rest
+        layer, at = np.nonzero(same[:, :-1])
+        turn[layer, at], turn[layer, at + 1] = turn[layer, at + 1], turn[layer, at]
+    last: Ints = domain.take(turn[:, -1])
+    return last
 
 
 def repair(out: Deal) -> None:
