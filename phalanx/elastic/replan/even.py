@@ -20,9 +20,6 @@ NEARLY = 0.98
 DISTANCES = 1 << 24
 """Distances that are looked at at once: what bounds the memory where ranks have very many slots."""
 
-MANY = 1 << 14
-"""More replicas than an expert has on any host."""
-
 Singles = npt.NDArray[np.float32]
 
 
@@ -167,49 +164,45 @@ class Meetings:
 
 def _meetings(out: Deal, layer: Ints, heavy: Ints, light: Ints) -> Meetings:
     _, ranks, width, _ = out.shape
-    cell_a, cell_b = layer * ranks + heavy, layer * ranks + light
-    load_a, load_b = out.load_LN.take(cell_a), out.load_LN.take(cell_b)
+    load_a, load_b = out.load_LN.take(layer * ranks + heavy), out.load_LN.take(layer * ranks + light)
     half = (load_a - load_b) / 2
+    many = max(1, DISTANCES // (width * width))
+    blocks = [slice(i, i + many) for i in range(0, max(1, layer.size), many)]
+    parts = [_distances(out, layer[q], heavy[q], light[q], half[q]) for q in blocks]
+    left, right, closest = (np.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
+    return Meetings(layer, heavy, light, (load_a + load_b) / 2, half, left, right, closest)
+
+
+def _distances(out: Deal, layer: Ints, heavy: Ints, light: Ints, half: Floats) -> tuple[Singles, Singles, Singles]:
+    """left, right and closest of some meetings."""
+    _, ranks, width, _ = out.shape
     part = out.part_LNM.reshape(-1, width)
-    left, right = part.take(cell_a, axis=0) - half[:, None], part.take(cell_b, axis=0)
+    left = (part.take(layer * ranks + heavy, axis=0).T - half).astype(np.float32, order="C")
+    right = part.take(layer * ranks + light, axis=0).T.astype(np.float32, order="C")
     far_a, far_b = _forbidden(out, layer, heavy, light)
     left[far_a], right[far_b] = np.inf, -np.inf
-    left_MQ, right_MQ = np.ascontiguousarray(left.T, np.float32), np.ascontiguousarray(right.T, np.float32)
-    closest = _closest(left_MQ, right_MQ)
-    return Meetings(layer, heavy, light, (load_a + load_b) / 2, half, left_MQ, right_MQ, closest)
-
-
-def _closest(left_MQ: Singles, right_MQ: Singles) -> Singles:
-    """[M, Q]: for each slot of the heavy rank the distance to the closest one of the light rank."""
-    width, meetings = left_MQ.shape
-    many = max(1, DISTANCES // (width * width))
-    if meetings > many:
-        blocks = [slice(i, i + many) for i in range(0, meetings, many)]
-        return np.concatenate([_closest(left_MQ[:, block], right_MQ[:, block]) for block in blocks], axis=1)
-    distance = left_MQ[:, None, :] - right_MQ[None, :, :]
-    closest: Singles = np.abs(distance, out=distance).min(axis=1)
-    return closest
+    distance = left[:, None, :] - right[None, :, :]
+    return left, right, np.abs(distance, out=distance).min(axis=1)
 
 
 def _forbidden(out: Deal, layer: Ints, heavy: Ints, light: Ints) -> tuple[Bools, Bools]:
-    """[Q, M] of both ranks: replicas that must not cross: onto a rank that has the expert, the last copy off other
+    """[M, Q] of both ranks: replicas that must not cross: onto a rank that has the expert, the last copy off other
     hosts; and slots that do not exist. (Singles never meet a safe rank.)"""
     _, ranks, width, experts = out.shape
-    holds, expert = out.holds_LNE.reshape(-1), out.expert_LNM.reshape(-1, width)
-    cell_a, cell_b = layer * ranks + heavy, layer * ranks + light
-    a, b = expert.take(cell_a, axis=0), expert.take(cell_b, axis=0)
-    far_a = holds.take((cell_b * experts)[:, None] + a, mode="wrap")
-    far_b = holds.take((cell_a * experts)[:, None] + b, mode="wrap")
+    expert = out.expert_LNM.reshape(-1, width)
+    a = expert.take(layer * ranks + heavy, axis=0).T.astype(np.int32, order="C")
+    b = expert.take(layer * ranks + light, axis=0).T.astype(np.int32, order="C")
+    both = a[:, None, :] == b[None, :, :]
+    far_a, far_b = both.any(axis=1), both.any(axis=0)
     if out.ragged:
         far_a |= a < 0
         far_b |= b < 0
     if out.ground.host_matters:
-        # None may come to a host where all the other replicas of its expert are.
-        full = (out.on_host_LHE >= np.where(out.count_LE > 1, out.count_LE - 1, MANY)[:, None, :]).reshape(-1)
+        full = (out.room_LHE <= 0).reshape(-1)
         here, there = out.ground.host_N.take(heavy), out.ground.host_N.take(light)
-        cross, row = (here != there)[:, None], layer * out.ground.num_hosts
-        far_a |= cross & full.take(((row + there) * experts)[:, None] + a, mode="wrap")
-        far_b |= cross & full.take(((row + here) * experts)[:, None] + b, mode="wrap")
+        cross, row = here != there, layer * out.ground.num_hosts
+        far_a |= cross & full.take((row + there) * experts + a, mode="wrap")
+        far_b |= cross & full.take((row + here) * experts + b, mode="wrap")
     return far_a, far_b
 
 

@@ -147,12 +147,7 @@ def continue_from(
     part = w_LE / count_LE
     kept = _keep(ground, held_LNS, part, count_LE, single_LE, safe_N)
     expert, part_LNM, out_count = _pack(ground, kept, part)
-    out = Deal(
-        ground, expert, part_LNM, part_LNM.sum(axis=2), count_LE, single_LE, safe_N,
-        np.zeros((layers, ranks, experts), bool),
-    )  # fmt: skip
-    layer, rank, slot = np.nonzero(expert >= 0)
-    out.holds_LNE[layer, rank, expert[layer, rank, slot]] = True
+    out = Deal(ground, expert, part_LNM, part_LNM.sum(axis=2), count_LE, single_LE, safe_N)
     _fill_holes(out, part, out_count)
     if ground.host_matters:
         out.count_hosts()
@@ -227,11 +222,13 @@ def _fill_holes(out: Deal, part_LE: Floats, kept_LE: Ints) -> None:
     layer, rank, slot = np.nonzero(out.expert_LNM >= 0)
     hosts[layer, out.expert_LNM[layer, rank, slot], ground.host_N[rank]] = True
     step = float(out.load_LN.max() + part_LE.max()) * 2 + 1.0
+    holds = np.zeros((layers, ground.size, experts), bool)
+    holds[layer, rank, out.expert_LNM[layer, rank, slot]] = True
     for k in range(int(times.max())):
         rows = np.nonzero(times > k)[0]
         one = item[start[rows] + k]
         price = out.load_LN[rows] + step * hosts[rows, one][:, ground.host_N]
-        price += 4 * step * out.holds_LNE[rows, :, one]
+        price += 4 * step * holds[rows, :, one]
         if out.packed:
             price += 2 * step * (out.safe_N != ~out.single_LE[rows, one][:, None])
             price += 8 * step * (out.safe_N & out.single_LE[rows, one][:, None])
@@ -241,9 +238,9 @@ def _fill_holes(out: Deal, part_LE: Floats, kept_LE: Ints) -> None:
         out.expert_LNM[rows, rank, slot] = one
         out.part_LNM[rows, rank, slot] = part_LE[rows, one]
         out.load_LN[rows, rank] += part_LE[rows, one]
-        double = out.holds_LNE[rows, rank, one]
+        double = holds[rows, rank, one]
         if double.any():
             out.doubled.append(np.stack([rows[double], rank[double], slot[double]]))
-        out.holds_LNE[rows, rank, one] = True
+        holds[rows, rank, one] = True
         hosts[rows, one, ground.host_N[rank]] = True
         filled[rows, rank] += 1

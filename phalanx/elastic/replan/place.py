@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from phalanx.elastic.replan.counts import protected_room
 from phalanx.elastic.replan.ground import Ground
 from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, descending, nth
+
+MANY = 1 << 14
+"""More replicas than an expert ever has."""
 
 PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
 """The three ways to make pairs of four."""
@@ -21,7 +25,8 @@ class Deal:
 
     expert_LNM: -1 where a rank has fewer slots. part_LNM: the load each replica carries. load_LN: their sums.
     single_LE: experts that have one replica only. safe_N: ranks that must hold no such expert (where only some are).
-    holds_LNE: which rank holds which expert. on_host_LHE: replicas of each expert on each host, where that matters.
+    room_LHE: where hosts matter, how many more replicas of an expert may come to a host: 0 when all others are there
+    but one, -1 when all are there, MANY or so for single ones.
     doubled: (layer, rank, slot) of replicas that came to lie on a rank which already had one, [3, conflicts].
     """
 
@@ -32,13 +37,12 @@ class Deal:
     count_LE: Ints
     single_LE: Bools
     safe_N: Bools
-    holds_LNE: Bools
-    on_host_LHE: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    room_LHE: npt.NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
     doubled: list[Ints] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Written through flat views.
-        assert all(x.flags.c_contiguous for x in (self.expert_LNM, self.part_LNM, self.load_LN, self.holds_LNE))
+        assert all(x.flags.c_contiguous for x in (self.expert_LNM, self.part_LNM, self.load_LN))
 
     @cached_property
     def shape(self) -> tuple[int, int, int, int]:
@@ -56,21 +60,21 @@ class Deal:
         return bool(self.safe_N.any() and not self.safe_N.all())
 
     def count_hosts(self) -> None:
-        """Make on_host_LHE; `swap` keeps it."""
+        """Make room_LHE; `swap` keeps it."""
         layers, _, _, experts = self.shape
         hosts = self.ground.num_hosts
         first = (np.arange(layers)[:, None] * hosts + self.ground.host_N) * experts
         key = first[:, :, None] + self.expert_LNM
         key = key[self.expert_LNM >= 0] if self.ragged else key.reshape(-1)
-        self.on_host_LHE = np.bincount(key, minlength=layers * hosts * experts)
-        self.on_host_LHE = self.on_host_LHE.astype(np.int16).reshape(layers, hosts, experts)
+        there = np.bincount(key, minlength=layers * hosts * experts).astype(np.int16)
+        room = np.where(self.count_LE > 1, self.count_LE - 1, MANY).astype(np.int16)
+        self.room_LHE = room[:, None, :] - there.reshape(layers, hosts, experts)
 
     def swap(self, layer: Ints, rank: Ints, slot: Ints, other: Ints, place: Ints) -> None:
         """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice, nor may an expert
         of a layer that crosses between hosts."""
         _, ranks, width, experts = self.shape
         expert, part, load = self.expert_LNM.reshape(-1), self.part_LNM.reshape(-1), self.load_LN.reshape(-1)
-        holds, on_host = self.holds_LNE.reshape(-1), self.on_host_LHE.reshape(-1)
         # Flat indices: numpy takes by one index several times as fast as by three.
         mine, theirs = layer * ranks + rank, layer * ranks + other
         at, to = mine * width + slot, theirs * width + place
@@ -79,9 +83,6 @@ class Deal:
         more = part_a - part_b
         load[mine] -= more
         load[theirs] += more
-        mine, theirs = mine * experts, theirs * experts
-        holds[mine + a] = holds[theirs + b] = False
-        holds[mine + b] = holds[theirs + a] = True
         if self.ground.host_matters:
             here, there = self.ground.host_N.take(rank), self.ground.host_N.take(other)
             # Within a host nothing changes; between hosts no expert of a layer may cross twice.
@@ -89,8 +90,9 @@ class Deal:
             first = layer[cross] * self.ground.num_hosts
             here, there = (first + here[cross]) * experts, (first + there[cross]) * experts
             a, b = a[cross], b[cross]
-            on_host[np.concatenate([here + a, there + b])] -= 1
-            on_host[np.concatenate([there + a, here + b])] += 1
+            room = self.room_LHE.reshape(-1)
+            room[np.concatenate([here + a, there + b])] += 1
+            room[np.concatenate([there + a, here + b])] -= 1
 
 
 def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N: Bools) -> Deal:
@@ -120,7 +122,6 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
         count_LE=count_LE,
         single_LE=single_LE,
         safe_N=safe_N,
-        holds_LNE=np.zeros((layers, ground.size, experts), bool),
     )
     none = np.zeros(ground.size, np.int64)
     singles = int(single_LE[0].sum()) if packed else 0
@@ -169,24 +170,24 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
     place = cell * width + (from_N.take(rank) + np.repeat(np.arange(sizes.size), sizes))
     out.expert_LNM.reshape(-1)[place] = item
     out.part_LNM.reshape(-1)[place] = part
-    held = cell * experts + item
-    out.holds_LNE.reshape(-1)[held] = True
-    if copies and np.count_nonzero(out.holds_LNE) < held.size:
-        _note_doubles(out, held, place, sizes)
+    if copies:
+        _note_doubles(out, rank * experts + item, place, sizes)
 
 
 def _note_doubles(out: Deal, held: Ints, place: Ints, sizes: Ints) -> None:
     """Note the replicas, [L, n], that were dealt to a rank which had one from an earlier round. held: a number for
     rank and expert. place: that of the slot. sizes: of each round."""
-    level = np.repeat(np.arange(sizes.size), sizes)
-    order = np.lexsort((np.broadcast_to(level, held.shape).ravel(), held.ravel()))
-    same = held.ravel()[order]
-    double = order[1:][same[1:] == same[:-1]]
-    layer, column = np.divmod(double, held.shape[1])
-    double = double[np.lexsort((column, layer, level[column]))]
-    rank, slot = np.divmod(place.ravel()[double], out.shape[2])
-    layer, rank = np.divmod(rank, out.shape[1])
-    out.doubled.append(np.stack([layer, rank, slot]))
+    n = held.shape[1]
+    keys = held * n + np.arange(n)
+    keys.sort(axis=1)
+    held = keys // n
+    layer, at = np.nonzero(held[:, 1:] == held[:, :-1])
+    if layer.size:
+        column = keys[layer, at + 1] % n
+        order = np.lexsort((column, layer, np.searchsorted(np.cumsum(sizes), column, side="right")))
+        layer, column = layer[order], column[order]
+        rank, slot = np.divmod(place[layer, column], out.shape[2])
+        out.doubled.append(np.stack([layer, rank % out.shape[1], slot]))
 
 
 def _mixed(sizes: Ints) -> Ints:
@@ -286,8 +287,7 @@ def repair(out: Deal) -> None:
 
 def on_one_host(out: Deal) -> Bools:
     """[L, E]: experts that have several replicas, all on one host."""
-    lone: Bools = (out.on_host_LHE == out.count_LE[:, None, :]).any(axis=1)
-    lone &= out.count_LE > 1
+    lone: Bools = (out.room_LHE < 0).any(axis=1)
     return lone
 
 
@@ -321,7 +321,9 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
     c = np.arange(layer.size)
     mine = expert[c, rank, slot]
     at = c[:, None, None]
-    good = (expert >= 0) & ~out.holds_LNE[layer, :, mine][:, :, None] & ~out.holds_LNE[layer, rank][at, expert]
+    beside = np.zeros((layer.size, out.shape[3]), bool)
+    beside[c[:, None], expert[c, rank]] = True
+    good = (expert >= 0) & ~(expert == mine[:, None, None]).any(axis=2, keepdims=True) & ~beside[at, expert]
     if out.packed:
         single = out.single_LE[layer]
         good &= ~(single[at, expert] & out.safe_N[rank][:, None, None])
@@ -329,23 +331,15 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
     if ground.host_matters:
         here = ground.host_N[rank]
         away = (ground.host_N[None, :] != here[:, None])[:, :, None]
-        count, hosts = out.count_LE[layer], out.on_host_LHE[layer]
-        times = count[at, expert]
-        good &= ~away | (times == 1) | (times - hosts[at, here[:, None, None], expert] > 1)
-        outside = count[c, mine][:, None] - hosts[c, :, mine]
-        good &= away if off_host else ~away | (outside[:, ground.host_N] > 1)[:, :, None]
+        room = out.room_LHE[layer]
+        good &= ~away | (room[at, here[:, None, None], expert] > 0)
+        good &= away if off_host else ~away | (room[c, :, mine][:, ground.host_N] > 0)[:, :, None]
     delta = part[c, rank, slot][:, None, None] - part
     worst = np.maximum(load[c, rank][:, None, None] - delta, load[:, :, None] + delta)
     worst = np.where(good, worst, np.inf).reshape(layer.size, -1)
     best = worst.argmin(axis=1)
     found: Bools = np.isfinite(worst[c, best])
-    layer, rank, slot, mine = layer[found], rank[found], slot[found], mine[found]
-    other, place = np.divmod(best[found], width)
-    out.swap(layer, rank, slot, other, place)
-    # A second replica of either expert may have stayed on its rank: the exchange took only one away.
-    out.holds_LNE[layer, rank, mine] = (out.expert_LNM[layer, rank] == mine[:, None]).any(axis=1)
-    theirs = out.expert_LNM[layer, rank, slot]
-    out.holds_LNE[layer, other, theirs] = (out.expert_LNM[layer, other] == theirs[:, None]).any(axis=1)
+    out.swap(layer[found], rank[found], slot[found], *np.divmod(best[found], width))
     return found
 
 
@@ -353,17 +347,17 @@ def _replace(out: Deal, layer: int, rank: int, slot: int) -> None:
     """The last resort, for very uneven slots a rank: a second replica on one rank gives way to the expert whose
     replicas carry most of those that the rank does not hold."""
     carried = _totals(out, layer) / np.maximum(out.count_LE[layer], 1)
-    _put(out, layer, rank, slot, int(np.argmax(np.where(out.holds_LNE[layer, rank], -1.0, carried))))
+    held = out.expert_LNM[layer, rank]
+    carried[held[held >= 0]] = -1.0
+    _put(out, layer, rank, slot, int(carried.argmax()))
 
 
 def _cover(out: Deal, layer: int, one: int) -> None:
     """Likewise when no exchange takes an expert off its only host: it gets one more replica on another host, in place
     of one of three or more of another expert that keeps two hosts without it."""
-    hosts, expert, count = out.on_host_LHE[layer], out.expert_LNM[layer], out.count_LE[layer]
+    room, expert, count = out.room_LHE[layer], out.expert_LNM[layer], out.count_LE[layer]
     host = out.ground.host_N[:, None]
-    elsewhere = (count - hosts)[host, expert]
-    spare = (count[expert] > 2) & ((elsewhere > 1) | ((elsewhere == 1) & (hosts[host, expert] > 1)))
-    spare &= (hosts[:, one] == 0)[host] & (expert >= 0)
+    spare = (count[expert] > 2) & (room[host, expert] >= 0) & (room[:, one] >= 0)[host] & (expert >= 0)
     if spare.any():
         rank, slot = divmod(int(np.argmin(np.where(spare, out.part_LNM[layer], np.inf))), expert.shape[1])
         _put(out, layer, rank, slot, one)
@@ -384,11 +378,9 @@ def _put(out: Deal, layer: int, rank: int, slot: int, new: int) -> None:
     count[old] -= 1
     count[new] += 1
     out.single_LE[layer, [old, new]] = count[[old, new]] == 1
-    out.holds_LNE[layer, rank, old] = bool((expert[rank] == old).any())
-    out.holds_LNE[layer, rank, new] = True
     out.part_LNM[layer] = np.where(expert >= 0, (total / np.maximum(count, 1))[expert], 0.0)
     out.load_LN[layer] = out.part_LNM[layer].sum(axis=1)
     if out.ground.host_matters:
-        host = out.ground.host_N[rank]
-        out.on_host_LHE[layer, host, old] -= 1
-        out.on_host_LHE[layer, host, new] += 1
+        for one in (old, new):
+            there = np.bincount(out.ground.host_N[np.nonzero(expert == one)[0]], minlength=out.ground.num_hosts)
+            out.room_LHE[layer, :, one] = (count[one] - 1 if count[one] > 1 else MANY) - there
