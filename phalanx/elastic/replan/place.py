@@ -321,7 +321,7 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
     c = np.arange(layer.size)
     mine = expert[c, rank, slot]
     at = c[:, None, None]
-    beside = np.zeros((layer.size, out.shape[3]), bool)
+    beside = np.zeros((layer.size, out.shape[3] + 1), bool)  # the last column is for places that do not exist
     beside[c[:, None], expert[c, rank]] = True
     good = (expert >= 0) & ~(expert == mine[:, None, None]).any(axis=2, keepdims=True) & ~beside[at, expert]
     if out.packed:
