@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from phalanx.elastic.replan.ground import Ground, pour
-from phalanx.elastic.replan.order import Bools, Floats, Ints, descending, turns
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, descending, turns
 
 Priority = Literal["even", "safety", "balance"]
 """What comes first when slots do not suffice for two replicas of every expert.
@@ -80,13 +80,13 @@ def protected_experts(w_LE: Floats, safety: Safety, ground: Ground, priority: Pr
     m = safety.protected
     if m in (0, num_experts):
         return np.full((num_layers, num_experts), bool(m))
-    order_LE = descending(w_LE)
+    flat = along(descending(w_LE))
     if priority == "safety":
         place = np.broadcast_to(np.arange(num_experts) < m, (num_layers, num_experts))
     else:
-        place = _mixture(np.take_along_axis(w_LE, order_LE, 1), safety, ground)
-    out = np.zeros_like(place)
-    np.put_along_axis(out, order_LE, place, axis=1)
+        place = _mixture(w_LE.take(flat), safety, ground)
+    out = np.empty(w_LE.shape, bool)
+    out.reshape(-1)[flat] = place
     return out
 
 

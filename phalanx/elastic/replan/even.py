@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending, nth
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, nth
 from phalanx.elastic.replan.place import Deal
 
 TOLERANCE = 0.004
@@ -35,12 +35,18 @@ class Sets:
 
     def heaviest(self, out: Deal) -> Floats:
         """[L, G]: the load of the heaviest rank of each."""
-        return np.maximum.reduceat(out.load_LN[:, self.everyone], self.starts, axis=1)
+        return np.maximum.reduceat(out.load_LN.take(self.everyone, axis=1), self.starts, axis=1)
 
     def lightest_first(self, out: Deal, rows: Ints) -> Ints:
-        """[rows, N]: the ranks in order of their load, set by set."""
-        load = out.load_LN[rows[:, None], self.everyone]
-        return self.everyone.take(ascending(load, ahead=int(self.starts[-1])))
+        """[rows, N]: the ranks in order of their load, set by set, as cells: layer * N + rank."""
+        cell = (rows * out.shape[1])[:, None] + self.everyone
+        return cell.take(along(ascending(out.load_LN.take(cell), ahead=int(self.starts[-1]))))
+
+    @cached_property
+    def pairs(self) -> tuple[Ints, Ints, Ints]:
+        """How many ranks of each set meet another one in a round; of these the set of each and its number in it."""
+        pairs = np.minimum(self.sizes // 2, 8 + self.sizes // 16)
+        return pairs, np.repeat(np.arange(pairs.size), pairs), nth(pairs)
 
 
 def even_out(out: Deal, rounds: int) -> None:
@@ -82,13 +88,12 @@ def even_out(out: Deal, rounds: int) -> None:
 
 def _meet(out: Deal, sets: Sets, rows: Ints, busy: Bools, number: int, goal_L: Floats) -> None:
     """The ranks that carry more than the goal meet the lightest ones, in each round others. busy: [rows, G]."""
-    pairs = np.minimum(sets.sizes // 2, 8 + sets.sizes // 16)
-    group, k = np.repeat(np.arange(pairs.size), pairs), nth(pairs)
+    pairs, group, k = sets.pairs
     order = sets.lightest_first(out, rows)
     heavy = order.take((sets.starts + sets.sizes - 1)[group] - k, axis=1)
     light = order.take(sets.starts[group] + (k + number) % pairs[group], axis=1)
-    meet = (out.load_LN.take(rows[:, None] * out.shape[1] + heavy) > goal_L[rows, None]) & busy[:, group]
-    meetings = _meetings(out, np.repeat(rows, meet.sum(axis=1)), heavy[meet], light[meet])
+    meet = (out.load_LN.take(heavy) > goal_L[rows, None]) & busy[:, group]
+    meetings = _meetings(out, heavy[meet], light[meet])
     _exchange(out, meetings, meetings.helps)
 
 
@@ -101,16 +106,17 @@ def _choose(out: Deal, sets: Sets, rows: Ints, busy: Bools) -> Bools:
     order = sets.lightest_first(out, rows)
     heavy = order.take((sets.starts + sets.sizes - 1)[group], axis=1)
     light = order.take(sets.starts[group] + k, axis=1)
-    meetings = _meetings(out, np.repeat(rows, group.size), heavy.ravel(), light.ravel())
+    meetings = _meetings(out, heavy.ravel(), light.ravel())
     helps = meetings.helps.reshape(heavy.shape) & busy[:, group]
     after = np.where(helps, (meetings.mean + meetings.distance).reshape(heavy.shape), np.inf)
-    best = np.zeros(helps.shape, bool)
-    ends = np.cumsum(many)
-    for start, end in zip((ends - many).tolist(), ends.tolist(), strict=True):
-        if start < end:
-            best[np.arange(rows.size), start + after[:, start:end].argmin(axis=1)] = True
+    best, better = np.zeros(helps.shape, bool), np.zeros(busy.shape, bool)
+    spans = [(g, slice(end - size, end)) for g, (end, size) in enumerate(zip(np.cumsum(many), many, strict=True)) if size]
+    for _, span in spans:
+        best[np.arange(rows.size), span.start + after[:, span].argmin(axis=1)] = True
     done = _exchange(out, meetings, (helps & best).ravel()).reshape(helps.shape)
-    return np.stack([done[:, group == g].any(axis=1) for g in range(many.size)], axis=1)
+    for g, span in spans:
+        better[:, g] = done[:, span].any(axis=1)
+    return better
 
 
 def _least(out: Deal, among: Ints) -> Floats:
@@ -131,13 +137,13 @@ def _least(out: Deal, among: Ints) -> Floats:
 class Meetings:
     """Heavy ranks that meet light ones, [Q], to make the exchange each that brings the two closest.
 
-    mean, half: [Q] what the two carry on average, half of what the heavy one carries more. left, right: [M, Q] their
-    replicas' loads, so that the difference of two is how far their exchange is from making the ranks equal; infinite
-    where a replica must not cross. closest: [M, Q] for each slot of the heavy rank the least such distance.
+    heavy, light: layer * N + rank. mean, half: what the two carry on average, half of what the heavy one carries more.
+    left, right: [M, Q] their replicas' loads, so that the difference of two is how far their exchange is from making
+    the ranks equal; infinite where a replica must not cross. closest: [M, Q] for each slot of the heavy rank the least
+    such distance.
 
     Meetings come last here, so that numpy works along them and not along a few slots."""
 
-    layer: Ints
     heavy: Ints
     light: Ints
     mean: Floats
@@ -158,40 +164,40 @@ class Meetings:
 
     def slots(self, at: Ints) -> tuple[Ints, Ints]:
         """Which slots the best exchange of these meetings is of, the heavy rank's and the light one's."""
-        i = self.closest[:, at].argmin(axis=0)
-        return i, np.abs(self.left[i, at] - self.right[:, at]).argmin(axis=0)
+        i = self.closest.take(at, axis=1).argmin(axis=0)
+        wanted = self.left.take(i * self.heavy.size + at)
+        return i, np.abs(wanted - self.right.take(at, axis=1)).argmin(axis=0)
 
 
-def _meetings(out: Deal, layer: Ints, heavy: Ints, light: Ints) -> Meetings:
-    _, ranks, width, _ = out.shape
-    load_a, load_b = out.load_LN.take(layer * ranks + heavy), out.load_LN.take(layer * ranks + light)
+def _meetings(out: Deal, heavy: Ints, light: Ints) -> Meetings:
+    width = out.shape[2]
+    load_a, load_b = out.load_LN.take(heavy), out.load_LN.take(light)
     half = (load_a - load_b) / 2
     many = max(1, DISTANCES // (width * width))
-    blocks = [slice(i, i + many) for i in range(0, max(1, layer.size), many)]
-    parts = [_distances(out, layer[q], heavy[q], light[q], half[q]) for q in blocks]
+    blocks = [slice(i, i + many) for i in range(0, max(1, heavy.size), many)]
+    parts = [_distances(out, heavy[q], light[q], half[q]) for q in blocks]
     left, right, closest = (np.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
-    return Meetings(layer, heavy, light, (load_a + load_b) / 2, half, left, right, closest)
+    return Meetings(heavy, light, (load_a + load_b) / 2, half, left, right, closest)
 
 
-def _distances(out: Deal, layer: Ints, heavy: Ints, light: Ints, half: Floats) -> tuple[Singles, Singles, Singles]:
+def _distances(out: Deal, heavy: Ints, light: Ints, half: Floats) -> tuple[Singles, Singles, Singles]:
     """left, right and closest of some meetings."""
-    _, ranks, width, _ = out.shape
-    part = out.part_LNM.reshape(-1, width)
-    left = (part.take(layer * ranks + heavy, axis=0).T - half).astype(np.float32, order="C")
-    right = part.take(layer * ranks + light, axis=0).T.astype(np.float32, order="C")
-    far_a, far_b = _forbidden(out, layer, heavy, light)
-    left[far_a], right[far_b] = np.inf, -np.inf
+    part = out.part_LNM.reshape(-1, out.shape[2])
+    left = (part.take(heavy, axis=0).T - half).astype(np.float32, order="C")
+    right = part.take(light, axis=0).T.astype(np.float32, order="C")
+    far_a, far_b = _forbidden(out, heavy, light)
+    np.putmask(left, far_a, np.inf)
+    np.putmask(right, far_b, -np.inf)
     distance = left[:, None, :] - right[None, :, :]
     return left, right, np.abs(distance, out=distance).min(axis=1)
 
 
-def _forbidden(out: Deal, layer: Ints, heavy: Ints, light: Ints) -> tuple[Bools, Bools]:
+def _forbidden(out: Deal, heavy: Ints, light: Ints) -> tuple[Bools, Bools]:
     """[M, Q] of both ranks: replicas that must not cross: onto a rank that has the expert, the last copy off other
     hosts; and slots that do not exist. (Singles never meet a safe rank.)"""
-    _, ranks, width, experts = out.shape
-    expert = out.expert_LNM.reshape(-1, width)
-    a = expert.take(layer * ranks + heavy, axis=0).T.astype(np.int32, order="C")
-    b = expert.take(layer * ranks + light, axis=0).T.astype(np.int32, order="C")
+    expert = out.expert_LNM.reshape(-1, out.shape[2])
+    a = expert.take(heavy, axis=0).T.astype(np.int32, order="C")
+    b = expert.take(light, axis=0).T.astype(np.int32, order="C")
     both = a[:, None, :] == b[None, :, :]
     far_a, far_b = both.any(axis=1), both.any(axis=0)
     if out.ragged:
@@ -199,28 +205,28 @@ def _forbidden(out: Deal, layer: Ints, heavy: Ints, light: Ints) -> tuple[Bools,
         far_b |= b < 0
     if out.ground.host_matters:
         full = (out.room_LHE <= 0).reshape(-1)
-        here, there = out.ground.host_N.take(heavy), out.ground.host_N.take(light)
-        cross, row = here != there, layer * out.ground.num_hosts
-        far_a |= cross & full.take((row + there) * experts + a, mode="wrap")
-        far_b |= cross & full.take((row + here) * experts + b, mode="wrap")
+        here, there = out.host_row_LN.take(heavy), out.host_row_LN.take(light)
+        cross = here != there
+        far_a |= cross & full.take(there + a, mode="wrap")
+        far_b |= cross & full.take(here + b, mode="wrap")
     return far_a, far_b
 
 
 def _exchange(out: Deal, meetings: Meetings, which: Bools) -> Bools:
     """Carry out the best exchange of these meetings, [Q]; of those in one layer that would carry one expert between
     hosts twice at once, none. Returns which were."""
+    _, ranks, width, experts = out.shape
     at = np.nonzero(which)[0]
     i, j = meetings.slots(at)
-    layer, here, there = meetings.layer[at], meetings.heavy[at], meetings.light[at]
+    here, there = meetings.heavy.take(at), meetings.light.take(at)
     if out.ground.host_matters:
-        _, ranks, width, experts = out.shape
-        key_a = layer * experts + out.expert_LNM.take((layer * ranks + here) * width + i)
-        key_b = layer * experts + out.expert_LNM.take((layer * ranks + there) * width + j)
+        row = here // ranks * experts
+        key_a, key_b = row + out.expert_LNM.take(here * width + i), row + out.expert_LNM.take(there * width + j)
         times = np.bincount(np.concatenate([key_a, key_b]))
-        cross = out.ground.host_N.take(here) != out.ground.host_N.take(there)
-        keep = ~(cross & ((times.take(key_a) > 1) | (times.take(key_b) > 1)))
-        at, layer, here, i, there, j = at[keep], layer[keep], here[keep], i[keep], there[keep], j[keep]
-    out.swap(layer, here, i, there, j)
+        twice = (times.take(key_a) > 1) | (times.take(key_b) > 1)
+        keep = ~(twice & (out.host_row_LN.take(here) != out.host_row_LN.take(there)))
+        at, here, i, there, j = at[keep], here[keep], i[keep], there[keep], j[keep]
+    out.swap(here, i, there, j)
     done = np.zeros(which.size, bool)
     done[at] = True
     return done

@@ -10,6 +10,9 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
+SIGN = -(1 << 63)
+
+
 def ascending(x: Floats, ahead: int = 0) -> Ints:
     """int64, shape of x: for each row (last axis) the order from smallest to largest; of equals the first one first.
 
@@ -19,7 +22,8 @@ def ascending(x: Floats, ahead: int = 0) -> Ints:
     column = (1 << max(1, (x.shape[-1] - 1).bit_length())) - 1
     keys = np.add(x, 0.0, order="C").view(np.int64)  # a copy, and -0.0 becomes 0.0
     keys &= ~column
-    keys[..., :ahead] |= np.iinfo(np.int64).min  # the sign
+    if ahead:
+        keys[..., :ahead] |= SIGN
     return _sorted_columns(keys, column)
 
 

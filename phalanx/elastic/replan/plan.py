@@ -201,11 +201,11 @@ def _counts(ground: Ground, w_LE: Floats, protected_LE: Bools, packed: bool) -> 
     ranks = int((ground.fill_N > 0).sum())
     if not packed:
         return replica_counts(w_LE, np.where(protected_LE, 2, 1), np.full(w_LE.shape, ranks), ground.total)
-    few = np.nonzero(protected_LE)[1].reshape(w_LE.shape[0], -1)
+    few = np.flatnonzero(protected_LE).reshape(w_LE.shape[0], -1)
     left = ground.total - w_LE.shape[1] + few.shape[1]
-    w = np.take_along_axis(w_LE, few, 1)
     counts = np.ones(w_LE.shape, np.int64)
-    np.put_along_axis(counts, few, replica_counts(w, np.full(few.shape, 2), np.full(few.shape, ranks), left), axis=1)
+    few_counts = replica_counts(w_LE.take(few), np.full(few.shape, 2), np.full(few.shape, ranks), left)
+    counts.reshape(-1)[few] = few_counts
     return counts
 
 
