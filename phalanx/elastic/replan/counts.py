@@ -116,20 +116,19 @@ def _mixture(w_LE: Floats, safety: Safety, ground: Ground) -> Bools:
     known = np.take_along_axis(sums, hot, 1) + whole - sums[:, num_experts - few]
     # The further down a stretch begins the less it carries: search for the last one that brings at least the share.
     flat, row = sums.ravel(), np.arange(num_layers)[:, None] * (num_experts + 1)
-    first, last = hot + np.zeros_like(rest), np.maximum(num_experts - few - rest, hot)
-    low, high = first, last
-    for _ in range(num_experts.bit_length()):
-        middle = (low + high + 1) // 2
-        heavy = flat.take(row + middle + rest) - flat.take(row + middle) + known >= share
-        low, high = np.where(heavy, middle, low), np.where(heavy, high, np.maximum(middle - 1, low))
+    low, last = row + hot + np.zeros_like(rest), row + np.maximum(num_experts - few - rest, hot)
+    missing = share - known
+    for bit in reversed(range(int((last - low).max()).bit_length())):
+        trial = np.minimum(low + (1 << bit), last)
+        low = np.where(flat.take(trial + rest) - flat.take(trial) >= missing, trial, low)
     at = np.stack([low, np.minimum(low + 1, last)])
-    miss = np.abs(flat.take(row + at + rest) - flat.take(row + at) + known - share)
+    miss = np.abs(flat.take(at + rest) - flat.take(at) - missing)
     after = miss[1] < miss[0]
     at, off = np.where(after, at[1], at[0]), np.where(after, miss[1], miss[0])
     off[hot + few > m] = np.inf
     # As many cold ones as come about as close to the share as fewer would.
     best = few.size - 1 - (off <= off.min(axis=1, keepdims=True) + CLOSE * share)[:, ::-1].argmax(axis=1)[:, None]
-    at, cold = np.take_along_axis(at, best, 1), few[best]
+    at, cold = np.take_along_axis(at, best, 1) - row, few[best]
     start = np.arange(num_experts)
     chosen: Bools = (start < hot) | ((start >= at) & (start < at + m - hot - cold)) | (start >= num_experts - cold)
     return chosen

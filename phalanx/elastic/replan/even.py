@@ -43,10 +43,12 @@ class Sets:
         return cell.take(along(ascending(out.load_LN.take(cell), ahead=int(self.starts[-1]))))
 
     @cached_property
-    def pairs(self) -> tuple[Ints, Ints, Ints]:
-        """How many ranks of each set meet another one in a round; of these the set of each and its number in it."""
+    def pairs(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """The ranks that meet others in a round, in each set as many: the set of each, its number there, how many
+        these are, and where the set begins."""
         pairs = np.minimum(self.sizes // 2, 8 + self.sizes // 16)
-        return pairs, np.repeat(np.arange(pairs.size), pairs), nth(pairs)
+        group = np.repeat(np.arange(pairs.size), pairs)
+        return group, nth(pairs), pairs[group], self.starts[group]
 
 
 def even_out(out: Deal, rounds: int) -> None:
@@ -69,7 +71,8 @@ def even_out(out: Deal, rounds: int) -> None:
     for number in range(rounds):
         most = np.maximum(now.max(axis=1), goal)[:, None]
         busy = (now > goal[:, None]) & (now >= most * NEARLY)
-        busy &= ~(stuck & (now >= most)).any(axis=1)[:, None] & ~stuck
+        if stuck.any():
+            busy &= ~(stuck & (now >= most)).any(axis=1)[:, None] & ~stuck
         rows = np.nonzero(busy.any(axis=1))[0]
         if not rows.size:
             return
@@ -88,10 +91,10 @@ def even_out(out: Deal, rounds: int) -> None:
 
 def _meet(out: Deal, sets: Sets, rows: Ints, busy: Bools, number: int, goal_L: Floats) -> None:
     """The ranks that carry more than the goal meet the lightest ones, in each round others. busy: [rows, G]."""
-    pairs, group, k = sets.pairs
+    group, k, pairs, start = sets.pairs
     order = sets.lightest_first(out, rows)
-    heavy = order.take((sets.starts + sets.sizes - 1)[group] - k, axis=1)
-    light = order.take(sets.starts[group] + (k + number) % pairs[group], axis=1)
+    heavy = order.take(start + sets.sizes[group] - 1 - k, axis=1)
+    light = order.take(start + (k + number) % pairs, axis=1)
     meet = (out.load_LN.take(heavy) > goal_L[rows, None]) & busy[:, group]
     meetings = _meetings(out, heavy[meet], light[meet])
     _exchange(out, meetings, meetings.helps)
@@ -108,14 +111,13 @@ def _choose(out: Deal, sets: Sets, rows: Ints, busy: Bools) -> Bools:
     light = order.take(sets.starts[group] + k, axis=1)
     meetings = _meetings(out, heavy.ravel(), light.ravel())
     helps = meetings.helps.reshape(heavy.shape) & busy[:, group]
-    after = np.where(helps, (meetings.mean + meetings.distance).reshape(heavy.shape), np.inf)
+    after = np.where(helps, (meetings.load_light + meetings.half + meetings.distance).reshape(heavy.shape), np.inf)
     best, better = np.zeros(helps.shape, bool), np.zeros(busy.shape, bool)
-    spans = [(g, slice(end - size, end)) for g, (end, size) in enumerate(zip(np.cumsum(many), many, strict=True)) if size]
-    for _, span in spans:
-        best[np.arange(rows.size), span.start + after[:, span].argmin(axis=1)] = True
-    done = _exchange(out, meetings, (helps & best).ravel()).reshape(helps.shape)
-    for g, span in spans:
-        better[:, g] = done[:, span].any(axis=1)
+    for start, end in zip((np.cumsum(many) - many).tolist(), np.cumsum(many).tolist(), strict=True):
+        if start < end:
+            best[np.arange(rows.size), start + after[:, start:end].argmin(axis=1)] = True
+    at = _exchange(out, meetings, (helps & best).ravel())
+    better[at // group.size, group[at % group.size]] = True
     return better
 
 
@@ -137,7 +139,7 @@ def _least(out: Deal, among: Ints) -> Floats:
 class Meetings:
     """Heavy ranks that meet light ones, [Q], to make the exchange each that brings the two closest.
 
-    heavy, light: layer * N + rank. mean, half: what the two carry on average, half of what the heavy one carries more.
+    heavy, light: layer * N + rank. load_light, half: what the light one carries, half of what the heavy one carries more.
     left, right: [M, Q] their replicas' loads, so that the difference of two is how far their exchange is from making
     the ranks equal; infinite where a replica must not cross. closest: [M, Q] for each slot of the heavy rank the least
     such distance.
@@ -146,7 +148,7 @@ class Meetings:
 
     heavy: Ints
     light: Ints
-    mean: Floats
+    load_light: Floats
     half: Floats
     left: Singles
     right: Singles
@@ -171,13 +173,13 @@ class Meetings:
 
 def _meetings(out: Deal, heavy: Ints, light: Ints) -> Meetings:
     width = out.shape[2]
-    load_a, load_b = out.load_LN.take(heavy), out.load_LN.take(light)
-    half = (load_a - load_b) / 2
+    load_light = out.load_LN.take(light)
+    half = (out.load_LN.take(heavy) - load_light) / 2
     many = max(1, DISTANCES // (width * width))
     blocks = [slice(i, i + many) for i in range(0, max(1, heavy.size), many)]
     parts = [_distances(out, heavy[q], light[q], half[q]) for q in blocks]
     left, right, closest = (np.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
-    return Meetings(heavy, light, (load_a + load_b) / 2, half, left, right, closest)
+    return Meetings(heavy, light, load_light, half, left, right, closest)
 
 
 def _distances(out: Deal, heavy: Ints, light: Ints, half: Floats) -> tuple[Singles, Singles, Singles]:
@@ -212,9 +214,9 @@ def _forbidden(out: Deal, heavy: Ints, light: Ints) -> tuple[Bools, Bools]:
     return far_a, far_b
 
 
-def _exchange(out: Deal, meetings: Meetings, which: Bools) -> Bools:
+def _exchange(out: Deal, meetings: Meetings, which: Bools) -> Ints:
     """Carry out the best exchange of these meetings, [Q]; of those in one layer that would carry one expert between
-    hosts twice at once, none. Returns which were."""
+    hosts twice at once, none. Returns the numbers of those that were."""
     _, ranks, width, experts = out.shape
     at = np.nonzero(which)[0]
     i, j = meetings.slots(at)
@@ -224,9 +226,7 @@ def _exchange(out: Deal, meetings: Meetings, which: Bools) -> Bools:
         key_a, key_b = row + out.expert_LNM.take(here * width + i), row + out.expert_LNM.take(there * width + j)
         times = np.bincount(np.concatenate([key_a, key_b]))
         twice = (times.take(key_a) > 1) | (times.take(key_b) > 1)
-        keep = ~(twice & (out.host_row_LN.take(here) != out.host_row_LN.take(there)))
+        keep = ~twice | (out.host_row_LN.take(here) == out.host_row_LN.take(there))
         at, here, i, there, j = at[keep], here[keep], i[keep], there[keep], j[keep]
     out.swap(here, i, there, j)
-    done = np.zeros(which.size, bool)
-    done[at] = True
-    return done
+    return at

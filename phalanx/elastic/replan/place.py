@@ -151,6 +151,7 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
     again = np.zeros(item.shape, bool)
     np.equal(item[:, 1:], item[:, :-1], out=again[:, 1:])
     last_domain = np.full(layers, -1)
+    scale = 0.5 / max(float(part.sum(axis=1).max(initial=0.0)), 1e-300)
     end = int(sizes[:level].sum())
     for deepest in sorted(set(depth_N[depth_N > level].tolist())):
         # The same ranks take part in all rounds up to here.
@@ -160,7 +161,8 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
         pairings = [_pairing(open_.size, kind) for kind in PAIRINGS]
         for level in range(level, deepest):
             start, end = end, end + open_.size
-            turn = _arrange(out.load_LN[:, open_], host, turn_in_host)
+            load = out.load_LN.take(open_, axis=1)
+            turn = ascending(load) if turn_in_host is None else _host_by_host(load * scale, host, turn_in_host)
             if copies:
                 turn = turn.take(pairings[level % len(PAIRINGS)], axis=1)
                 last_domain = _part_neighbours(turn, host, again[:, start:end], last_domain)
@@ -225,16 +227,12 @@ def _in_bulk(out: Deal, part: Floats, rank: Ints, from_N: Ints, depth_N: Ints) -
     return rounds
 
 
-def _arrange(load: Floats, host: Ints, turn_in_host: Ints | None) -> Ints:
-    """[L, n]: in which order n ranks take their turns in a round, lightest first.
-
-    Where hosts matter: first the lightest rank of every host, then the second of every host and so on, so that two
-    neighbours are on different hosts except where one such group ends and the next begins."""
-    if turn_in_host is None:
-        return ascending(load)
-    scaled = load / (load.max(axis=1, keepdims=True) * 2 + 1e-300)
-    by_host = ascending(host + scaled)
-    return by_host.take(along(ascending(turn_in_host + scaled.take(along(by_host)))))
+def _host_by_host(load: Floats, host: Ints, turn_in_host: Ints) -> Ints:
+    """[L, n]: in which order n ranks take their turns in a round: first the lightest rank of every host, then the
+    second of every host and so on, each time the lightest first, so that two neighbours are on different hosts except
+    where one such group ends and the next begins. load: below 1. turn_in_host: [n] 0, 1, .. for each host in turn."""
+    by_host = ascending(host + load)
+    return by_host.take(along(ascending(turn_in_host + load.take(along(by_host)))))
 
 
 def _pairing(size: int, kind: tuple[int, ...]) -> Ints:

@@ -120,7 +120,9 @@ def _check_settings(
 def _weights(load_LE: Floats) -> Floats:
     """Loads scaled to a mean of 1 a layer and kept off zero, so that cold experts and layers are spread out too."""
     mean = load_LE.mean(axis=1, keepdims=True)
-    return np.where(mean > 0, load_LE / np.where(mean > 0, mean, 1.0), 1.0) + 1e-4
+    if not mean.all():
+        load_LE, mean = np.where(mean > 0, load_LE, 1.0), np.where(mean > 0, mean, 1.0)
+    return load_LE / mean + 1e-4
 
 
 def _held_by_living(held_LP: IntArray, ground: Ground, shape: tuple[int, ...], ep_size: int, width: int) -> Ints:
