@@ -6,7 +6,7 @@ import numpy as np
 
 from phalanx.elastic.replan.counts import Priority, protected_room
 from phalanx.elastic.replan.ground import Ground
-from phalanx.elastic.replan.order import Bools, Floats, Ints, descending
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, descending, turns
 from phalanx.elastic.replan.place import Deal
 from phalanx.world import EMPTY
 
@@ -115,7 +115,8 @@ def keep_slots(ground: Ground, expert_LNM: Ints, held_LNS: Ints, num_experts: in
     slots first."""
     layers, ranks, width = held_LNS.shape
     held = np.where(np.arange(width) < ground.slots_N[:, None], held_LNS, EMPTY)
-    slot_of = np.full((layers * ranks, num_experts + 1), -1, np.int64)
+    # As narrow as can be: this is a large table.
+    slot_of = np.full((layers * ranks, num_experts + 1), -1, np.min_scalar_type(-width))
     cell = np.arange(layers * ranks)[:, None]
     slot_of[cell, held.reshape(-1, width)] = np.arange(width)
     slot_of[:, -1] = -1
@@ -170,7 +171,7 @@ def _keep(ground: Ground, held_LNS: Ints, part_LE: Floats, count_LE: Ints, singl
         room = protected_room(ground, safe_N, ground.total - int(single_LE[0].sum()))
         flat[(others & (np.cumsum(others, axis=2) > room[:, None])).reshape(layers, -1)] = EMPTY
     # Replicas sorted by (expert, load of their rank): of each expert the first few stay.
-    turn = np.repeat(np.argsort(np.argsort(load, axis=1, kind="stable"), axis=1, kind="stable"), width, axis=1)
+    turn = np.repeat(turns(ascending(load)), width, axis=1)
     key = (np.where(flat >= 0, flat, experts) * ranks + turn) * width * ranks + np.arange(ranks * width)
     key.sort(axis=1)
     place = key % (ranks * width)
@@ -208,39 +209,71 @@ def _pack(ground: Ground, kept_LNS: Ints, part_LE: Floats) -> tuple[Ints, Floats
 def _fill_holes(out: Deal, part_LE: Floats, kept_LE: Ints) -> None:
     """Put the replicas that are still to be placed into the holes, heaviest first, on the lightest rank that fits."""
     ground = out.ground
-    layers, _, _, experts = out.shape
+    layers, ranks, width, experts = out.shape
     need = np.maximum(out.count_LE - kept_LE, 0)
     times = need.sum(axis=1)
     if not times.any():
         return
-    order = descending(part_LE * (need > 0))
-    flat = (np.arange(layers)[:, None] * experts + order).ravel()
-    item = np.repeat(flat, need.ravel()[flat]) % experts
-    start = np.cumsum(times) - times
-    filled = (out.expert_LNM >= 0).sum(axis=2)
-    hosts = np.zeros((layers, experts, ground.num_hosts), bool)
-    layer, rank, slot = np.nonzero(out.expert_LNM >= 0)
-    hosts[layer, out.expert_LNM[layer, rank, slot], ground.host_N[rank]] = True
-    step = float(out.load_LN.max() + part_LE.max()) * 2 + 1.0
-    holds = np.zeros((layers, ground.size, experts), bool)
-    holds[layer, rank, out.expert_LNM[layer, rank, slot]] = True
-    for k in range(int(times.max())):
-        rows = np.nonzero(times > k)[0]
-        one = item[start[rows] + k]
-        price = out.load_LN[rows] + step * hosts[rows, one][:, ground.host_N]
-        price += 4 * step * holds[rows, :, one]
-        if out.packed:
-            price += 2 * step * (out.safe_N != ~out.single_LE[rows, one][:, None])
-            price += 8 * step * (out.safe_N & out.single_LE[rows, one][:, None])
-        price[filled[rows] >= ground.fill_N] = np.inf
-        rank = price.argmin(axis=1)
-        slot = filled[rows, rank]
-        out.expert_LNM[rows, rank, slot] = one
-        out.part_LNM[rows, rank, slot] = part_LE[rows, one]
-        out.load_LN[rows, rank] += part_LE[rows, one]
-        double = holds[rows, rank, one]
+    # One of each layer at a time. Layers with most to do come first: those with something left are always the first n.
+    layer = np.argsort(-times, kind="stable")
+    times = times[layer]
+    wanted = along(descending(part_LE * (need > 0)))[layer].ravel()
+    wanted = wanted[need.take(wanted) > 0]
+    copies = need.take(wanted)
+    item = np.zeros((layers, int(times[0])), np.int64)  # which of the wanted
+    item[np.arange(item.shape[1]) < times[:, None]] = np.repeat(np.arange(wanted.size), copies)
+    costs = _HoleCosts(out, part_LE, wanted)
+    part, expert = part_LE.take(wanted), wanted % experts
+    filled = (out.expert_LNM >= 0).sum(axis=2)[layer]
+    load = np.where(filled < ground.fill_N, out.load_LN[layer], np.inf)
+    for k in range(item.shape[1]):
+        n = int((times > k).sum())
+        row, one = np.arange(n), item[:n, k]
+        rank = (costs.cost.take(one, axis=0) + load[:n]).argmin(axis=1)
+        slot, more = filled[row, rank], part.take(one)
+        cell = layer[:n] * ranks + rank
+        out.expert_LNM.reshape(-1)[cell * width + slot] = expert.take(one)
+        out.part_LNM.reshape(-1)[cell * width + slot] = more
+        out.load_LN.reshape(-1)[cell] += more
+        filled[row, rank] += 1
+        load[row, rank] = np.where(slot + 1 < ground.fill_N.take(rank), load[row, rank] + more, np.inf)
+        double = costs.holds[one, rank]
         if double.any():
-            out.doubled.append(np.stack([rows[double], rank[double], slot[double]]))
-        holds[rows, rank, one] = True
-        hosts[rows, one, ground.host_N[rank]] = True
-        filled[rows, rank] += 1
+            out.doubled.append(np.stack([layer[:n][double], rank[double], slot[double]]))
+        if costs.several:
+            costs.take(one, rank)
+
+
+class _HoleCosts:
+    """What else than load speaks against a rank for replicas that are wanted, [U] flat layer and expert.
+
+    holds: [U, N] ranks that have one. cost: [U, N] so that a rank with one costs more than any, a host with one more
+    than a rank's load, and safe ranks get no single experts. several: whether any is wanted more than once."""
+
+    def __init__(self, out: Deal, part_LE: Floats, wanted: Ints) -> None:
+        layers, _, _, experts = out.shape
+        self._host_N = out.ground.host_N
+        number = np.full(layers * experts, -1)
+        number[wanted] = np.arange(wanted.size)
+        layer, rank, slot = np.nonzero(out.expert_LNM >= 0)
+        held = number.take(layer * experts + out.expert_LNM[layer, rank, slot])
+        held, rank = held[held >= 0], rank[held >= 0]
+        self.holds = np.zeros((wanted.size, self._host_N.size), bool)
+        self.holds[held, rank] = True
+        self._on_host = np.zeros((wanted.size, out.ground.num_hosts), bool)
+        self._on_host[held, self._host_N[rank]] = True
+        self._step = float(out.load_LN.max() + part_LE.max()) * 2 + 1.0
+        level = self._on_host.take(self._host_N, axis=1) + 4.0 * self.holds
+        if out.packed:
+            single = out.single_LE.take(wanted)[:, None]
+            level += 2.0 * (out.safe_N == single) + 8.0 * (out.safe_N & single)
+        self.cost = level * self._step
+        self.several = bool((out.count_LE.take(wanted) > 1).any())
+
+    def take(self, one: Ints, rank: Ints) -> None:
+        """A rank, each, gets one of these."""
+        host = self._host_N.take(rank)
+        new = ~self._on_host[one, host]
+        self.cost[one[new]] += self._step * (self._host_N == host[new, None])
+        self.cost[one, rank] += np.where(self.holds[one, rank], 0.0, 4 * self._step)
+        self.holds[one, rank] = self._on_host[one, host] = True
