@@ -139,10 +139,10 @@ def _least(out: Deal, among: Ints) -> Floats:
 class Meetings:
     """Heavy ranks that meet light ones, [Q], to make the exchange each that brings the two closest.
 
-    heavy, light: layer * N + rank. load_light, half: what the light one carries, half of what the heavy one carries more.
-    left, right: [M, Q] their replicas' loads, so that the difference of two is how far their exchange is from making
-    the ranks equal; infinite where a replica must not cross. closest: [M, Q] for each slot of the heavy rank the least
-    such distance.
+    heavy, light: layer * N + rank. load_light: what the light one carries. half: half of what the heavy one carries
+    more. left, right: [M, Q] their replicas' loads, so that the difference of two is how far their exchange is from
+    making the ranks equal; infinite where a replica must not cross. closest: [M, Q] for each slot of the heavy rank
+    the least such distance.
 
     Meetings come last here, so that numpy works along them and not along a few slots."""
 

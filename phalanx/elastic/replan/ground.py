@@ -90,7 +90,8 @@ def survey(
 
 
 def pour(limit_N: Ints, total: int, sequence_N: Ints) -> Ints:
-    """[N]: `total` slots poured evenly over ranks that hold at most `limit_N`; the last few go round in `sequence_N`."""
+    """[N]: `total` slots, poured evenly over ranks that hold at most `limit_N`; the last few go to the first ranks of
+    `sequence_N` that have room."""
     low, high = total // limit_N.size, int(limit_N.max())
     while low < high:
         level = (low + high + 1) // 2

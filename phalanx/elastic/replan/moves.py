@@ -143,8 +143,6 @@ def continue_from(
     Surplus replicas go, those on the heaviest ranks first; then what is missing goes to the lightest ranks with room,
     heaviest first, on hosts that have none of it where there is such a one.
     """
-    layers, ranks, _ = held_LNS.shape
-    experts = w_LE.shape[1]
     part = w_LE / count_LE
     kept = _keep(ground, held_LNS, part, count_LE, single_LE, safe_N)
     expert, part_LNM, out_count = _pack(ground, kept, part)

@@ -11,14 +11,17 @@ Bools = npt.NDArray[np.bool_]
 
 
 SIGN = -(1 << 63)
+"""The sign bit of a key: sorts before all keys without it."""
 
 
 def ascending(x: Floats, ahead: int = 0) -> Ints:
     """int64, shape of x: for each row (last axis) the order from smallest to largest; of equals the first one first.
 
-    x: not negative. ahead: so many of the first columns come before all others, whatever they are. Floats that are not negative sort like the integers of the same bits. With the column in place of
-    the lowest bits of the mantissa every key is different, so any sort gives the same order, and a plain sort of
-    integers is many times as fast as a stable argsort. Two numbers within 2^-40 of each other count as equal."""
+    x: not negative. ahead: so many of the first columns come before all others, whatever they are.
+
+    Floats that are not negative sort like the integers of the same bits. With the column in place of the lowest bits of
+    the mantissa every key is different, so any sort gives the same order, and a plain sort of integers is many times as
+    fast as a stable argsort. Two numbers within 2^-40 of each other count as equal."""
     column = (1 << max(1, (x.shape[-1] - 1).bit_length())) - 1
     keys = np.add(x, 0.0, order="C").view(np.int64)  # a copy, and -0.0 becomes 0.0
     keys &= ~column

@@ -67,7 +67,6 @@ class Deal:
 
     def count_hosts(self) -> None:
         """Make room_LHE; `swap` keeps it."""
-        layers, _, _, experts = self.shape
         key = self.host_row_LN[:, :, None] + self.expert_LNM
         key = key[self.expert_LNM >= 0] if self.ragged else key.reshape(-1)
         room = np.where(self.count_LE > 1, self.count_LE - 1, MANY).astype(np.int16)
@@ -159,12 +158,12 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
         host = out.ground.host_N[open_] if host_matters else open_
         turn_in_host = nth(np.bincount(host)) if host_matters else None
         pairings = [_pairing(open_.size, kind) for kind in PAIRINGS]
-        for level in range(level, deepest):
+        for number in range(level, deepest):
             start, end = end, end + open_.size
             load = out.load_LN.take(open_, axis=1)
             turn = ascending(load) if turn_in_host is None else _host_by_host(load * scale, host, turn_in_host)
             if copies:
-                turn = turn.take(pairings[level % len(PAIRINGS)], axis=1)
+                turn = turn.take(pairings[number % len(PAIRINGS)], axis=1)
                 last_domain = _part_neighbours(turn, host, again[:, start:end], last_domain)
             rank[:, start:end] = mine = open_.take(turn)
             out.load_LN.reshape(-1)[rows + mine] += part[:, start:end]
@@ -286,7 +285,7 @@ def repair(out: Deal) -> None:
 
 def on_one_host(out: Deal) -> Bools:
     """[L, E]: experts that have several replicas, all on one host."""
-    lone: Bools = (out.room_LHE < 0).any(axis=1)
+    lone: Bools = np.any(out.room_LHE < 0, axis=1)
     return lone
 
 

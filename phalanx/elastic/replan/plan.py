@@ -122,7 +122,8 @@ def _weights(load_LE: Floats) -> Floats:
     mean = load_LE.mean(axis=1, keepdims=True)
     if not mean.all():
         load_LE, mean = np.where(mean > 0, load_LE, 1.0), np.where(mean > 0, mean, 1.0)
-    return load_LE / mean + 1e-4
+    weights: Floats = load_LE / mean + 1e-4
+    return weights
 
 
 def _held_by_living(held_LP: IntArray, ground: Ground, shape: tuple[int, ...], ep_size: int, width: int) -> Ints:

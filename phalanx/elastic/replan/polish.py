@@ -172,7 +172,9 @@ def _replacements(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E
     bad = (expert < 0)[:, None] | (count <= low_E)[expert][:, None] | ~may_grow_E[None, :] | holds[rank]
     if out.ground.host_matters:
         host = out.ground.host_N[rank]
-        hosts = np.stack([holds[out.ground.host_N == h].sum(axis=0) for h in range(out.ground.num_hosts)], axis=1)[expert]
+        hosts = np.stack([holds[out.ground.host_N == h].sum(axis=0) for h in range(out.ground.num_hosts)], axis=1)[
+            expert
+        ]
         after = hosts.copy()
         after[np.arange(expert.size), host] -= 1
         bad |= ((hosts > 0).sum(axis=1) > 1)[:, None] & ((after > 0).sum(axis=1) < 2)[:, None]
