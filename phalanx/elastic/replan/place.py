@@ -107,17 +107,13 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
     """
     layers, experts = part.shape
     packed = bool(safe_N.any() and not safe_N.all())
-    order = descending(part + np.where(single_LE, 0.0, 2 * part.max()) if packed else part)
-    flat = along(order)
-    item = np.repeat(flat.ravel(), count_LE.take(flat).ravel()).reshape(layers, ground.total)
-    item_part = part.take(item)
-    item -= np.arange(layers)[:, None] * experts
-    width = int(ground.fill_N.max())
-    shape = (layers, ground.size, width)
+    order = along(descending(np.where(single_LE, part, part + 2 * part.max()) if packed else part))
+    shape = (layers, ground.size, int(ground.fill_N.max()))
+    ragged = bool((ground.fill_N < shape[2]).any())
     out = Deal(
         ground=ground,
-        expert_LNM=np.full(shape, -1, np.int64),
-        part_LNM=np.zeros(shape),
+        expert_LNM=np.full(shape, -1) if ragged else np.empty(shape, np.int64),
+        part_LNM=np.zeros(shape) if ragged else np.empty(shape),
         load_LN=np.zeros(shape[:2]),
         count_LE=count_LE,
         single_LE=single_LE,
@@ -126,17 +122,20 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
     none = np.zeros(ground.size, np.int64)
     singles = int(single_LE[0].sum()) if packed else 0
     first_fill = protected_room(ground, safe_N, ground.total - singles) if singles else ground.fill_N
-    split = int(first_fill.sum())
-    _rounds(out, item[:, :split], item_part[:, :split], none, first_fill, copies=True)
+    first = order[:, : experts - singles].ravel()
+    item = np.repeat(first, count_LE.take(first)).reshape(layers, -1)
+    _rounds(out, item, part.take(item), none, first_fill, copies=True)
     if singles:
-        _rounds(out, item[:, split:], item_part[:, split:], first_fill, ground.fill_N, copies=False)
+        item = order[:, experts - singles :]
+        _rounds(out, item, part.take(item), first_fill, ground.fill_N, copies=False)
     if ground.host_matters:
         out.count_hosts()
     return out
 
 
 def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copies: bool) -> None:
-    """Deal `item`, [L, n], into the places from_N..to_N of the ranks. copies: whether an expert may occur twice."""
+    """Deal replicas, [L, n], into the places from_N..to_N of the ranks. item: layer * E + expert of each. part: its
+    load. copies: whether an expert may occur twice."""
     layers, ranks, width, experts = out.shape
     depth_N = to_N - from_N
     sizes = (depth_N > np.arange(int(depth_N.max(initial=0)))[:, None]).sum(axis=1)
@@ -148,7 +147,8 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
     level = 0 if copies else _in_bulk(out, part, rank, from_N, depth_N)
     host_matters = copies and out.ground.host_matters
     again = np.zeros(item.shape, bool)
-    np.equal(item[:, 1:], item[:, :-1], out=again[:, 1:])
+    if copies:
+        np.equal(item[:, 1:], item[:, :-1], out=again[:, 1:])
     last_domain = np.full(layers, -1)
     scale = 0.5 / max(float(part.sum(axis=1).max(initial=0.0)), 1e-300)
     end = int(sizes[:level].sum())
@@ -170,7 +170,7 @@ def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copie
         level = deepest
     first_N = np.arange(0, ranks * width, width) + from_N
     place = first_N.take(rank) + (rows * width + np.repeat(np.arange(sizes.size), sizes))
-    out.expert_LNM.reshape(-1)[place] = item
+    out.expert_LNM.reshape(-1)[place] = item - np.arange(0, layers * experts, experts)[:, None]
     out.part_LNM.reshape(-1)[place] = part
     if copies:
         _note_doubles(out, rank * experts + item, place, sizes)
@@ -214,8 +214,7 @@ def _in_bulk(out: Deal, part: Floats, rank: Ints, from_N: Ints, depth_N: Ints) -
     if rounds < 2 or not alike:
         return 0
     layers, ranks, _, _ = out.shape
-    dealt = slice(rounds * n)
-    parts = part[:, dealt].reshape(layers, rounds, n)
+    parts = part[:, : rounds * n].reshape(layers, rounds, n)
     first_two = parts[:, 0] + parts[:, 1, ::-1]
     turn = ascending(first_two)
     lightest_first = open_.take(turn)
