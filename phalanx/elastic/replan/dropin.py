@@ -35,8 +35,8 @@ def rebalance_experts(
     expert, then -1; logcnt [L, E], how many those are, at least 1. Slots of dead ranks are labelled in phy2log, never
     referenced by log2phy, not counted in logcnt. With P >= 2 E living slots every expert has slots on two GPUs (and on
     two nodes), with fewer the load decides where replicas go. Raises TooFewSlots with fewer living slots than experts,
-    and ValueError, naming the argument, for sizes that contradict each other, loads that are negative or not finite, and
-    what is no number or no tensor of them.
+    and ValueError, naming the argument, for sizes that contradict each other, loads that are negative or not finite,
+    and what is no number or no tensor of them.
     """
     import torch
 
