@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from phalanx.elastic.replan.counts import Priority, protected_room
 from phalanx.elastic.replan.ground import Ground
 from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, descending, turns
 from phalanx.elastic.replan.place import Deal
 from phalanx.world import EMPTY
+
+HOST_HAS_ONE, OTHER_KIND, HAS_ONE, LOSES_SAFETY = 1, 2, 4, 8
+"""What speaks against a rank that a replica could be put on, the last the most: its host has one; it is safe and the
+expert is single, or neither; it has one itself; it is safe, and would not be any more."""
 
 
 def fill_missing(ground: Ground, w_LE: Floats, held_LNS: Ints, priority: Priority) -> Ints:
@@ -220,14 +225,17 @@ def _fill_holes(out: Deal, part_LE: Floats, kept_LE: Ints) -> None:
     copies = need.take(wanted)
     item = np.zeros((layers, int(times[0])), np.int64)  # which of the wanted
     item[np.arange(item.shape[1]) < times[:, None]] = np.repeat(np.arange(wanted.size), copies)
-    costs = _HoleCosts(out, part_LE, wanted)
     part, expert = part_LE.take(wanted), wanted % experts
+    against = _against(out, wanted)
+    step = float(out.load_LN.max() + part_LE.max()) * 2 + 1.0  # more than any rank's load
+    several = bool((out.count_LE.take(wanted) > 1).any())
     filled = (out.expert_LNM >= 0).sum(axis=2)[layer]
     load = np.where(filled < ground.fill_N, out.load_LN[layer], np.inf)
     for k in range(item.shape[1]):
         n = int((times > k).sum())
         row, one = np.arange(n), item[:n, k]
-        rank = (costs.cost.take(one, axis=0) + load[:n]).argmin(axis=1)
+        objections = against.take(one, axis=0)
+        rank = (load[:n] + step * objections).argmin(axis=1)
         slot, more = filled[row, rank], part.take(one)
         cell = layer[:n] * ranks + rank
         out.expert_LNM.reshape(-1)[cell * width + slot] = expert.take(one)
@@ -235,43 +243,29 @@ def _fill_holes(out: Deal, part_LE: Floats, kept_LE: Ints) -> None:
         out.load_LN.reshape(-1)[cell] += more
         filled[row, rank] += 1
         load[row, rank] = np.where(slot + 1 < ground.fill_N.take(rank), load[row, rank] + more, np.inf)
-        double = costs.holds[one, rank]
+        double = (objections[row, rank] & HAS_ONE) > 0
         if double.any():
             out.doubled.append(np.stack([layer[:n][double], rank[double], slot[double]]))
-        if costs.several:
-            costs.take(one, rank)
+        if several:
+            against[one] |= np.int8(HOST_HAS_ONE) * (ground.host_N == ground.host_N.take(rank)[:, None])
+            against[one, rank] |= HAS_ONE
 
 
-class _HoleCosts:
-    """What else than load speaks against a rank for replicas that are wanted, [U] flat layer and expert.
-
-    holds: [U, N] ranks that have one. cost: [U, N] so that a rank with one costs more than any, a host with one more
-    than a rank's load, and safe ranks get no single experts. several: whether any is wanted more than once."""
-
-    def __init__(self, out: Deal, part_LE: Floats, wanted: Ints) -> None:
-        layers, _, _, experts = out.shape
-        self._host_N = out.ground.host_N
-        number = np.full(layers * experts, -1)
-        number[wanted] = np.arange(wanted.size)
-        layer, rank, slot = np.nonzero(out.expert_LNM >= 0)
-        held = number.take(layer * experts + out.expert_LNM[layer, rank, slot])
-        held, rank = held[held >= 0], rank[held >= 0]
-        self.holds = np.zeros((wanted.size, self._host_N.size), bool)
-        self.holds[held, rank] = True
-        self._on_host = np.zeros((wanted.size, out.ground.num_hosts), bool)
-        self._on_host[held, self._host_N[rank]] = True
-        self._step = float(out.load_LN.max() + part_LE.max()) * 2 + 1.0
-        level = self._on_host.take(self._host_N, axis=1) + 4.0 * self.holds
-        if out.packed:
-            single = out.single_LE.take(wanted)[:, None]
-            level += 2.0 * (out.safe_N == single) + 8.0 * (out.safe_N & single)
-        self.cost = level * self._step
-        self.several = bool((out.count_LE.take(wanted) > 1).any())
-
-    def take(self, one: Ints, rank: Ints) -> None:
-        """A rank, each, gets one of these."""
-        host = self._host_N.take(rank)
-        new = ~self._on_host[one, host]
-        self.cost[one[new]] += self._step * (self._host_N == host[new, None])
-        self.cost[one, rank] += np.where(self.holds[one, rank], 0.0, 4 * self._step)
-        self.holds[one, rank] = self._on_host[one, host] = True
+def _against(out: Deal, wanted: Ints) -> npt.NDArray[np.int8]:
+    """[U, N]: what else than load speaks against a rank for each of the replicas that are wanted, flat layer and
+    expert: the sum of HOST_HAS_ONE, OTHER_KIND, HAS_ONE and LOSES_SAFETY."""
+    layers, _, _, experts = out.shape
+    number = np.full(layers * experts, -1)
+    number[wanted] = np.arange(wanted.size)
+    layer, rank, slot = np.nonzero(out.expert_LNM >= 0)
+    held = number.take(layer * experts + out.expert_LNM[layer, rank, slot])
+    held, rank = held[held >= 0], rank[held >= 0]
+    on_host = np.zeros((wanted.size, out.ground.num_hosts), np.int8)
+    on_host[held, out.ground.host_N[rank]] = HOST_HAS_ONE
+    against = on_host.take(out.ground.host_N, axis=1)
+    against[held, rank] |= HAS_ONE
+    if out.packed:
+        single = out.single_LE.take(wanted)[:, None]
+        against |= np.where(out.safe_N == single, OTHER_KIND, 0).astype(np.int8)
+        against |= np.where(out.safe_N & single, LOSES_SAFETY, 0).astype(np.int8)
+    return against
