@@ -124,27 +124,31 @@ class Placement:
     @cached_property
     def count_LE(self) -> IntArray:
         """int32 [L, E]: replicas of each expert."""
-        count = np.zeros((self.num_layers, self.num_experts), np.int32)
-        layer, slot = np.nonzero(self.slots_LP >= 0)
-        np.add.at(count, (layer, self.slots_LP[layer, slot]), 1)
+        cells = self.num_layers * self.num_experts
+        count = np.bincount(self._cells[self.slots_LP >= 0], minlength=cells).astype(np.int32)
+        count = count.reshape(self.num_layers, self.num_experts)
         count.flags.writeable = False
         return count
 
     @cached_property
     def slots_LEX(self) -> IntArray:
         """int32 [L, E, X]: the slots of each expert in ascending order, then EMPTY. X = most replicas of any."""
-        width = max(1, int(self.count_LE.max(initial=0)))
-        table = np.full((self.num_layers, self.num_experts, width), EMPTY, np.int32)
-        layer, slot = np.nonzero(self.slots_LP >= 0)
-        expert = self.slots_LP[layer, slot]
-        order = np.lexsort((slot, expert, layer))
-        layer, slot, expert = layer[order], slot[order], expert[order]
-        key = layer.astype(np.int64) * self.num_experts + expert
-        first = np.r_[True, key[1:] != key[:-1]] if key.size else np.zeros(0, bool)
-        start = np.maximum.accumulate(np.where(first, np.arange(key.size), 0)) if key.size else key
-        table[layer, expert, np.arange(key.size) - start] = slot
+        count = self.count_LE.reshape(-1)
+        width = max(1, int(count.max(initial=0)))
+        slots = max(1, self.slots_LP.shape[1])
+        # Sorting one number for cell and slot is several times as fast as sorting slots by their cells.
+        keys = (self._cells * slots + np.arange(self.slots_LP.shape[1]))[self.slots_LP >= 0]
+        keys.sort()
+        nth = np.arange(keys.size) - np.repeat(np.cumsum(count) - count, count)
+        table = np.full(count.size * width, EMPTY, np.int32)
+        table[np.repeat(np.arange(count.size), count) * width + nth] = keys % slots
         table.flags.writeable = False
-        return table
+        return table.reshape(self.num_layers, self.num_experts, width)
+
+    @property
+    def _cells(self) -> npt.NDArray[np.int64]:
+        """[L, P]: layer * E + expert of each slot; of empty ones something else."""
+        return np.arange(self.num_layers)[:, None] * self.num_experts + self.slots_LP
 
     @cached_property
     def missing(self) -> tuple[tuple[int, int], ...]:

@@ -185,6 +185,8 @@ def _rates(texts: tuple[str, ...]) -> dict[str, float]:
     out = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name in out:
+            raise BadConfig(f"--rate {text}: {name} has a rate already")
         try:
             out[name] = float(value) * 1e9
         except ValueError:

@@ -63,7 +63,8 @@ def read_load(path: Path) -> Floats:
         raise BadConfig(f"--load {path}: cannot be read as a table of numbers: {said}") from None
     if table.dtype.kind not in "iuf":
         raise BadConfig(f"--load {path}: is a table of {table.dtype.name}, not of real numbers")
-    load = table.astype(np.float64)
+    with np.errstate(over="ignore"):  # of wider floats
+        load = table.astype(np.float64)
     if load.ndim == 2:
         load = load[None]
     if load.ndim != 3 or not load.size:

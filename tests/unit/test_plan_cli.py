@@ -91,6 +91,7 @@ BAD_FILES = [
 ]
 
 BAD_ARRAYS = [np.full((2, 4), np.nan), np.ones((2, 4), complex), np.array([["a"]]), np.ones((1, 2, 3, 4)), np.ones(3)]
+BAD_ARRAYS += [np.full((1, 2), np.finfo(np.longdouble).max), np.ones((1, 2), "M8[s]"), np.ones((0, 4))]
 
 
 @pytest.mark.parametrize("array", BAD_ARRAYS, ids=lambda a: f"{a.dtype.name}{a.ndim}")
@@ -137,6 +138,7 @@ BAD_FLAGS = [
     (["--ranks", "4096", "--layers", "1024", "--experts", "8192"], "too many"),
     (["--hosts", "9"], "--hosts"),
     (["--rate", "disk"], "--rate"),
+    (["--rate", "disk=1", "--rate", "disk=2"], "--rate disk=2"),
     (["--load", "/nonexistent/load.npz"], "no such file"),
 ]
 

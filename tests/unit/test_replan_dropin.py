@@ -84,6 +84,36 @@ def test_contradicting_sizes_are_refused() -> None:
             rebalance_experts(odd, 8, 1, 1, 2)
 
 
+ODDITIES = [
+    ("weight", None),
+    ("weight", "abc"),
+    ("weight", [[1.0, 2.0], [3.0]]),
+    ("weight", torch.zeros(2, 0)),
+    ("weight", torch.ones(2, 4).to_sparse()),
+    ("weight", torch.full((2, 4), torch.nan)),
+    ("weight", torch.full((2, 4), 1e308, dtype=torch.float64)),
+    ("num_replicas", 8.0),
+    ("num_replicas", "8"),
+    ("num_replicas", -8),
+    ("num_groups", None),
+    ("num_nodes", 1.5),
+    ("num_nodes", 0),
+    ("num_gpus", "4"),
+    ("num_gpus", -4),
+    ("active_ranks", "1111"),
+    ("active_ranks", {0, 1}),
+    ("active_ranks", torch.ones(4, dtype=torch.complex64)),
+    ("active_ranks", torch.tensor([1.0, torch.nan, 1.0, 1.0])),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), ODDITIES)
+def test_what_is_no_number_or_tensor_is_refused_by_its_name(name: str, value: object) -> None:
+    good = {"weight": torch.ones(2, 4), "num_replicas": 8, "num_groups": 1, "num_nodes": 1, "num_gpus": 4}
+    with pytest.raises(ValueError, match=name):
+        rebalance_experts(**{**good, name: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8])
 def test_weights_of_any_kind_give_the_plan_of_their_values(dtype: torch.dtype) -> None:
     weight = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -94,7 +124,7 @@ def test_weights_of_any_kind_give_the_plan_of_their_values(dtype: torch.dtype) -
     assert torch.equal(rebalance_experts(learned, 24, 1, 1, 4)[0], expected[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.float32, torch.bfloat16])
 def test_the_mask_may_have_any_kind_of_numbers_and_all_but_one_may_be_dead(dtype: torch.dtype) -> None:
     mask = torch.tensor([0, 0, 1, 0]).to(dtype)
     phy2log, log2phy, logcnt = rebalance_experts(torch.rand(2, 8), 32, 2, 2, 4, mask)

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from phalanx.elastic.replan.ground import Ground
-from phalanx.elastic.replan.order import Bools, Floats, Ints, descending, turns
+from phalanx.elastic.replan.ground import Ground, pour
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, descending, turns
 
 Priority = Literal["even", "safety", "balance"]
 """What comes first when slots do not suffice for two replicas of every expert.
@@ -51,34 +51,27 @@ def safest(ground: Ground, num_experts: int) -> Safety:
         return Safety(np.ones(n, bool), num_experts)
     doubles = total - num_experts
     order = used[np.argsort(ground.fill_N[used], kind="stable")]
-    best = Safety(np.zeros(n, bool), 0)
-    for k in range(1, order.size):
-        safe = order[:k]
-        needed = max(num_experts - int(ground.fill_N[order[k:]].sum()), int(ground.fill_N[safe].max()))
-        # Each protected expert can stand on a rank once, so few of them cannot take many slots.
-        needed = max(needed, -(-doubles // (order.size - 1)))
-        if needed > doubles:
-            break
+    fill = ground.fill_N[order]
+    # What the first k ranks to be safe ask for at least: it grows with k, so look from the top down.
+    beyond = np.maximum(num_experts - (total - np.cumsum(fill)), fill)[:-1]
+    # Each protected expert can stand on a rank once, so few of them cannot take many slots.
+    least = np.maximum(beyond, -(-doubles // (order.size - 1)))
+    for k in range(int((least <= doubles).sum()), 0, -1):
+        needed = int(least[k - 1])
         mask = np.zeros(n, bool)
-        mask[safe] = True
+        mask[order[:k]] = True
         while needed <= doubles and int(protected_room(ground, mask, doubles + needed).max()) > needed:
             needed += 1
         if needed <= doubles:
-            best = Safety(mask, needed)
-    return best
+            return Safety(mask, needed)
+    return Safety(np.zeros(n, bool), 0)
 
 
 def protected_room(ground: Ground, safe_N: Bools, replicas: int) -> Ints:
     """[N]: slots a rank for replicas of protected experts: the safe ranks' all, the rest evenly on the others."""
     room = np.where(safe_N, ground.fill_N, 0)
-    others = [i for i in ground.sequence_N if not safe_N[i]]
     left = min(replicas, ground.total) - int(room.sum())
-    while left > 0:
-        for i in others:
-            if left > 0 and room[i] < ground.fill_N[i]:
-                room[i] += 1
-                left -= 1
-    return room
+    return room + pour(ground.fill_N - room, left, ground.sequence_N) if left > 0 else room
 
 
 def protected_experts(w_LE: Floats, safety: Safety, ground: Ground, priority: Priority) -> Bools:
@@ -87,13 +80,13 @@ def protected_experts(w_LE: Floats, safety: Safety, ground: Ground, priority: Pr
     m = safety.protected
     if m in (0, num_experts):
         return np.full((num_layers, num_experts), bool(m))
-    order_LE = descending(w_LE)
+    flat = along(descending(w_LE))
     if priority == "safety":
         place = np.broadcast_to(np.arange(num_experts) < m, (num_layers, num_experts))
     else:
-        place = _mixture(np.take_along_axis(w_LE, order_LE, 1), safety, ground)
-    out = np.zeros_like(place)
-    np.put_along_axis(out, order_LE, place, axis=1)
+        place = _mixture(w_LE.take(flat), safety, ground)
+    out = np.empty(w_LE.shape, bool)
+    out.reshape(-1)[flat] = place
     return out
 
 
@@ -123,20 +116,19 @@ def _mixture(w_LE: Floats, safety: Safety, ground: Ground) -> Bools:
     known = np.take_along_axis(sums, hot, 1) + whole - sums[:, num_experts - few]
     # The further down a stretch begins the less it carries: search for the last one that brings at least the share.
     flat, row = sums.ravel(), np.arange(num_layers)[:, None] * (num_experts + 1)
-    first, last = hot + np.zeros_like(rest), np.maximum(num_experts - few - rest, hot)
-    low, high = first, last
-    for _ in range(num_experts.bit_length()):
-        middle = (low + high + 1) // 2
-        heavy = flat.take(row + middle + rest) - flat.take(row + middle) + known >= share
-        low, high = np.where(heavy, middle, low), np.where(heavy, high, np.maximum(middle - 1, low))
+    low, last = row + hot + np.zeros_like(rest), row + np.maximum(num_experts - few - rest, hot)
+    missing = share - known
+    for bit in reversed(range(int((last - low).max()).bit_length())):
+        trial = np.minimum(low + (1 << bit), last)
+        low = np.where(flat.take(trial + rest) - flat.take(trial) >= missing, trial, low)
     at = np.stack([low, np.minimum(low + 1, last)])
-    miss = np.abs(flat.take(row + at + rest) - flat.take(row + at) + known - share)
+    miss = np.abs(flat.take(at + rest) - flat.take(at) - missing)
     after = miss[1] < miss[0]
     at, off = np.where(after, at[1], at[0]), np.where(after, miss[1], miss[0])
     off[hot + few > m] = np.inf
     # As many cold ones as come about as close to the share as fewer would.
     best = few.size - 1 - (off <= off.min(axis=1, keepdims=True) + CLOSE * share)[:, ::-1].argmax(axis=1)[:, None]
-    at, cold = np.take_along_axis(at, best, 1), few[best]
+    at, cold = np.take_along_axis(at, best, 1) - row, few[best]
     start = np.arange(num_experts)
     chosen: Bools = (start < hot) | ((start >= at) & (start < at + m - hot - cold)) | (start >= num_experts - cold)
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,23 +35,28 @@ def rebalance_experts(
     expert, then -1; logcnt [L, E], how many those are, at least 1. Slots of dead ranks are labelled in phy2log, never
     referenced by log2phy, not counted in logcnt. With P >= 2 E living slots every expert has slots on two GPUs (and on
     two nodes), with fewer the load decides where replicas go. Raises TooFewSlots with fewer living slots than experts,
-    and ValueError for sizes that contradict each other and loads that are negative or not finite.
+    and ValueError, naming the argument, for sizes that contradict each other, loads that are negative or not finite,
+    and what is no number or no tensor of them.
     """
     import torch
 
+    num_replicas, num_groups = _whole("num_replicas", num_replicas), _whole("num_groups", num_groups)
+    num_nodes, num_gpus = _whole("num_nodes", num_nodes), _whole("num_gpus", num_gpus)
     if num_gpus < 1 or num_replicas % num_gpus:
         raise ValueError(f"num_replicas ({num_replicas}) must be a multiple of num_gpus ({num_gpus})")
     if num_nodes < 1 or num_gpus % num_nodes:
         raise ValueError(f"num_gpus ({num_gpus}) must be a multiple of num_nodes ({num_nodes})")
     if num_groups < 1 or num_replicas < 1:
         raise ValueError(f"num_groups ({num_groups}) and num_replicas ({num_replicas}) must be positive")
-    given = torch.as_tensor(weight)
-    if given.ndim != 2 or given.is_complex():
-        raise ValueError(
-            f"weight must be [layers, experts] of real numbers, it is {list(given.shape)} of {given.dtype}"
-        )
-    load = given.detach().to("cpu", torch.float64).numpy()
-    alive = _alive(torch.ones(num_gpus) if active_ranks is None else torch.as_tensor(active_ranks), num_gpus)
+    load = _numbers("weight", weight)
+    if load.ndim != 2 or not load.shape[1]:
+        raise ValueError(f"weight must be [layers, experts], it is {list(load.shape)}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not (np.isfinite(load.sum(axis=1)).all() and load.min(initial=0.0) >= 0):
+            raise ValueError("weight must be finite, in sum over a layer too, and not negative")
+    alive = (
+        np.ones(num_gpus, bool) if active_ranks is None else _alive(_numbers("active_ranks", active_ranks), num_gpus)
+    )
     width, per_node = num_replicas // num_gpus, num_gpus // num_nodes
     members = tuple(Member(g, 0, host=f"node{g // per_node}") for g in range(num_gpus) if alive[g])
     placement = replan(
@@ -71,10 +77,31 @@ def rebalance_experts(
     )
 
 
-def _alive(active_ranks: Tensor, num_gpus: int) -> npt.NDArray[np.bool_]:
-    mask = active_ranks.detach().cpu().numpy()
+def _whole(name: str, number: int) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, it is {number!r}") from None
+
+
+def _numbers(name: str, given: Tensor) -> npt.NDArray[np.float64]:
+    """A tensor, or what can become one, of real numbers, as float64 on the CPU."""
+    import torch
+
+    try:
+        tensor = torch.as_tensor(given)
+        if tensor.is_complex():
+            raise TypeError(f"they are {tensor.dtype}")
+        return np.asarray(tensor.detach().to("cpu", torch.float64).numpy(), np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch has a kind of error for each kind of oddity
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"{name} must be a tensor of real numbers, and cannot be read as one: {said}") from None
+
+
+def _alive(mask: npt.NDArray[np.float64], num_gpus: int) -> npt.NDArray[np.bool_]:
     if mask.shape != (num_gpus,) or not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"active_ranks must be [{num_gpus}] of 0 and 1, it is {list(mask.shape)}: {mask.tolist()}")
+        said = f"{list(mask.shape)}: {mask.tolist()}" if mask.size <= 64 else f"{list(mask.shape)}"
+        raise ValueError(f"active_ranks must be [{num_gpus}] of 0 and 1, it is {said}")
     return mask.astype(bool)
 
 

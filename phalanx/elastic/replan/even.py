@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 
-from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, nth
 from phalanx.elastic.replan.place import Deal
 
 TOLERANCE = 0.004
@@ -19,8 +22,33 @@ DISTANCES = 1 << 24
 
 Singles = npt.NDArray[np.float32]
 
-Meetings = tuple[Ints, Ints, Ints, int]
-"""Who meets whom: layers, heavy ranks and light ones, [q] each, and how many of these in a row one heavy rank has."""
+
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """Ranks that are evened out apart from each other: one set or two, each of two ranks at least.
+
+    everyone: the ranks, set by set. starts, sizes: where each set lies in it. [G] for G sets."""
+
+    everyone: Ints
+    starts: Ints
+    sizes: Ints
+
+    def heaviest(self, out: Deal) -> Floats:
+        """[L, G]: the load of the heaviest rank of each."""
+        return np.maximum.reduceat(out.load_LN.take(self.everyone, axis=1), self.starts, axis=1)
+
+    def lightest_first(self, out: Deal, rows: Ints) -> Ints:
+        """[rows, N]: the ranks in order of their load, set by set, as cells: layer * N + rank."""
+        cell = (rows * out.shape[1])[:, None] + self.everyone
+        return cell.take(along(ascending(out.load_LN.take(cell), ahead=int(self.starts[-1]))))
+
+    @cached_property
+    def pairs(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """The ranks that meet others in a round, in each set as many: the set of each, its number there, how many
+        these are, and where the set begins."""
+        pairs = np.minimum(self.sizes // 2, 8 + self.sizes // 16)
+        group = np.repeat(np.arange(pairs.size), pairs)
+        return group, nth(pairs), pairs[group], self.starts[group]
 
 
 def even_out(out: Deal, rounds: int) -> None:
@@ -31,59 +59,66 @@ def even_out(out: Deal, rounds: int) -> None:
 
     In most rounds the i-th heaviest rank of every layer meets one of the lightest, each time another, and makes the
     one exchange that brings the two closest. In the others the heaviest rank alone may choose among many."""
-    sets = [np.nonzero(out.safe_N)[0], np.nonzero(~out.safe_N)[0]] if out.packed else [np.arange(out.shape[1])]
-    goal = np.max([_least(out, among) for among in sets], axis=0) * (1 + TOLERANCE)
-    sets = [among for among in sets if among.size > 1]
-    if not sets:
+    among = [np.nonzero(out.safe_N)[0], np.nonzero(~out.safe_N)[0]] if out.packed else [np.arange(out.shape[1])]
+    goal = np.max([_least(out, ranks) for ranks in among], axis=0) * (1 + TOLERANCE)
+    among = [ranks for ranks in among if ranks.size > 1]
+    if not among:
         return
-    everyone, starts = np.concatenate(sets), np.cumsum([0] + [among.size for among in sets[:-1]])
-    now = _heaviest(out, everyone, starts)
-    bound = _bound(out)
+    sizes = np.array([ranks.size for ranks in among])
+    sets = Sets(np.concatenate(among), np.cumsum(sizes) - sizes, sizes)
+    now = sets.heaviest(out)
     stuck, before = np.zeros(now.shape, bool), np.full(now.shape, np.inf)
     for number in range(rounds):
         most = np.maximum(now.max(axis=1), goal)[:, None]
         busy = (now > goal[:, None]) & (now >= most * NEARLY)
-        busy &= ~(stuck & (now >= most)).any(axis=1)[:, None] & ~stuck
-        work = [(g, among, np.nonzero(busy[:, g])[0]) for g, among in enumerate(sets) if busy[:, g].any()]
-        if not work:
+        if stuck.any():
+            busy &= ~(stuck & (now >= most)).any(axis=1)[:, None] & ~stuck
+        rows = np.nonzero(busy.any(axis=1))[0]
+        if not rows.size:
             return
         if number % 3 < 2:
-            _exchange(out, bound, [_pairs(out, rows, among, number, goal) for _, among, rows in work])
-            now = _heaviest(out, everyone, starts)
+            _meet(out, sets, rows, busy[rows], number, goal)
+            now = sets.heaviest(out)
             continue
         # The heaviest rank has its choice: when nothing helps, hardly any exchange will; when three rounds brought
         # next to nothing, more are not worth their time.
-        meetings = [_choices(out, rows, among) for _, among, rows in work]
-        done = _exchange(out, bound, meetings, choose=True)
-        now = _heaviest(out, everyone, starts)
-        for (g, _, rows), (_, _, _, many), mine in zip(work, meetings, done, strict=True):
-            better = mine.reshape(-1, many).any(axis=1)
-            stuck[rows, g] = ~better | (now[rows, g] >= before[rows, g] * (1 - TOLERANCE / 2))
-            before[rows, g] = now[rows, g]
+        better = np.zeros(now.shape, bool)
+        better[rows] = _choose(out, sets, rows, busy[rows])
+        now = sets.heaviest(out)
+        stuck |= busy & (~better | (now >= before * (1 - TOLERANCE / 2)))
+        before = np.where(busy, now, before)
 
 
-def _heaviest(out: Deal, everyone: Ints, starts: Ints) -> Floats:
-    """[L, sets]: the load of the heaviest rank of each set; these follow each other in `everyone`."""
-    return np.maximum.reduceat(out.load_LN[:, everyone], starts, axis=1)
+def _meet(out: Deal, sets: Sets, rows: Ints, busy: Bools, number: int, goal_L: Floats) -> None:
+    """The ranks that carry more than the goal meet the lightest ones, in each round others. busy: [rows, G]."""
+    group, k, pairs, start = sets.pairs
+    order = sets.lightest_first(out, rows)
+    heavy = order.take(start + sets.sizes[group] - 1 - k, axis=1)
+    light = order.take(start + (k + number) % pairs, axis=1)
+    meet = (out.load_LN.take(heavy) > goal_L[rows, None]) & busy[:, group]
+    meetings = _meetings(out, heavy[meet], light[meet])
+    _exchange(out, meetings, meetings.helps)
 
 
-def _pairs(out: Deal, rows: Ints, among: Ints, number: int, goal_L: Floats) -> Meetings:
-    """The ranks that carry more than the goal meet the lightest ones, in each round others."""
-    pairs = min(among.size // 2, 8 + among.size // 16)
-    load = out.load_LN[rows[:, None], among]
-    order = ascending(load)
-    heavy, light = order[:, ::-1][:, :pairs], order[:, (np.arange(pairs) + number) % pairs]
-    row, pair = np.nonzero(np.take_along_axis(load, heavy, 1) > goal_L[rows, None])
-    return rows[row], among[heavy[row, pair]], among[light[row, pair]], 1
-
-
-def _choices(out: Deal, rows: Ints, among: Ints) -> Meetings:
-    """The heaviest rank of each layer meets many: with few slots a rank, one that is not light may still have the light
-    replica that is wanted."""
-    order = among[ascending(out.load_LN[rows[:, None], among])]
-    light = order[:, : among.size - 1 if out.shape[2] <= 4 else among.size // 2]
-    many = light.shape[1]
-    return np.repeat(rows, many), np.repeat(order[:, -1], many), light.ravel(), many
+def _choose(out: Deal, sets: Sets, rows: Ints, busy: Bools) -> Bools:
+    """The heaviest rank of each set meets many and makes the best exchange of all: with few slots a rank, one that is
+    not light may still have the light replica that is wanted. Returns whether there was one, [rows, G]."""
+    many = sets.sizes - 1 if out.shape[2] <= 4 else sets.sizes // 2
+    many = np.where(busy.any(axis=0), many, 0)
+    group, k = np.repeat(np.arange(many.size), many), nth(many)
+    order = sets.lightest_first(out, rows)
+    heavy = order.take((sets.starts + sets.sizes - 1)[group], axis=1)
+    light = order.take(sets.starts[group] + k, axis=1)
+    meetings = _meetings(out, heavy.ravel(), light.ravel())
+    helps = meetings.helps.reshape(heavy.shape) & busy[:, group]
+    after = np.where(helps, (meetings.load_light + meetings.half + meetings.distance).reshape(heavy.shape), np.inf)
+    best, better = np.zeros(helps.shape, bool), np.zeros(busy.shape, bool)
+    for start, end in zip((np.cumsum(many) - many).tolist(), np.cumsum(many).tolist(), strict=True):
+        if start < end:
+            best[np.arange(rows.size), start + after[:, start:end].argmin(axis=1)] = True
+    at = _exchange(out, meetings, (helps & best).ravel())
+    better[at // group.size, group[at % group.size]] = True
+    return better
 
 
 def _least(out: Deal, among: Ints) -> Floats:
@@ -100,103 +135,98 @@ def _least(out: Deal, among: Ints) -> Floats:
     return least
 
 
-def _exchange(out: Deal, bound_LEH: Bools, meetings: list[Meetings], choose: bool = False) -> list[Bools]:
-    """Make the exchange in each meeting that brings the two ranks closest, if any does; choose: only the best one of
-    each heavy rank. Returns which were made; choose: for each list of meetings."""
-    _, ranks, width, _ = out.shape
-    layer, heavy, light = (np.concatenate([m[k] for m in meetings]) for k in range(3))
-    cell_a, cell_b = layer * ranks + heavy, layer * ranks + light
-    a = out.expert_LNM.reshape(-1, width).take(cell_a, axis=0)
-    b = out.expert_LNM.reshape(-1, width).take(cell_b, axis=0)
-    part = out.part_LNM.reshape(-1, width)
-    load_a, load_b = out.load_LN.take(cell_a), out.load_LN.take(cell_b)
-    far_a, far_b = _forbidden(out, bound_LEH, layer, heavy, light, a, b)
-    half = (load_a - load_b) / 2
-    left = (part.take(cell_a, axis=0) - half[:, None]).astype(np.float32)
-    right = part.take(cell_b, axis=0).astype(np.float32)
-    # Distances from the exchange that would make both equal; what must not cross is moved far away.
-    left[far_a] = np.inf
-    right[far_b] = -np.inf
-    best, value = _closest(left, right)
-    gain = value < half * (1 - 1e-5)
-    if not choose:
-        return [_apply(out, bound_LEH, layer, heavy, light, best, gain, several=True)]
-    ends = np.cumsum([m[0].size for m in meetings]).tolist()
-    parts = [slice(end - m[0].size, end) for m, end in zip(meetings, ends, strict=True)]
-    after = np.where(gain, (load_a + load_b) / 2 + value, np.inf)
-    for mine, (*_, many) in zip(parts, meetings, strict=True):
-        first = after[mine].reshape(-1, many).argmin(axis=1)
-        gain[mine] &= (np.arange(many) == first[:, None]).ravel()
-    done = _apply(out, bound_LEH, layer, heavy, light, best, gain, several=len(meetings) > 1)
-    return [done[mine] for mine in parts]
+@dataclass(frozen=True, eq=False)
+class Meetings:
+    """Heavy ranks that meet light ones, [Q], to make the exchange each that brings the two closest.
+
+    heavy, light: layer * N + rank. load_light: what the light one carries. half: half of what the heavy one carries
+    more. left, right: [M, Q] their replicas' loads, so that the difference of two is how far their exchange is from
+    making the ranks equal; infinite where a replica must not cross. closest: [M, Q] for each slot of the heavy rank
+    the least such distance.
+
+    Meetings come last here, so that numpy works along them and not along a few slots."""
+
+    heavy: Ints
+    light: Ints
+    load_light: Floats
+    half: Floats
+    left: Singles
+    right: Singles
+    closest: Singles
+
+    @cached_property
+    def distance(self) -> Singles:
+        """[Q]: how far from equal the best exchange leaves the two, in load of each."""
+        least: Singles = self.closest.min(axis=0)
+        return least
+
+    @cached_property
+    def helps(self) -> Bools:
+        return self.distance < self.half * (1 - 1e-5)
+
+    def slots(self, at: Ints) -> tuple[Ints, Ints]:
+        """Which slots the best exchange of these meetings is of, the heavy rank's and the light one's."""
+        i = self.closest.take(at, axis=1).argmin(axis=0)
+        wanted = self.left.take(i * self.heavy.size + at)
+        return i, np.abs(wanted - self.right.take(at, axis=1)).argmin(axis=0)
 
 
-def _closest(left_QM: Singles, right_QM: Singles) -> tuple[Ints, Singles]:
-    """[Q]: for each meeting the pair of slots, as one number, that are closest to each other, and their distance."""
-    meetings, width = left_QM.shape
+def _meetings(out: Deal, heavy: Ints, light: Ints) -> Meetings:
+    width = out.shape[2]
+    load_light = out.load_LN.take(light)
+    half = (out.load_LN.take(heavy) - load_light) / 2
     many = max(1, DISTANCES // (width * width))
-    if meetings > many:
-        parts = [_closest(left_QM[i : i + many], right_QM[i : i + many]) for i in range(0, meetings, many)]
-        return np.concatenate([best for best, _ in parts]), np.concatenate([value for _, value in parts])
-    distance = left_QM[:, :, None] - right_QM[:, None, :]
-    flat = np.abs(distance, out=distance).reshape(meetings, width * width)
-    best = flat.argmin(axis=1)
-    return best, flat[np.arange(meetings), best]
+    blocks = [slice(i, i + many) for i in range(0, max(1, heavy.size), many)]
+    parts = [_distances(out, heavy[q], light[q], half[q]) for q in blocks]
+    left, right, closest = (np.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
+    return Meetings(heavy, light, load_light, half, left, right, closest)
 
 
-def _bound(out: Deal) -> Bools:
-    """[L, E, H]: experts of which no replica may come to a host from another one: all the others are there."""
-    if not out.ground.host_matters:
-        return np.zeros(0, bool)
-    count = out.count_LE[:, :, None]
-    return (count > 1) & (out.on_host_LEH >= count - 1)
+def _distances(out: Deal, heavy: Ints, light: Ints, half: Floats) -> tuple[Singles, Singles, Singles]:
+    """left, right and closest of some meetings."""
+    part = out.part_LNM.reshape(-1, out.shape[2])
+    left = (part.take(heavy, axis=0).T - half).astype(np.float32, order="C")
+    right = part.take(light, axis=0).T.astype(np.float32, order="C")
+    far_a, far_b = _forbidden(out, heavy, light)
+    np.putmask(left, far_a, np.inf)
+    np.putmask(right, far_b, -np.inf)
+    distance = left[:, None, :] - right[None, :, :]
+    return left, right, np.abs(distance, out=distance).min(axis=1)
 
 
-def _forbidden(
-    out: Deal, bound_LEH: Bools, layer: Ints, heavy: Ints, light: Ints, a: Ints, b: Ints
-) -> tuple[Bools, Bools]:
-    """Replicas that must not cross: onto a rank that has the expert, the last copy off other hosts; and slots that do
-    not exist. (Singles never meet a safe rank.)"""
-    _, ranks, _, experts = out.shape
-    holds = out.holds_LNE.reshape(-1)
-    far_a = holds.take(((layer * ranks + light) * experts)[:, None] + a, mode="wrap")
-    far_b = holds.take(((layer * ranks + heavy) * experts)[:, None] + b, mode="wrap")
+def _forbidden(out: Deal, heavy: Ints, light: Ints) -> tuple[Bools, Bools]:
+    """[M, Q] of both ranks: replicas that must not cross: onto a rank that has the expert, the last copy off other
+    hosts; and slots that do not exist. (Singles never meet a safe rank.)"""
+    expert = out.expert_LNM.reshape(-1, out.shape[2])
+    a = expert.take(heavy, axis=0).T.astype(np.int32, order="C")
+    b = expert.take(light, axis=0).T.astype(np.int32, order="C")
+    both = a[:, None, :] == b[None, :, :]
+    far_a, far_b = both.any(axis=1), both.any(axis=0)
     if out.ragged:
         far_a |= a < 0
         far_b |= b < 0
     if out.ground.host_matters:
-        hosts, bound = out.ground.num_hosts, bound_LEH.reshape(-1)
-        host_a, host_b = out.ground.host_N.take(heavy), out.ground.host_N.take(light)
-        cross, row = (host_a != host_b)[:, None], layer * (experts * hosts)
-        far_a |= cross & bound.take((row + host_b)[:, None] + a * hosts, mode="wrap")
-        far_b |= cross & bound.take((row + host_a)[:, None] + b * hosts, mode="wrap")
+        full = (out.room_LHE <= 0).reshape(-1)
+        here, there = out.host_row_LN.take(heavy), out.host_row_LN.take(light)
+        cross = here != there
+        far_a |= cross & full.take(there + a, mode="wrap")
+        far_b |= cross & full.take(here + b, mode="wrap")
     return far_a, far_b
 
 
-def _apply(
-    out: Deal, bound_LEH: Bools, layer: Ints, heavy: Ints, light: Ints, best: Ints, gain: Bools, several: bool
-) -> Bools:
-    """Carry out the chosen exchanges. several: a layer may have more than one; of those that would carry one expert
-    between hosts twice at once, none. Returns which were."""
-    at = np.nonzero(gain)[0]
-    i, j = np.divmod(best[at], out.shape[2])
-    layer, here, there = layer[at], heavy[at], light[at]
-    done = np.zeros(gain.size, bool)
-    if not out.ground.host_matters:
-        out.swap(layer, here, i, there, j)
-        done[at] = True
-        return done
-    a, b = out.expert_LNM[layer, here, i], out.expert_LNM[layer, there, j]
-    cross = out.ground.host_N[here] != out.ground.host_N[there]
-    if several:
-        key_a, key_b = layer * out.shape[3] + a, layer * out.shape[3] + b
+def _exchange(out: Deal, meetings: Meetings, which: Bools) -> Ints:
+    """Carry out the best exchange of these meetings, [Q]; of those in one layer that would carry one expert between
+    hosts twice at once, none. Returns the numbers of those that were."""
+    _, ranks, width, experts = out.shape
+    at = np.nonzero(which)[0]
+    i, j = meetings.slots(at)
+    here, there = meetings.heavy.take(at), meetings.light.take(at)
+    if out.ground.host_matters:
+        row = here // ranks * experts
+        key_a, key_b = row + out.expert_LNM.take(here * width + i), row + out.expert_LNM.take(there * width + j)
         times = np.bincount(np.concatenate([key_a, key_b]))
-        keep = ~(cross & ((times[key_a] > 1) | (times[key_b] > 1)))
-        at, layer, here, there, i, j = at[keep], layer[keep], here[keep], there[keep], i[keep], j[keep]
-        a, b, cross = a[keep], b[keep], cross[keep]
-    out.swap(layer, here, i, there, j)
-    done[at] = True
-    changed, one = np.tile(layer[cross], 2), np.concatenate([a[cross], b[cross]])
-    count = out.count_LE[changed, one][:, None]
-    bound_LEH[changed, one] = (count > 1) & (out.on_host_LEH[changed, one] >= count - 1)
-    return done
+        twice = (times.take(key_a) > 1) | (times.take(key_b) > 1)
+        keep = ~twice | (out.host_row_LN.take(here) == out.host_row_LN.take(there))
+        at, here, i, there, j = at[keep], here[keep], i[keep], there[keep], j[keep]
+    out.swap(here, i, there, j)
+    return at

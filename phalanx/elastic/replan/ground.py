@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from phalanx.elastic.replan.order import Ints
+from phalanx.elastic.replan.order import Ints, nth
 from phalanx.errors import TooFewSlots
 from phalanx.world import View
 
@@ -30,7 +30,7 @@ class Ground:
     def size(self) -> int:
         return int(self.rank_N.size)
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Slots to fill in a layer."""
         return int(self.fill_N.sum())
@@ -58,12 +58,12 @@ class Ground:
 
 def spread(host_N: Ints) -> Ints:
     """An order of 0..N-1 in which the members of each host lie evenly: the i-th of m stands at (i + 1/2) / m."""
-    size = np.bincount(host_N)[host_N]
-    before = np.zeros(host_N.size, np.int64)
-    for host in range(int(host_N.max()) + 1):
-        mine = np.nonzero(host_N == host)[0]
-        before[mine] = np.arange(mine.size)
-    return np.lexsort((host_N, -size, (before + 0.5) / size))
+    size = np.bincount(host_N)
+    by_host = np.argsort(host_N, kind="stable")
+    before = np.empty(host_N.size, np.int64)
+    before[by_host] = nth(size)
+    mine = size[host_N]
+    return np.lexsort((host_N, -mine, (before + 0.5) / mine))
 
 
 def survey(
@@ -82,15 +82,17 @@ def survey(
         slots = np.clip(np.asarray(rank_slots, np.int64)[rank], 0, slots_per_rank)
     # A second copy of an expert on one rank serves nobody, so a rank never fills more slots than there are experts.
     limit = np.minimum(slots, num_experts)
-    total = int(limit.sum()) if num_replicas is None else min(num_replicas, int(limit.sum()))
+    every = int(limit.sum())
+    total = every if num_replicas is None else min(num_replicas, every)
     if total < num_experts:
         raise TooFewSlots(total, num_experts)
-    return Ground(rank, host, slots, _fill(limit, total, spread(host)))
+    return Ground(rank, host, slots, limit if total == every else pour(limit, total, spread(host)))
 
 
-def _fill(limit_N: Ints, total: int, sequence_N: Ints) -> Ints:
-    """Pour `total` slots evenly over ranks that hold at most `limit_N`; the last few go to hosts in turn."""
-    low, high = 0, int(limit_N.max())
+def pour(limit_N: Ints, total: int, sequence_N: Ints) -> Ints:
+    """[N]: `total` slots, poured evenly over ranks that hold at most `limit_N`; the last few go to the first ranks of
+    `sequence_N` that have room."""
+    low, high = total // limit_N.size, int(limit_N.max())
     while low < high:
         level = (low + high + 1) // 2
         if int(np.minimum(limit_N, level).sum()) <= total:
@@ -98,6 +100,6 @@ def _fill(limit_N: Ints, total: int, sequence_N: Ints) -> Ints:
         else:
             high = level - 1
     fill = np.minimum(limit_N, low)
-    more = [i for i in sequence_N if limit_N[i] > low][: total - int(fill.sum())]
-    fill[more] += 1
+    more = sequence_N[limit_N[sequence_N] > low]
+    fill[more[: total - int(fill.sum())]] += 1
     return fill

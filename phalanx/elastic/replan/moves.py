@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from phalanx.elastic.replan.counts import Priority, protected_room
 from phalanx.elastic.replan.ground import Ground
-from phalanx.elastic.replan.order import Bools, Floats, Ints, descending
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, descending, turns
 from phalanx.elastic.replan.place import Deal
 from phalanx.world import EMPTY
+
+HOST_HAS_ONE, OTHER_KIND, HAS_ONE, LOSES_SAFETY = 1, 2, 4, 8
+"""What speaks against a rank that a replica could be put on, the last the most: its host has one; it is safe and the
+expert is single, or neither; it has one itself; it is safe, and would not be any more."""
 
 
 def fill_missing(ground: Ground, w_LE: Floats, held_LNS: Ints, priority: Priority) -> Ints:
@@ -115,7 +120,8 @@ def keep_slots(ground: Ground, expert_LNM: Ints, held_LNS: Ints, num_experts: in
     slots first."""
     layers, ranks, width = held_LNS.shape
     held = np.where(np.arange(width) < ground.slots_N[:, None], held_LNS, EMPTY)
-    slot_of = np.full((layers * ranks, num_experts + 1), -1, np.int64)
+    # As narrow as can be: this is a large table.
+    slot_of = np.full((layers * ranks, num_experts + 1), -1, np.min_scalar_type(-width))
     cell = np.arange(layers * ranks)[:, None]
     slot_of[cell, held.reshape(-1, width)] = np.arange(width)
     slot_of[:, -1] = -1
@@ -142,17 +148,10 @@ def continue_from(
     Surplus replicas go, those on the heaviest ranks first; then what is missing goes to the lightest ranks with room,
     heaviest first, on hosts that have none of it where there is such a one.
     """
-    layers, ranks, _ = held_LNS.shape
-    experts = w_LE.shape[1]
     part = w_LE / count_LE
     kept = _keep(ground, held_LNS, part, count_LE, single_LE, safe_N)
     expert, part_LNM, out_count = _pack(ground, kept, part)
-    out = Deal(
-        ground, expert, part_LNM, part_LNM.sum(axis=2), count_LE, single_LE, safe_N,
-        np.zeros((layers, ranks, experts), bool),
-    )  # fmt: skip
-    layer, rank, slot = np.nonzero(expert >= 0)
-    out.holds_LNE[layer, rank, expert[layer, rank, slot]] = True
+    out = Deal(ground, expert, part_LNM, part_LNM.sum(axis=2), count_LE, single_LE, safe_N)
     _fill_holes(out, part, out_count)
     if ground.host_matters:
         out.count_hosts()
@@ -175,7 +174,7 @@ def _keep(ground: Ground, held_LNS: Ints, part_LE: Floats, count_LE: Ints, singl
         room = protected_room(ground, safe_N, ground.total - int(single_LE[0].sum()))
         flat[(others & (np.cumsum(others, axis=2) > room[:, None])).reshape(layers, -1)] = EMPTY
     # Replicas sorted by (expert, load of their rank): of each expert the first few stay.
-    turn = np.repeat(np.argsort(np.argsort(load, axis=1, kind="stable"), axis=1, kind="stable"), width, axis=1)
+    turn = np.repeat(turns(ascending(load)), width, axis=1)
     key = (np.where(flat >= 0, flat, experts) * ranks + turn) * width * ranks + np.arange(ranks * width)
     key.sort(axis=1)
     place = key % (ranks * width)
@@ -213,37 +212,60 @@ def _pack(ground: Ground, kept_LNS: Ints, part_LE: Floats) -> tuple[Ints, Floats
 def _fill_holes(out: Deal, part_LE: Floats, kept_LE: Ints) -> None:
     """Put the replicas that are still to be placed into the holes, heaviest first, on the lightest rank that fits."""
     ground = out.ground
-    layers, _, _, experts = out.shape
+    layers, ranks, width, experts = out.shape
     need = np.maximum(out.count_LE - kept_LE, 0)
     times = need.sum(axis=1)
     if not times.any():
         return
-    order = descending(part_LE * (need > 0))
-    flat = (np.arange(layers)[:, None] * experts + order).ravel()
-    item = np.repeat(flat, need.ravel()[flat]) % experts
-    start = np.cumsum(times) - times
-    filled = (out.expert_LNM >= 0).sum(axis=2)
-    hosts = np.zeros((layers, experts, ground.num_hosts), bool)
-    layer, rank, slot = np.nonzero(out.expert_LNM >= 0)
-    hosts[layer, out.expert_LNM[layer, rank, slot], ground.host_N[rank]] = True
-    step = float(out.load_LN.max() + part_LE.max()) * 2 + 1.0
-    for k in range(int(times.max())):
-        rows = np.nonzero(times > k)[0]
-        one = item[start[rows] + k]
-        price = out.load_LN[rows] + step * hosts[rows, one][:, ground.host_N]
-        price += 4 * step * out.holds_LNE[rows, :, one]
-        if out.packed:
-            price += 2 * step * (out.safe_N != ~out.single_LE[rows, one][:, None])
-            price += 8 * step * (out.safe_N & out.single_LE[rows, one][:, None])
-        price[filled[rows] >= ground.fill_N] = np.inf
-        rank = price.argmin(axis=1)
-        slot = filled[rows, rank]
-        out.expert_LNM[rows, rank, slot] = one
-        out.part_LNM[rows, rank, slot] = part_LE[rows, one]
-        out.load_LN[rows, rank] += part_LE[rows, one]
-        double = out.holds_LNE[rows, rank, one]
+    # One of each layer at a time. Layers with most to do come first: those with something left are always the first n.
+    layer = np.argsort(-times, kind="stable")
+    times = times[layer]
+    wanted = along(descending(part_LE * (need > 0)))[layer].ravel()
+    wanted = wanted[need.take(wanted) > 0]
+    copies = need.take(wanted)
+    item = np.zeros((layers, int(times[0])), np.int64)  # which of the wanted
+    item[np.arange(item.shape[1]) < times[:, None]] = np.repeat(np.arange(wanted.size), copies)
+    part, expert = part_LE.take(wanted), wanted % experts
+    against = _against(out, wanted)
+    step = float(out.load_LN.max() + part_LE.max()) * 2 + 1.0  # more than any rank's load
+    several = bool((out.count_LE.take(wanted) > 1).any())
+    filled = (out.expert_LNM >= 0).sum(axis=2)[layer]
+    load = np.where(filled < ground.fill_N, out.load_LN[layer], np.inf)
+    for k in range(item.shape[1]):
+        n = int((times > k).sum())
+        row, one = np.arange(n), item[:n, k]
+        objections = against.take(one, axis=0)
+        rank = (load[:n] + step * objections).argmin(axis=1)
+        slot, more = filled[row, rank], part.take(one)
+        cell = layer[:n] * ranks + rank
+        out.expert_LNM.reshape(-1)[cell * width + slot] = expert.take(one)
+        out.part_LNM.reshape(-1)[cell * width + slot] = more
+        out.load_LN.reshape(-1)[cell] += more
+        filled[row, rank] += 1
+        load[row, rank] = np.where(slot + 1 < ground.fill_N.take(rank), load[row, rank] + more, np.inf)
+        double = (objections[row, rank] & HAS_ONE) > 0
         if double.any():
-            out.doubled.append(np.stack([rows[double], rank[double], slot[double]]))
-        out.holds_LNE[rows, rank, one] = True
-        hosts[rows, one, ground.host_N[rank]] = True
-        filled[rows, rank] += 1
+            out.doubled.append(np.stack([layer[:n][double], rank[double], slot[double]]))
+        if several:
+            against[one] |= np.int8(HOST_HAS_ONE) * (ground.host_N == ground.host_N.take(rank)[:, None])
+            against[one, rank] |= HAS_ONE
+
+
+def _against(out: Deal, wanted: Ints) -> npt.NDArray[np.int8]:
+    """[U, N]: what else than load speaks against a rank for each of the replicas that are wanted, flat layer and
+    expert: the sum of HOST_HAS_ONE, OTHER_KIND, HAS_ONE and LOSES_SAFETY."""
+    layers, _, _, experts = out.shape
+    number = np.full(layers * experts, -1)
+    number[wanted] = np.arange(wanted.size)
+    layer, rank, slot = np.nonzero(out.expert_LNM >= 0)
+    held = number.take(layer * experts + out.expert_LNM[layer, rank, slot])
+    held, rank = held[held >= 0], rank[held >= 0]
+    on_host = np.zeros((wanted.size, out.ground.num_hosts), np.int8)
+    on_host[held, out.ground.host_N[rank]] = HOST_HAS_ONE
+    against = on_host.take(out.ground.host_N, axis=1)
+    against[held, rank] |= HAS_ONE
+    if out.packed:
+        single = out.single_LE.take(wanted)[:, None]
+        against |= np.where(out.safe_N == single, OTHER_KIND, 0).astype(np.int8)
+        against |= np.where(out.safe_N & single, LOSES_SAFETY, 0).astype(np.int8)
+    return against

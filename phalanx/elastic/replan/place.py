@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from phalanx.elastic.replan.counts import protected_room
 from phalanx.elastic.replan.ground import Ground
-from phalanx.elastic.replan.order import Bools, Floats, Ints, ascending, descending
+from phalanx.elastic.replan.order import Bools, Floats, Ints, along, ascending, descending, nth
+
+MANY = 1 << 14
+"""More replicas than an expert ever has."""
 
 PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
 """The three ways to make pairs of four."""
@@ -20,7 +25,8 @@ class Deal:
 
     expert_LNM: -1 where a rank has fewer slots. part_LNM: the load each replica carries. load_LN: their sums.
     single_LE: experts that have one replica only. safe_N: ranks that must hold no such expert (where only some are).
-    holds_LNE: which rank holds which expert. on_host_LEH: replicas of each expert on each host, where that matters.
+    room_LHE: where hosts matter, how many more replicas of an expert may come to a host: 0 when all others are there
+    but one, -1 when all are there, MANY or so for single ones.
     doubled: (layer, rank, slot) of replicas that came to lie on a rank which already had one, [3, conflicts].
     """
 
@@ -31,52 +37,62 @@ class Deal:
     count_LE: Ints
     single_LE: Bools
     safe_N: Bools
-    holds_LNE: Bools
-    on_host_LEH: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    room_LHE: npt.NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
     doubled: list[Ints] = field(default_factory=list)
 
-    @property
+    def __post_init__(self) -> None:
+        # Written through flat views.
+        assert all(x.flags.c_contiguous for x in (self.expert_LNM, self.part_LNM, self.load_LN))
+
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """L, N, M, E."""
         layers, ranks, width = self.expert_LNM.shape
         return layers, ranks, width, int(self.count_LE.shape[1])
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         return bool((self.ground.fill_N != self.expert_LNM.shape[2]).any())
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether some ranks are to be safe and others not."""
         return bool(self.safe_N.any() and not self.safe_N.all())
 
-    def count_hosts(self) -> None:
-        """Make on_host_LEH; `swap` keeps it."""
+    @cached_property
+    def host_row_LN(self) -> Ints:
+        """Where the row of each rank's host begins in a flat room_LHE."""
         layers, _, _, experts = self.shape
-        hosts = self.ground.num_hosts
-        key = (np.arange(layers)[:, None, None] * experts + self.expert_LNM) * hosts + self.ground.host_N[:, None]
-        key = key[self.expert_LNM >= 0] if self.ragged else key.ravel()
-        self.on_host_LEH = np.bincount(key, minlength=layers * experts * hosts).reshape(layers, experts, hosts)
+        return (np.arange(layers)[:, None] * self.ground.num_hosts + self.ground.host_N) * experts
 
-    def swap(self, layer: Ints, rank: Ints, slot: Ints, other: Ints, place: Ints) -> None:
-        """Exchange replicas pairwise: arrays of equal length; no (layer, rank) may occur twice, nor may an expert
-        of a layer that crosses between hosts."""
-        a, b = self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place]
-        part_a, part_b = self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place]
-        self.expert_LNM[layer, rank, slot], self.expert_LNM[layer, other, place] = b, a
-        self.part_LNM[layer, rank, slot], self.part_LNM[layer, other, place] = part_b, part_a
-        self.load_LN[layer, rank] -= part_a - part_b
-        self.load_LN[layer, other] += part_a - part_b
-        self.holds_LNE[layer, rank, a] = self.holds_LNE[layer, other, b] = False
-        self.holds_LNE[layer, rank, b] = self.holds_LNE[layer, other, a] = True
+    def count_hosts(self) -> None:
+        """Make room_LHE; `swap` keeps it."""
+        key = self.host_row_LN[:, :, None] + self.expert_LNM
+        key = key[self.expert_LNM >= 0] if self.ragged else key.reshape(-1)
+        room = np.where(self.count_LE > 1, self.count_LE - 1, MANY).astype(np.int16)
+        self.room_LHE = np.repeat(room[:, None, :], self.ground.num_hosts, axis=1)
+        np.subtract.at(self.room_LHE.reshape(-1), key, np.int16(1))  # a plain 1 takes a hundred times as long
+
+    def swap(self, cell: Ints, slot: Ints, other: Ints, place: Ints) -> None:
+        """Exchange replicas pairwise: arrays of equal length; cell, other: layer * N + rank. None of them may occur
+        twice, nor may an expert of a layer that crosses between hosts."""
+        # Flat indices: numpy takes by one index several times as fast as by three.
+        width = self.shape[2]
+        expert, part, load = self.expert_LNM.reshape(-1), self.part_LNM.reshape(-1), self.load_LN.reshape(-1)
+        at, to = cell * width + slot, other * width + place
+        a, b, part_a, part_b = expert.take(at), expert.take(to), part.take(at), part.take(to)
+        expert[at], expert[to], part[at], part[to] = b, a, part_b, part_a
+        more = part_a - part_b
+        load[cell] -= more
+        load[other] += more
         if self.ground.host_matters:
-            here, there = self.ground.host_N[rank], self.ground.host_N[other]
             # Within a host nothing changes; between hosts no expert of a layer may cross twice.
+            here, there = self.host_row_LN.take(cell), self.host_row_LN.take(other)
             cross = np.nonzero(here != there)[0]
-            layer, here, there = np.tile(layer[cross], 2), here[cross], there[cross]
-            one = np.concatenate([a[cross], b[cross]])
-            self.on_host_LEH[layer, one, np.concatenate([here, there])] -= 1
-            self.on_host_LEH[layer, one, np.concatenate([there, here])] += 1
+            here, there, a, b = here[cross], there[cross], a[cross], b[cross]
+            room = self.room_LHE.reshape(-1)
+            room[np.concatenate([here + a, there + b])] += 1
+            room[np.concatenate([there + a, here + b])] -= 1
 
 
 def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N: Bools) -> Deal:
@@ -91,137 +107,159 @@ def deal(ground: Ground, part: Floats, count_LE: Ints, single_LE: Bools, safe_N:
     """
     layers, experts = part.shape
     packed = bool(safe_N.any() and not safe_N.all())
-    order = descending(part + np.where(single_LE, 0.0, 2 * part.max()) if packed else part)
-    flat = np.arange(layers)[:, None] * experts + order
-    item = np.repeat(flat.ravel(), count_LE.take(flat).ravel()).reshape(layers, ground.total)
-    item_part = part.take(item)
-    item %= experts
-    width = int(ground.fill_N.max())
-    shape = (layers, ground.size, width)
+    order = along(descending(np.where(single_LE, part, part + 2 * part.max()) if packed else part))
+    shape = (layers, ground.size, int(ground.fill_N.max()))
+    ragged = bool((ground.fill_N < shape[2]).any())
     out = Deal(
         ground=ground,
-        expert_LNM=np.full(shape, -1, np.int64),
-        part_LNM=np.zeros(shape),
+        expert_LNM=np.full(shape, -1) if ragged else np.empty(shape, np.int64),
+        part_LNM=np.zeros(shape) if ragged else np.empty(shape),
         load_LN=np.zeros(shape[:2]),
         count_LE=count_LE,
         single_LE=single_LE,
         safe_N=safe_N,
-        holds_LNE=np.zeros((layers, ground.size, experts), bool),
     )
     none = np.zeros(ground.size, np.int64)
     singles = int(single_LE[0].sum()) if packed else 0
     first_fill = protected_room(ground, safe_N, ground.total - singles) if singles else ground.fill_N
-    split = int(first_fill.sum())
-    _rounds(out, item[:, :split], item_part[:, :split], none, first_fill, copies=True)
+    first = order[:, : experts - singles].ravel()
+    item = np.repeat(first, count_LE.take(first)).reshape(layers, -1)
+    _rounds(out, item, part.take(item), none, first_fill, copies=True)
     if singles:
-        _rounds(out, item[:, split:], item_part[:, split:], first_fill, ground.fill_N, copies=False)
+        item = order[:, experts - singles :]
+        _rounds(out, item, part.take(item), first_fill, ground.fill_N, copies=False)
     if ground.host_matters:
         out.count_hosts()
     return out
 
 
 def _rounds(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints, copies: bool) -> None:
-    """Deal `item`, [L, n], into the places from_N..to_N of the ranks. copies: whether an expert may occur twice."""
-    rows = np.arange(item.shape[0])[:, None]
-    _, ranks, width, experts = out.shape
-    top, bottom = 0, item.shape[1]
-    levels = int((to_N - from_N).max(initial=0))
-    mix = levels > 2 and item.shape[1] >= 1.5 * experts
-    last_item = last_domain = np.full(item.shape[0], -1)
-    domain_N = out.ground.host_N if out.ground.host_matters else np.arange(ranks)
-    start = 0 if copies else _in_bulk(out, item, part, from_N, to_N)
-    top = start * int((to_N > from_N).sum())
-    for level in range(start, levels):
-        open_ = np.nonzero(to_N - from_N > level)[0]
-        light = open_.size // 8 * 2 if mix and level else 0
-        heavy = open_.size - light
-        column = np.r_[top : top + heavy, bottom - light : bottom] if light else slice(top, top + heavy)
-        top, bottom = top + heavy, bottom - light
-        mine = item[:, column]
-        rank = open_[_arrange(out, open_, copies)]
-        if copies:
-            rank = rank[:, _pairing(open_.size, level)]
-        if copies:
-            _part_neighbours(rank, mine, domain_N, last_item, last_domain)
-            last_item, last_domain = mine[:, -1], domain_N[rank[:, -1]]
-        cell = rows * ranks + rank
-        held = cell * experts + mine
-        if copies and level:
-            layer, at = np.nonzero(out.holds_LNE.take(held))
-            if layer.size:
-                out.doubled.append(np.stack([layer, rank[layer, at], from_N[rank[layer, at]] + level]))
-        out.holds_LNE.reshape(-1)[held] = True
-        place = cell * width + from_N[rank] + level
-        out.expert_LNM.reshape(-1)[place] = mine
-        out.part_LNM.reshape(-1)[place] = part[:, column]
-        out.load_LN.reshape(-1)[cell] += part[:, column]
+    """Deal replicas, [L, n], into the places from_N..to_N of the ranks. item: layer * E + expert of each. part: its
+    load. copies: whether an expert may occur twice."""
+    layers, ranks, width, experts = out.shape
+    depth_N = to_N - from_N
+    sizes = (depth_N > np.arange(int(depth_N.max(initial=0)))[:, None]).sum(axis=1)
+    if sizes.size > 2 and item.shape[1] >= 1.5 * experts:
+        column = _mixed(sizes)
+        item, part = item[:, column], part[:, column]
+    rank = np.empty(item.shape, np.int64)
+    rows = np.arange(0, layers * ranks, ranks)[:, None]
+    level = 0 if copies else _in_bulk(out, part, rank, from_N, depth_N)
+    host_matters = copies and out.ground.host_matters
+    again = np.zeros(item.shape, bool)
+    if copies:
+        np.equal(item[:, 1:], item[:, :-1], out=again[:, 1:])
+    last_domain = np.full(layers, -1)
+    scale = 0.5 / max(float(part.sum(axis=1).max(initial=0.0)), 1e-300)
+    end = int(sizes[:level].sum())
+    for deepest in sorted(set(depth_N[depth_N > level].tolist())):
+        # The same ranks take part in all rounds up to here.
+        open_ = np.nonzero(depth_N >= deepest)[0]
+        host = out.ground.host_N[open_] if host_matters else open_
+        turn_in_host = nth(np.bincount(host)) if host_matters else None
+        pairings = [_pairing(open_.size, kind) for kind in PAIRINGS]
+        for number in range(level, deepest):
+            start, end = end, end + open_.size
+            load = out.load_LN.take(open_, axis=1)
+            turn = ascending(load) if turn_in_host is None else _host_by_host(load * scale, host, turn_in_host)
+            if copies:
+                turn = turn.take(pairings[number % len(PAIRINGS)], axis=1)
+                last_domain = _part_neighbours(turn, host, again[:, start:end], last_domain)
+            rank[:, start:end] = mine = open_.take(turn)
+            out.load_LN.reshape(-1)[rows + mine] += part[:, start:end]
+        level = deepest
+    first_N = np.arange(0, ranks * width, width) + from_N
+    place = first_N.take(rank) + (rows * width + np.repeat(np.arange(sizes.size), sizes))
+    out.expert_LNM.reshape(-1)[place] = item - np.arange(0, layers * experts, experts)[:, None]
+    out.part_LNM.reshape(-1)[place] = part
+    if copies:
+        _note_doubles(out, rank * experts + item, place, sizes)
 
 
-def _in_bulk(out: Deal, item: Ints, part: Floats, from_N: Ints, to_N: Ints) -> int:
+def _note_doubles(out: Deal, held: Ints, place: Ints, sizes: Ints) -> None:
+    """Note the replicas, [L, n], that were dealt to a rank which had one from an earlier round. held: a number for
+    rank and expert. place: that of the slot. sizes: of each round."""
+    n = held.shape[1]
+    keys = held * n + np.arange(n)
+    keys.sort(axis=1)
+    held = keys // n
+    layer, at = np.nonzero(held[:, 1:] == held[:, :-1])
+    if layer.size:
+        column = keys[layer, at + 1] % n
+        order = np.lexsort((column, layer, np.searchsorted(np.cumsum(sizes), column, side="right")))
+        layer, column = layer[order], column[order]
+        rank, slot = np.divmod(place[layer, column], out.shape[2])
+        out.doubled.append(np.stack([layer, rank % out.shape[1], slot]))
+
+
+def _mixed(sizes: Ints) -> Ints:
+    """In which order the columns are dealt when each round but the first takes a quarter from the light end."""
+    top, bottom, columns = 0, int(sizes.sum()), []
+    for level, size in enumerate(sizes.tolist()):
+        light = size // 8 * 2 if level else 0
+        columns += [np.arange(top, top + size - light), np.arange(bottom - light, bottom)]
+        top, bottom = top + size - light, bottom - light
+    return np.concatenate(columns)
+
+
+def _in_bulk(out: Deal, part: Floats, rank: Ints, from_N: Ints, depth_N: Ints) -> int:
     """Deal all but the last few rounds in two goes where all ranks that take part are alike. Singles need no other
-    care, and the last rounds make the loads even. Returns how many rounds that were.
+    care, and the last rounds make the loads even. Fills in `rank`, [L, n]. Returns how many rounds that were.
 
     The first two rounds go to and fro. In the others the ranks keep their order, the lightest first: what is dealt then
     is too light to change it much."""
-    open_ = np.nonzero(to_N > from_N)[0]
-    first, rounds = int(from_N[open_[0]]), int((to_N - from_N).max()) - 3
-    alike = (from_N[open_] == first).all() and (to_N[open_] == to_N[open_[0]]).all()
+    open_ = np.nonzero(depth_N > 0)[0]
+    rounds, n = int(depth_N.max()) - 3, open_.size
+    alike = (from_N[open_] == from_N[open_[0]]).all() and (depth_N[open_] == depth_N[open_[0]]).all()
     if rounds < 2 or not alike:
         return 0
-    layers, n = item.shape[0], open_.size
-    experts = item[:, : rounds * n].reshape(layers, rounds, n)
+    layers, ranks, _, _ = out.shape
     parts = part[:, : rounds * n].reshape(layers, rounds, n)
-    load = parts[:, 0] + parts[:, 1, ::-1]
-    turn = ascending(load)[:, None, :]
-    rank = np.broadcast_to(turn, experts.shape).copy()
-    rank[:, 0], rank[:, 1] = np.arange(n), np.arange(n)[::-1]
-    layer = np.arange(layers)[:, None, None]
-    rank = open_[rank]
-    slot = first + np.arange(rounds)[None, :, None]
-    out.expert_LNM[layer, rank, slot] = experts
-    out.part_LNM[layer, rank, slot] = parts
-    out.load_LN[:, open_] = out.part_LNM[:, open_].sum(axis=2)
-    out.holds_LNE[layer, rank, experts] = True
+    first_two = parts[:, 0] + parts[:, 1, ::-1]
+    turn = ascending(first_two)
+    lightest_first = open_.take(turn)
+    rank[:, :n], rank[:, n : 2 * n] = open_, open_[::-1]
+    rank[:, 2 * n : rounds * n] = np.tile(lightest_first, rounds - 2)
+    cell = np.arange(0, layers * ranks, ranks)[:, None] + lightest_first
+    out.load_LN.reshape(-1)[cell] += first_two.take(along(turn)) + parts[:, 2:].sum(axis=1)
     return rounds
 
 
-def _arrange(out: Deal, open_: Ints, copies: bool) -> Ints:
-    """[L, n] positions in `open_`: in which order the ranks take their turns in a round, lightest first.
-
-    Where hosts matter: first the lightest rank of every host, then the second of every host and so on, so that two
-    neighbours are on different hosts except where one such group ends and the next begins."""
-    load = out.load_LN[:, open_]
-    if not (copies and out.ground.host_matters):
-        return ascending(load)
-    host = out.ground.host_N[open_]
-    scaled = load / (load.max(axis=1, keepdims=True) * 2 + 1e-300)
-    by_host = ascending(host + scaled)
-    size = np.bincount(host)
-    nth = np.arange(host.size) - np.repeat(np.cumsum(size) - size, size)
-    return np.take_along_axis(by_host, ascending(nth + np.take_along_axis(scaled, by_host, 1)), 1)
+def _host_by_host(load: Floats, host: Ints, turn_in_host: Ints) -> Ints:
+    """[L, n]: in which order n ranks take their turns in a round: first the lightest rank of every host, then the
+    second of every host and so on, each time the lightest first, so that two neighbours are on different hosts except
+    where one such group ends and the next begins. load: below 1. turn_in_host: [n] 0, 1, .. for each host in turn."""
+    by_host = ascending(host + load)
+    return by_host.take(along(ascending(turn_in_host + load.take(along(by_host)))))
 
 
-def _pairing(size: int, level: int) -> Ints:
+def _pairing(size: int, kind: tuple[int, ...]) -> Ints:
     """An order of turns in which each of every four meets another of them as its neighbour, changing with the round.
 
     Two ranks that got the two replicas of an expert carry the same, so they would be neighbours in the next round too
     and end up as mirrors of each other: then a death would double one rank's load instead of raising many a little."""
     order = np.arange(size)
     whole = size // 4 * 4
-    order[:whole] = order[:whole].reshape(-1, 4)[:, PAIRINGS[level % len(PAIRINGS)]].ravel()
+    order[:whole] = order[:whole].reshape(-1, 4)[:, kind].ravel()
     return order
 
 
-def _part_neighbours(rank: Ints, item: Ints, domain_N: Ints, last_item: Ints, last_domain: Ints) -> None:
+def _part_neighbours(turn: Ints, domain: Ints, again: Bools, last_domain: Ints) -> Ints:
     """Where neighbours are replicas of one expert in one domain (a host, or else a rank), let the second one change
-    places with the one after it: their loads are nearly equal, and a group of turns has each domain once only."""
-    domain = domain_N[rank]
-    same = np.empty(item.shape, bool)
-    same[:, 0] = (item[:, 0] == last_item) & (domain[:, 0] == last_domain)
-    same[:, 1:] = (item[:, 1:] == item[:, :-1]) & (domain[:, 1:] == domain[:, :-1])
-    same[:, 1:] &= ~same[:, :-1]  # one exchange at a time: `repair` sees to the rest
-    layer, at = np.nonzero(same[:, :-1])
-    rank[layer, at], rank[layer, at + 1] = rank[layer, at + 1], rank[layer, at]
+    places with the one after it: their loads are nearly equal, and a group of turns has each domain once only.
+
+    turn: [L, n] who takes the replicas, changed in place. domain: of each who can. again: [L, n] whether a replica is
+    of the same expert as the one before. last_domain: [L] where the one before these went. Returns the next one."""
+    where = domain.take(turn)
+    same = again.copy()
+    same[:, 0] &= where[:, 0] == last_domain
+    same[:, 1:] &= where[:, 1:] == where[:, :-1]
+    if same.any():
+        same[:, 1:] &= ~same[:, :-1]  # one exchange at a time: `repair` sees to the rest
+        layer, at = np.nonzero(same[:, :-1])
+        turn[layer, at], turn[layer, at + 1] = turn[layer, at + 1], turn[layer, at]
+    last: Ints = domain.take(turn[:, -1])
+    return last
 
 
 def repair(out: Deal) -> None:
@@ -246,11 +284,7 @@ def repair(out: Deal) -> None:
 
 def on_one_host(out: Deal) -> Bools:
     """[L, E]: experts that have several replicas, all on one host."""
-    # Host by host: numpy is slow where the last axis is short.
-    lone: Bools = out.on_host_LEH[:, :, 0] == out.count_LE
-    for host in range(1, out.ground.num_hosts):
-        lone |= out.on_host_LEH[:, :, host] == out.count_LE
-    lone &= out.count_LE > 1
+    lone: Bools = np.any(out.room_LHE < 0, axis=1)
     return lone
 
 
@@ -284,7 +318,9 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
     c = np.arange(layer.size)
     mine = expert[c, rank, slot]
     at = c[:, None, None]
-    good = (expert >= 0) & ~out.holds_LNE[layer, :, mine][:, :, None] & ~out.holds_LNE[layer, rank][at, expert]
+    beside = np.zeros((layer.size, out.shape[3] + 1), bool)  # the last column is for places that do not exist
+    beside[c[:, None], expert[c, rank]] = True
+    good = (expert >= 0) & ~(expert == mine[:, None, None]).any(axis=2, keepdims=True) & ~beside[at, expert]
     if out.packed:
         single = out.single_LE[layer]
         good &= ~(single[at, expert] & out.safe_N[rank][:, None, None])
@@ -292,23 +328,17 @@ def _exchange(out: Deal, layer: Ints, rank: Ints, slot: Ints, off_host: bool) ->
     if ground.host_matters:
         here = ground.host_N[rank]
         away = (ground.host_N[None, :] != here[:, None])[:, :, None]
-        count, hosts = out.count_LE[layer], out.on_host_LEH[layer]
-        times = count[at, expert]
-        good &= ~away | (times == 1) | (times - hosts[at, expert, here[:, None, None]] > 1)
-        outside = count[c, mine][:, None] - hosts[c, mine]
-        good &= away if off_host else ~away | (outside[:, ground.host_N] > 1)[:, :, None]
+        room = out.room_LHE[layer]
+        good &= ~away | (room[at, here[:, None, None], expert] > 0)
+        good &= away if off_host else ~away | (room[c, :, mine][:, ground.host_N] > 0)[:, :, None]
     delta = part[c, rank, slot][:, None, None] - part
     worst = np.maximum(load[c, rank][:, None, None] - delta, load[:, :, None] + delta)
     worst = np.where(good, worst, np.inf).reshape(layer.size, -1)
     best = worst.argmin(axis=1)
     found: Bools = np.isfinite(worst[c, best])
-    layer, rank, slot, mine = layer[found], rank[found], slot[found], mine[found]
     other, place = np.divmod(best[found], width)
-    out.swap(layer, rank, slot, other, place)
-    # A second replica of either expert may have stayed on its rank: the exchange took only one away.
-    out.holds_LNE[layer, rank, mine] = (out.expert_LNM[layer, rank] == mine[:, None]).any(axis=1)
-    theirs = out.expert_LNM[layer, rank, slot]
-    out.holds_LNE[layer, other, theirs] = (out.expert_LNM[layer, other] == theirs[:, None]).any(axis=1)
+    row = layer[found] * out.shape[1]
+    out.swap(row + rank[found], slot[found], row + other, place)
     return found
 
 
@@ -316,17 +346,17 @@ def _replace(out: Deal, layer: int, rank: int, slot: int) -> None:
     """The last resort, for very uneven slots a rank: a second replica on one rank gives way to the expert whose
     replicas carry most of those that the rank does not hold."""
     carried = _totals(out, layer) / np.maximum(out.count_LE[layer], 1)
-    _put(out, layer, rank, slot, int(np.argmax(np.where(out.holds_LNE[layer, rank], -1.0, carried))))
+    held = out.expert_LNM[layer, rank]
+    carried[held[held >= 0]] = -1.0
+    _put(out, layer, rank, slot, int(carried.argmax()))
 
 
 def _cover(out: Deal, layer: int, one: int) -> None:
     """Likewise when no exchange takes an expert off its only host: it gets one more replica on another host, in place
     of one of three or more of another expert that keeps two hosts without it."""
-    hosts, expert, count = out.on_host_LEH[layer], out.expert_LNM[layer], out.count_LE[layer]
+    room, expert, count = out.room_LHE[layer], out.expert_LNM[layer], out.count_LE[layer]
     host = out.ground.host_N[:, None]
-    elsewhere = (count[:, None] - hosts)[expert, host]
-    spare = (count[expert] > 2) & ((elsewhere > 1) | ((elsewhere == 1) & (hosts[expert, host] > 1)))
-    spare &= (hosts[one] == 0)[host] & (expert >= 0)
+    spare = (count[expert] > 2) & (room[host, expert] >= 0) & (room[:, one] >= 0)[host] & (expert >= 0)
     if spare.any():
         rank, slot = divmod(int(np.argmin(np.where(spare, out.part_LNM[layer], np.inf))), expert.shape[1])
         _put(out, layer, rank, slot, one)
@@ -347,11 +377,9 @@ def _put(out: Deal, layer: int, rank: int, slot: int, new: int) -> None:
     count[old] -= 1
     count[new] += 1
     out.single_LE[layer, [old, new]] = count[[old, new]] == 1
-    out.holds_LNE[layer, rank, old] = bool((expert[rank] == old).any())
-    out.holds_LNE[layer, rank, new] = True
     out.part_LNM[layer] = np.where(expert >= 0, (total / np.maximum(count, 1))[expert], 0.0)
     out.load_LN[layer] = out.part_LNM[layer].sum(axis=1)
     if out.ground.host_matters:
-        host = out.ground.host_N[rank]
-        out.on_host_LEH[layer, old, host] -= 1
-        out.on_host_LEH[layer, new, host] += 1
+        for one in (old, new):
+            there = np.bincount(out.ground.host_N[np.nonzero(expert == one)[0]], minlength=out.ground.num_hosts)
+            out.room_LHE[layer, :, one] = (count[one] - 1 if count[one] > 1 else MANY) - there

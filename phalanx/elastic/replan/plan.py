@@ -120,7 +120,10 @@ def _check_settings(
 def _weights(load_LE: Floats) -> Floats:
     """Loads scaled to a mean of 1 a layer and kept off zero, so that cold experts and layers are spread out too."""
     mean = load_LE.mean(axis=1, keepdims=True)
-    return np.where(mean > 0, load_LE / np.where(mean > 0, mean, 1.0), 1.0) + 1e-4
+    if not mean.all():
+        load_LE, mean = np.where(mean > 0, load_LE, 1.0), np.where(mean > 0, mean, 1.0)
+    weights: Floats = load_LE / mean + 1e-4
+    return weights
 
 
 def _held_by_living(held_LP: IntArray, ground: Ground, shape: tuple[int, ...], ep_size: int, width: int) -> Ints:
@@ -167,7 +170,8 @@ def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: 
     kept = continue_from(ground, held_LNS, w_LE, counts.copy(), single.copy(), safety.safe_N)
     _improve(kept, low, grow, priority)
     worse = kept.load_LN.max(axis=1) > heaviest * (1 + WORTH_MOVING)
-    worse |= (_lone_hosts(kept) > _lone_hosts(new)) | (_exposed(kept) > _exposed(new))
+    worse |= _lone_hosts(kept) > _lone_hosts(new)
+    worse |= _exposed(kept.expert_LNM, kept.single_LE) > _exposed(new.expert_LNM, new.single_LE)
     moved = keep_slots(ground, np.where(worse[:, None, None], expert, kept.expert_LNM), held_LNS, experts)
     return np.where(stays[:, None, None], held_LNS, moved)
 
@@ -175,24 +179,22 @@ def _full_plan(ground: Ground, w_LE: Floats, held_LNS: Ints | None, num_groups: 
 def _good_as_held(ground: Ground, held_LNS: Ints, w_LE: Floats, heaviest: Floats, new: Deal) -> Bools:
     """[L]: layers whose held slots are a whole plan, no less safe than the new one and about as even. They stay,
     whatever else could be found from there: planning twice for one load must not move anything."""
-    layers, ranks, _ = held_LNS.shape
-    experts = w_LE.shape[1]
-    row = np.arange(layers)[:, None, None]
+    layers, experts = w_LE.shape
     used = held_LNS >= 0
-    held = np.where(used, held_LNS, experts)
-    times = np.zeros((layers, ranks, experts + 1), np.int64)
-    np.add.at(times, (row, np.arange(ranks)[:, None], held), 1)
-    count = times[:, :, :experts].sum(axis=1)
+    key = np.arange(layers)[:, None, None] * (experts + 1) + np.where(used, held_LNS, experts)
+    count = np.bincount(key.ravel(), minlength=layers * (experts + 1)).reshape(layers, experts + 1)[:, :experts]
     good: Bools = (used.sum(axis=2) == ground.fill_N).all(axis=1) & (count > 0).all(axis=1)
-    good &= (times[:, :, :experts] <= 1).all(axis=(1, 2))
+    if not good.any():  # the rest is worth its time only where somebody could stay
+        return good
+    in_order = np.sort(held_LNS, axis=2)
+    good &= ~((in_order[:, :, 1:] == in_order[:, :, :-1]) & (in_order[:, :, 1:] >= 0)).any(axis=(1, 2))
     part = np.append(w_LE / np.maximum(count, 1), np.zeros((layers, 1)), axis=1)
-    good &= part[row, held].sum(axis=2).max(axis=1) <= heaviest * (1 + WORTH_MOVING)
-    holds = times[:, :, :experts] > 0
-    good &= (holds & (count == 1)[:, None, :]).any(axis=2).sum(axis=1) <= _exposed(new)
+    good &= part.take(key).sum(axis=2).max(axis=1) <= heaviest * (1 + WORTH_MOVING)
+    good &= _exposed(held_LNS, count == 1) <= _exposed(new.expert_LNM, new.single_LE)
     if ground.host_matters:
+        host = np.broadcast_to(ground.host_N[:, None], held_LNS.shape)[used]
         hosts = np.zeros((layers, ground.num_hosts, experts), bool)
-        for host in range(ground.num_hosts):
-            hosts[:, host] = holds[:, ground.host_N == host].any(axis=1)
+        hosts[np.nonzero(used)[0], host, held_LNS[used]] = True
         good &= ((count > 1) & (hosts.sum(axis=1) == 1)).sum(axis=1) <= _lone_hosts(new)
     return good
 
@@ -202,11 +204,11 @@ def _counts(ground: Ground, w_LE: Floats, protected_LE: Bools, packed: bool) -> 
     ranks = int((ground.fill_N > 0).sum())
     if not packed:
         return replica_counts(w_LE, np.where(protected_LE, 2, 1), np.full(w_LE.shape, ranks), ground.total)
-    few = np.nonzero(protected_LE)[1].reshape(w_LE.shape[0], -1)
+    few = np.flatnonzero(protected_LE).reshape(w_LE.shape[0], -1)
     left = ground.total - w_LE.shape[1] + few.shape[1]
-    w = np.take_along_axis(w_LE, few, 1)
     counts = np.ones(w_LE.shape, np.int64)
-    np.put_along_axis(counts, few, replica_counts(w, np.full(few.shape, 2), np.full(few.shape, ranks), left), axis=1)
+    few_counts = replica_counts(w_LE.take(few), np.full(few.shape, 2), np.full(few.shape, ranks), left)
+    counts.reshape(-1)[few] = few_counts
     return counts
 
 
@@ -217,9 +219,12 @@ def _improve(out: Deal, low_LE: Ints, may_grow_LE: Bools, priority: Priority) ->
     polish(out, low_LE, may_grow_LE, anyone=priority == "even")
 
 
-def _exposed(out: Deal) -> Ints:
+def _exposed(expert_LNM: Ints, single_LE: Bools) -> Ints:
     """[L]: ranks whose death loses an expert."""
-    exposed: Ints = (out.holds_LNE & out.single_LE[:, None, :]).any(axis=2).sum(axis=1)
+    layers, experts = single_LE.shape
+    single = single_LE.take(np.arange(0, layers * experts, experts)[:, None, None] + expert_LNM, mode="wrap")
+    single &= expert_LNM >= 0
+    exposed: Ints = single.any(axis=2).sum(axis=1)
     return exposed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from phalanx.elastic.replan.order import Bools, Floats, Ints
-from phalanx.elastic.replan.place import Deal
+from phalanx.elastic.replan.place import MANY, Deal
 
 SMALL = 192
 """Slots times experts up to which a layer is small: there a few heavy replicas decide, and there is time to look."""
@@ -102,12 +102,16 @@ def _rebuild(out: Deal, layer: int, expert: Ints, weight: Floats) -> None:
     out.expert_LNM[layer], out.count_LE[layer], out.single_LE[layer] = expert, count, count == 1
     out.part_LNM[layer] = np.where(used, (weight / count)[expert], 0.0)
     out.load_LN[layer] = out.part_LNM[layer].sum(axis=1)
-    rank, slot = np.nonzero(used)
-    out.holds_LNE[layer] = False
-    out.holds_LNE[layer, rank, expert[rank, slot]] = True
     if out.ground.host_matters:
-        out.on_host_LEH[layer] = 0
-        np.add.at(out.on_host_LEH[layer], (expert[rank, slot], out.ground.host_N[rank]), 1)
+        rank, slot = np.nonzero(used)
+        out.room_LHE[layer] = np.where(count > 1, count - 1, MANY)
+        np.subtract.at(out.room_LHE[layer], (out.ground.host_N[rank], expert[rank, slot]), 1)
+
+
+def _holds(expert: Ints, num_experts: int) -> Bools:
+    """[N, E]: which rank holds which expert of a layer."""
+    holds: Bools = (expert[:, :, None] == np.arange(num_experts)).any(axis=1)
+    return holds
 
 
 def _parts(out: Deal, layer: int) -> Floats:
@@ -129,7 +133,7 @@ def _swaps(out: Deal, layer: int, keep_safe: bool) -> Floats:
     _, ranks, width, _ = out.shape
     expert, part = out.expert_LNM[layer].ravel(), out.part_LNM[layer].ravel()
     rank = np.repeat(np.arange(ranks), width)
-    holds, single = out.holds_LNE[layer], out.single_LE[layer]
+    holds, single = _holds(out.expert_LNM[layer], out.shape[3]), out.single_LE[layer]
     used = expert >= 0
     bad = (
         ~used[:, None] | ~used[None, :] | holds[rank[None, :], expert[:, None]] | holds[rank[:, None], expert[None, :]]
@@ -139,8 +143,8 @@ def _swaps(out: Deal, layer: int, keep_safe: bool) -> Floats:
         bad |= (single[expert] & used)[None, :] & out.safe_N[rank][:, None]
     if out.ground.host_matters:
         host = out.ground.host_N[rank]
-        left = out.count_LE[layer][expert][:, None] - out.on_host_LEH[layer][expert[:, None], host[None, :]]
-        lone = (out.count_LE[layer][expert] > 1)[:, None] & (left <= 1) & (host[:, None] != host[None, :])
+        full = out.room_LHE[layer][host[None, :], expert[:, None]] <= 0
+        lone = full & (host[:, None] != host[None, :])
         bad |= lone | lone.T
     load = np.broadcast_to(out.load_LN[layer], (expert.size, expert.size, ranks)).copy()
     delta = part[:, None] - part[None, :]
@@ -152,7 +156,7 @@ def _swaps(out: Deal, layer: int, keep_safe: bool) -> Floats:
 
 def _renamings(out: Deal, layer: int, weight: Floats) -> Floats:
     """[E, E]: the cost after two experts changed places wherever they are: no rank's exposure changes by that."""
-    holds, part = out.holds_LNE[layer].T, 1 / np.maximum(out.count_LE[layer], 1)
+    holds, part = _holds(out.expert_LNM[layer], out.shape[3]).T, 1 / np.maximum(out.count_LE[layer], 1)
     more = weight[None, :] - weight[:, None]
     load = out.load_LN[layer] + holds[:, None, :] * (more * part[:, None])[:, :, None]
     load = load - holds[None, :, :] * (more * part[None, :])[:, :, None]
@@ -162,12 +166,15 @@ def _renamings(out: Deal, layer: int, weight: Floats) -> Floats:
 def _replacements(out: Deal, layer: int, weight: Floats, low_E: Ints, may_grow_E: Bools) -> Floats:
     """[P, E]: the cost after giving a slot to another expert; infinite where that is not allowed."""
     _, ranks, width, _ = out.shape
-    expert, holds, count = out.expert_LNM[layer].ravel(), out.holds_LNE[layer], out.count_LE[layer]
+    expert, count = out.expert_LNM[layer].ravel(), out.count_LE[layer]
+    holds = _holds(out.expert_LNM[layer], weight.size)
     rank = np.repeat(np.arange(ranks), width)
     bad = (expert < 0)[:, None] | (count <= low_E)[expert][:, None] | ~may_grow_E[None, :] | holds[rank]
     if out.ground.host_matters:
         host = out.ground.host_N[rank]
-        hosts = out.on_host_LEH[layer][expert]
+        hosts = np.stack([holds[out.ground.host_N == h].sum(axis=0) for h in range(out.ground.num_hosts)], axis=1)[
+            expert
+        ]
         after = hosts.copy()
         after[np.arange(expert.size), host] -= 1
         bad |= ((hosts > 0).sum(axis=1) > 1)[:, None] & ((after > 0).sum(axis=1) < 2)[:, None]
