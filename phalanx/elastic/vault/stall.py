@@ -23,7 +23,7 @@ import msgspec
 
 from phalanx import wire
 from phalanx.elastic.store import Store, TcpStore
-from phalanx.elastic.vault.fabric import chosen, rdma_devices
+from phalanx.elastic.vault.fabric import chosen, engine_devices
 from phalanx.elastic.vault.memory import Vault, VaultGone
 from phalanx.elastic.vault.transport import CONNECT_S, Greeting, Request, Stall, encoded_shape, stall_key
 from phalanx.errors import PhalanxError
@@ -122,7 +122,7 @@ def _offer_mooncake(spec: VaultSpec, vault: Vault, stall: Stall) -> None:
         time.sleep(_LOOK_S)
     assert spec.site is not None
     try:
-        segment = Segment(spec.site.host, "rdma" if rdma_devices() else "tcp", spec.config.ib_device, vault.everything)
+        segment = Segment(spec.site.host, *engine_devices(spec.config), vault.everything)
     except PhalanxError as error:
         log.warning("other hosts read this vault by tcp: %s", error)
         return
