@@ -69,13 +69,21 @@ def test_each_rank_in_turn_is_killed_twice_and_comes_back_and_no_stream_changes(
         check(both_kinds(service.url), unfailed)  # the ranks that came back serve like the first ones
 
 
-def test_a_rank_comes_back_to_an_idle_service(serve: Serve, unfailed: Unfailed) -> None:
-    service = serve(max_restarts=3, heartbeat_interval=30)
+def test_a_rank_that_was_killed_or_stopped_comes_back_to_an_idle_service(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=3, heartbeat_interval=3600, peer_timeout=1, roll_call_timeout=2)
     seen = service.lines
     service.signal(0, signal.SIGKILL)
     back(service, 0, after=seen, timeout_s=25)
     assert incarnations(service) == [1, 0, 0, 0]
     check(both_kinds(service.url), unfailed)
+
+    seen = service.lines
+    service.signal(1, signal.SIGSTOP)  # all sleep, so nobody waits for it: only the launcher can find it
+    service.wait_for_line(r"rank 1\.0 has been stopped for .* s: the others go on without it", after=seen)
+    back(service, 1, after=seen)
+    assert incarnations(service) == [1, 1, 0, 0]
+    metrics = httpx.get(f"{service.url}/metrics").text
+    assert 'phalanx_rank_failures_total{cause="halted"} 1' in metrics
 
 
 def test_all_ranks_killed_at_once_come_back_and_the_streams_go_on(standing: Standing, unfailed: Unfailed) -> None:
