@@ -209,6 +209,7 @@ class Crew:
             self._look(now)
         if self._nursery.waiting and not self._nursery.failed:
             self._collect()
+        self._nursery.keep_a_spare()
         if not self._nursery.waiting:  # otherwise a newborn may not be known yet
             pids = (process.pid for process in self._processes.values())
             reap_strangers({self._nursery.pid, self._vault.pid, *known, *pids})

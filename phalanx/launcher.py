@@ -180,9 +180,11 @@ class Launcher:
     # --- children
 
     def _start_store(self) -> TCPStore:
+        """Importing torch for it costs nobody time: meanwhile the nursery imports the same, and more, and nobody can be
+        born before that is done. In a process of its own it could die alone, and the service with it."""
         from datetime import timedelta
 
-        from torch._C._distributed_c10d import TCPStore  # late: by now the others import it, too
+        from torch._C._distributed_c10d import TCPStore  # late: the others import by now
 
         return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
 

@@ -183,28 +183,34 @@ def test_requests_held_below_min_ranks_go_on_when_a_rank_returns(serve: Serve, u
     assert incarnations(service) == [1, 0]
 
 
-def test_a_rank_returns_though_the_process_that_forks_ranks_was_killed(standing: Standing) -> None:
-    with standing.losing(1) as service:
-        nursery = nursery_of(service)
-        seen = service.lines
-        os.kill(nursery, signal.SIGKILL)
-        service.wait_for_line("the process that forks workers ended: starting another", after=seen)
-        service.signal(1, signal.SIGKILL)
-        back(service, 1, after=seen)
-
-
-def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_back(serve: Serve) -> None:
+def test_the_process_that_forks_ranks_has_a_spare_and_without_both_an_operator_gets_a_rank_back(serve: Serve) -> None:
     service = serve(ep_size=2, max_restarts=3)
+    pair = nurseries_of(service, 2)
+    [first] = [pid for pid in pair if os.getsid(pid) == pid]  # it was started; the other one was forked
+    [spare] = pair - {first}
     seen = service.lines
-    nursery = nursery_of(service)
-    os.kill(nursery, signal.SIGSTOP)
+    os.kill(first, signal.SIGKILL)
     service.signal(1, signal.SIGKILL)
-    service.wait_for_line(r"rank 1 is started, as 1\.1", after=seen)
-    os.kill(nursery, signal.SIGKILL)
+    service.wait_for_line(
+        rf"the process that forks workers ended: the spare one \(pid {spare}\) takes over", after=seen
+    )
+    back(service, 1, after=seen)
+
+    [newest] = nurseries_of(service, 2) - {spare}
+    os.kill(newest, signal.SIGKILL)
+    [newest] = nurseries_of(service, 2, other_than={newest}) - {spare}  # a spare that dies is replaced, too
+    seen = service.lines
+    os.kill(spare, signal.SIGSTOP)
+    os.kill(newest, signal.SIGKILL)
+    service.signal(1, signal.SIGKILL)
+    service.wait_for_line(r"rank 1 is started, as 1\.2", after=seen)
+    os.kill(spare, signal.SIGKILL)
+    dead = {spare, newest}
     for _ in range(2):  # its successors die before they have imported anything
         service.wait_for_line("the process that forks workers ended: starting another", after=seen)
         seen = service.lines
-        nursery = nursery_of(service, other_than=nursery)
+        [nursery] = nurseries_of(service, 1, other_than=dead)
+        dead.add(nursery)
         os.kill(nursery, signal.SIGKILL)
     service.wait_for_line("the process that forks workers ended: no more", after=seen)
     service.wait_for_line("rank 1 is not started again: no process can be started", after=seen)
@@ -212,7 +218,7 @@ def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_
     assert httpx.get(f"{service.url}/ready").status_code == 200
     assert instruct(service, "rejoin", 1) == 202
     back(service, 1, after=seen)
-    assert incarnations(service) == [0, 1]
+    assert incarnations(service) == [0, 2]
 
 
 def test_a_rank_that_returns_to_a_paused_service_is_paused(standing: Standing, unfailed: Unfailed) -> None:
@@ -233,14 +239,15 @@ def test_a_rank_that_returns_to_a_paused_service_is_paused(standing: Standing, u
         check(streams, unfailed)
 
 
-def nursery_of(service: Service, other_than: int = 0) -> int:
-    """The process that forks workers; there must be one in a moment. Whom it forked has the same command line."""
-    status = service.status()
-    forked = {other_than, status["vault"]["pid"], *(rank["pid"] for rank in status["ranks"])}
+def nurseries_of(service: Service, count: int, other_than: frozenset[int] | set[int] = frozenset()) -> set[int]:
+    """The process that forks workers and its spare, when there are so many. Whom they forked has the same command
+    line."""
     while True:
-        for pid in children(service.process.pid):
-            if pid not in forked and "phalanx.nursery" in command(pid):
-                return pid
+        status = service.status()
+        forked = {status["vault"]["pid"], *(rank["pid"] for rank in status["ranks"]), *other_than}
+        pids = {pid for pid in children(service.process.pid) if "phalanx.nursery" in command(pid)} - forked
+        if len(pids) == count:
+            return pids
 
 
 def children(pid: int) -> list[int]:
