@@ -216,7 +216,7 @@ class Crew:
 
     def _look(self, now: float) -> None:
         """Tell who is stopped, and who no longer is."""
-        for pidfd, process in self._processes.items():
+        for pidfd, process in list(self._processes.items()):
             seconds = process.halt.look(now)
             if seconds is not None or pidfd in self._halted:
                 self._report(Halted(rank=process.rank, incarnation=process.incarnation, seconds=seconds))
