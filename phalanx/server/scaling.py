@@ -177,12 +177,10 @@ class Scaler:
         lacking = {rank: why for rank in missing if (why := self._why_it_will_not_come(rank))}
         if lacking and len(lacking) == len(missing):  # the others are in by now
             return f"rank {missing[0]} does not start: {lacking[missing[0]]}"
-        alive = self._may_serve(scale.ranks)
-        nobody_serves = not self._roster.serving()
-        if (going or nobody_serves) and len(alive) < self._needed:
+        if len(alive := self._may_serve(scale.ranks)) < self._needed:
             which = "were to stay" if going else "are wanted"
             return f"of the ranks that {which} {len(alive)} are alive, and {self._needed} are needed"
-        if nobody_serves and (why := self._why_all_cannot(alive)):
+        if why := self._why_all_cannot(alive):
             return f"ranks {alive} are there, and cannot serve: {why}"
         if self._clock() >= scale.give_up_s:
             ranks = sorted([*missing, *(r.identity.rank for r in going)])

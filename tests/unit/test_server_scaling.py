@@ -351,6 +351,28 @@ def test_too_few_slots_are_no_end_of_a_scaling_while_a_rank_is_on_its_way(office
     assert office.outcome() == ([0, 1, 2, 3], "")
 
 
+def test_who_could_not_serve_and_died_is_awaited_like_anybody(office: Office) -> None:
+    office.died(2)
+    office.hear(m.GivenUp(rank=2, incarnation=0, reason="it is not started again"))
+    cannot(office, 2, (0, 0), (1, 0))
+    office.resize(4)
+    office.hear(m.Spawned(rank=3, incarnation=1, pid=7))
+    office.died(0)
+    cannot(office, 3, (1, 0), (3, 1))
+    assert not office.ended
+    office.hear(m.Spawned(rank=0, incarnation=1, pid=8))
+    cannot(office, 4, (0, 1), (1, 0), (3, 1))
+    assert office.outcome()[1].startswith("ranks [0, 1, 3] are there, and cannot serve")
+
+
+def test_a_size_of_which_nobody_is_started_again_is_no_success(office: Office) -> None:
+    for rank in range(3):
+        office.died(rank)
+        office.hear(m.GivenUp(rank=rank, incarnation=0, reason="it is not started again"))
+    office.resize(3)
+    assert office.outcome() == ([0, 1, 2], "of the ranks that are wanted 0 are alive, and 1 are needed")
+
+
 def test_nobody_leaves_a_service_that_cannot_serve_without_its_experts(office: Office) -> None:
     cannot(office, 2, (0, 0), (1, 0), (2, 0))
     office.resize(2)
