@@ -19,7 +19,6 @@ import msgspec
 import zmq
 
 from phalanx import __version__, wire
-from phalanx import messages as m
 from phalanx.config import ServeConfig
 from phalanx.crew import Crew
 from phalanx.errors import BadConfig
@@ -37,6 +36,7 @@ from phalanx.hosts.talk import (
     Notice,
     Refuse,
     Register,
+    Report,
     SignalWorker,
     StartWorker,
     ToOther,
@@ -269,11 +269,11 @@ class Agent:
             self._crew.notice(rank, incarnation, cause)
         log.info("host %d (%s) is in%s, with ranks %s", self._node, self._host, " again" if again else "", self._ranks)
 
-    def _report(self, report: m.Spawned | m.Died | m.VaultState) -> None:
+    def _report(self, report: Report) -> None:
         if self._session and self._channel is not None:
             self._send(report)
 
-    def _send(self, message: Register | Beat | Leaving | m.Spawned | m.Died | m.VaultState) -> None:
+    def _send(self, message: Register | Beat | Leaving | Report) -> None:
         assert self._channel is not None
         try:
             self._channel.send(message)

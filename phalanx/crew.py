@@ -22,6 +22,8 @@ from phalanx import messages as m
 from phalanx.comm.notices import Cause, NoticeBoard
 from phalanx.config import ServeConfig
 from phalanx.custodian import Custodian
+from phalanx.halts import LOOK_S, Halt
+from phalanx.hosts.talk import Halted, Report
 from phalanx.model.known import described
 from phalanx.nursery import Born, Nursery
 from phalanx.process import EXIT_EVICTED, EXIT_STOPPED, VaultSpec, WorkerSpec, last_words
@@ -30,8 +32,6 @@ from phalanx.wire import Site
 from phalanx.world import Member
 
 log = logging.getLogger("phalanx.launcher")
-
-Report = m.Spawned | m.Died | m.VaultState
 
 STOP_PATIENCE_S = 5.0
 """How long a process may take to end after it was asked to, before it is killed."""
@@ -54,6 +54,7 @@ class Process:
     incarnation: int
     pid: int
     pidfd: int
+    halt: Halt
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -82,6 +83,9 @@ class Crew:
         """By pidfd, those that run."""
         self._coming: dict[int, int] = {}
         """Incarnations by rank that are asked for and not there yet."""
+        self._halted: set[int] = set()
+        """By pidfd, those that were stopped at the last look."""
+        self._look_s = 0.0
         self._keeper_waits = False
         self._away = False
         self.stopping = False
@@ -122,7 +126,10 @@ class Crew:
     def due_s(self) -> float | None:
         """When `tick` is to be called, on the monotonic clock; None: whenever."""
         waiting = self._nursery.waiting and not self._nursery.failed
-        return time.monotonic() + BIRTH_TICK_S if waiting else None
+        due = [time.monotonic() + BIRTH_TICK_S] if waiting else []
+        if self._processes or self._vault.pidfd >= 0:
+            due.append(self._look_s)
+        return min(due, default=None)
 
     # --- orders
 
@@ -195,13 +202,26 @@ class Crew:
                 self._vault.buried()
 
     def tick(self, known: Collection[int] = ()) -> None:
-        """Find a nursery that hangs, and wait for children that nobody knows. known: those that the launcher itself
-        started. LOCAL."""
+        """Find a nursery that hangs and processes that are stopped, and wait for children that nobody knows. known:
+        those that the launcher itself started. LOCAL."""
+        if (now := time.monotonic()) >= self._look_s:
+            self._look_s = now + LOOK_S
+            self._look(now)
         if self._nursery.waiting and not self._nursery.failed:
             self._collect()
+        self._nursery.keep_a_spare()
         if not self._nursery.waiting:  # otherwise a newborn may not be known yet
             pids = (process.pid for process in self._processes.values())
             reap_strangers({self._nursery.pid, self._vault.pid, *known, *pids})
+
+    def _look(self, now: float) -> None:
+        """Tell who is stopped, and who no longer is."""
+        for pidfd, process in list(self._processes.items()):
+            seconds = process.halt.look(now)
+            if seconds is not None or pidfd in self._halted:
+                self._report(Halted(rank=process.rank, incarnation=process.incarnation, seconds=seconds))
+            (self._halted.discard if seconds is None else self._halted.add)(pidfd)
+        self._vault.look(now)
 
     def bury(self, events: dict[object, int]) -> None:
         """Only the first half of `serve`. LOCAL."""
@@ -213,6 +233,7 @@ class Crew:
         self.board.declare_dead(process.rank, process.incarnation, "exit")
         self._poller.unregister(process.pidfd)
         del self._processes[process.pidfd]
+        self._halted.discard(process.pidfd)
         os.close(process.pidfd)
         cause, detail = self._autopsy(process)
         remove_files(self._run_dir, process.rank, process.incarnation)
@@ -247,7 +268,7 @@ class Crew:
             self._vault.born(born.pid, born.pidfd)
             self._poller.register(born.pidfd, zmq.POLLIN)
             return
-        process = Process(born.spec.rank, born.spec.incarnation, born.pid, born.pidfd)
+        process = Process(born.spec.rank, born.spec.incarnation, born.pid, born.pidfd, Halt(born.pid))
         self._processes[process.pidfd] = process
         self._poller.register(process.pidfd, zmq.POLLIN)
         if self._coming.get(process.rank) != process.incarnation:

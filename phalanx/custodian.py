@@ -15,6 +15,7 @@ from phalanx.config import ServeConfig
 from phalanx.elastic.vault.memory import VaultMemory
 from phalanx.elastic.vault.room import room_for
 from phalanx.elastic.vault.shares import EVERYTHING, Share
+from phalanx.halts import HELPER_HALT_S, Halt
 from phalanx.model.loader import Checkpoint
 from phalanx.process import VaultSpec
 from phalanx.wire import Site
@@ -66,6 +67,19 @@ class Custodian:
     def born(self, pid: int, pidfd: int) -> None:
         """The keeper that was asked for is there. LOCAL."""
         self._awaited, self._pid, self.pidfd = False, pid, pidfd
+        self._halt = Halt(pid)
+
+    def look(self, now_s: float) -> None:
+        """Look whether the keeper is stopped; when it has been for too long another one takes its place. LOCAL."""
+        if self.pidfd < 0:
+            return
+        self._halt.look(now_s)
+        if self._halt.total_s > HELPER_HALT_S:
+            log.warning(
+                "killing the vault's process (pid %d): it has been stopped for %.0f s", self._pid, self._halt.total_s
+            )
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self._halt = Halt(self._pid)
 
     def nobody_is_born(self) -> None:
         """No process can be forked, so a keeper that was asked for will not come until one can be. LOCAL."""

@@ -27,9 +27,10 @@ from phalanx import __version__
 from phalanx import messages as m
 from phalanx.config import ServeConfig
 from phalanx.crew import STOP_PATIENCE_S, STOPPED, UNBORN, Crew, wait_until
+from phalanx.halts import Halts
 from phalanx.hosts.muster import Events, Muster
 from phalanx.hosts.places import Terms, next_incarnation
-from phalanx.hosts.talk import NoticeCause
+from phalanx.hosts.talk import Halted, NoticeCause, Report
 from phalanx.process import adopt_orphans, launcher_endpoint, server_endpoint, wake_on_signals
 from phalanx.remains import stale_keys
 from phalanx.restarts import Barren, Restarts
@@ -94,6 +95,8 @@ class Launcher:
         self._added: set[int] = set()
         """Those of them that were vacant and whose process is not in yet."""
         self._epoch = 0
+        self._members: set[tuple[int, int]] = set()
+        self._halts = Halts(config.roll_call_timeout_s)
         adopt_orphans()
         self._wake = wake_on_signals()
         self._others = self._muster(model)
@@ -177,9 +180,11 @@ class Launcher:
     # --- children
 
     def _start_store(self) -> TCPStore:
+        """Importing torch for it costs nobody time: meanwhile the nursery imports the same, and more, and nobody can be
+        born before that is done. In a process of its own it could die alone, and the service with it."""
         from datetime import timedelta
 
-        from torch._C._distributed_c10d import TCPStore  # late: by now the others import it, too
+        from torch._C._distributed_c10d import TCPStore  # late: the others import by now
 
         return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
 
@@ -202,8 +207,11 @@ class Launcher:
 
     # --- what is heard of workers and hosts
 
-    def _hear_of_worker(self, report: m.Spawned | m.Died | m.VaultState) -> None:
+    def _hear_of_worker(self, report: Report) -> None:
         match report:
+            case Halted():
+                self._halted(report)
+                return
             case m.Spawned(rank=rank, incarnation=incarnation):
                 worker = self._current(rank, incarnation)
                 if worker is None:
@@ -236,6 +244,7 @@ class Launcher:
         if worker is not None and worker.retired and report.detail == STOPPED:
             report = msgspec.structs.replace(report, cause="left")
         self._tell(report)
+        self._halts.forget(report.rank, report.incarnation)
         if worker is None:
             return
         worker.alive = False
@@ -256,6 +265,17 @@ class Launcher:
             self._due[worker.rank] = time.monotonic()
         else:
             self._plan_restart(worker, report.detail)
+
+    def _halted(self, report: Halted) -> None:
+        """A worker is stopped, or was. The others need not wait for it any longer than a roll call would."""
+        living = {name for name in self._members if (worker := self._current(*name)) is not None and not worker.masked}
+        seconds = self._halts.heard(report.rank, report.incarnation, report.seconds, living)
+        if seconds is not None and self.config.elastic:
+            log.warning(
+                "rank %d.%d has been stopped for %.1f s: the others go on without it",
+                report.rank, report.incarnation, seconds,
+            )  # fmt: skip
+            self._notice(report.rank, report.incarnation, "halted")
 
     def _unborn(self, report: m.Died) -> None:
         """A process that was asked for cannot be forked: nobody ever had this name, so the next one may."""
@@ -390,7 +410,7 @@ class Launcher:
         With --max-restarts 0 it is left alone: it ends by itself as soon as it runs."""
         if epoch <= self._epoch:
             return
-        self._epoch = epoch
+        self._epoch, self._members = epoch, members
         newest = {worker.rank: worker.incarnation for worker in self._workers.values()}
         for key in stale_keys(self._store.list_keys(), epoch, newest):
             self._store.delete_key(key)

@@ -3,12 +3,17 @@
 A worker that starts cold spends seconds on imports; one that is forked here computes after some milliseconds. The
 nursery runs no thread, no tensor operation and holds no device context, so a fork of it is clean.
 
+A spare nursery stands by: it was forked by the nursery, too, so it shares its pages and costs little. When the
+nursery dies, the spare one takes over at once and forks a spare of its own. Only when both are dead a new nursery has
+to import everything.
+
 Each worker is a grandchild: the process between ends at once, and the worker becomes the launcher's own child (the
 launcher is a subreaper). So the launcher can wait for it, a worker dies with the launcher, and nothing is lost when
 the nursery dies.
 
 Protocol, over a SOCK_SEQPACKET pair: a packet holds one MessagePack `Spec` and brings the read end of a pipe; the
-answer is one MessagePack integer, the pid. The newborn waits at the pipe until the launcher, who then knows it, lets it
+answer is one MessagePack integer, the pid. A packet with a `SpareSpec` brings the spare's own end of such a pair
+instead. The newborn waits at the pipe until the launcher, who then knows it, lets it
 go; when the launcher hangs up instead (the nursery died before it could answer), it ends without a trace. So no
 identity is ever used by two processes.
 """
@@ -19,17 +24,19 @@ import contextlib
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
-from phalanx.process import EXIT_FAILED, Spec, VaultSpec, WorkerSpec, die_with_parent
+from phalanx.process import EXIT_FAILED, SpareSpec, Spec, VaultSpec, WorkerSpec, die_with_parent
 
 log = logging.getLogger("phalanx.launcher")
 
@@ -51,6 +58,37 @@ class Born:
     pidfd: int
 
 
+class _Warm:
+    """A process that forks others, as its parent sees it."""
+
+    def __init__(self, pid: int, channel: socket.socket, started: subprocess.Popen[bytes] | None = None) -> None:
+        """started: for one that was not forked by another one."""
+        channel.setblocking(False)
+        self.ready = started is None
+        """Whether it has imported everything, as far as is known."""
+        self.pid, self.socket, self._started = pid, channel, started
+        self._pidfd = os.pidfd_open(pid)  # nobody but us reaps it as long as its birth is awaited
+
+    @property
+    def alive(self) -> bool:
+        return not select.select([self._pidfd], [], [], 0)[0]
+
+    def end(self) -> None:
+        """End it, also when it is stopped or dead, or was ended before. LOCAL."""
+        if self._pidfd < 0:
+            return
+        self.socket.close()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if self._started is not None:
+            self._started.wait()
+        else:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        os.close(self._pidfd)
+        self._pidfd = -1
+
+
 class Nursery:
     """The launcher's handle on its nursery process. No call waits for the nursery: births are asked for, and collected
     when `fd` is readable."""
@@ -59,15 +97,18 @@ class Nursery:
         self._wanted: deque[Spec] = deque()
         self._go: int | None = None
         """The write end of the pipe at which the process that is being born waits; its spec is the first wanted."""
+        self._spare: _Warm | None = None
+        self._spare_socket: socket.socket | None = None
+        """Our end of the one that is being born."""
         self._asked_at = 0.0
         self._barren = 0
-        self._start()
+        self._current = self._start()
 
-    def _start(self) -> None:
+    def _start(self) -> _Warm:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "phalanx.nursery", str(theirs.fileno()), str(os.getpid())]
         # A session of its own: a Ctrl-C in the terminal is the launcher's to hear, not that of an import under way.
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -75,18 +116,17 @@ class Nursery:
             env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ},  # a lost store is ours to tell, in one line
         )
         theirs.close()
-        mine.setblocking(False)
-        self._socket = mine
+        return _Warm(process.pid, mine, process)
 
     @property
     def fd(self) -> int:
         """Readable when `collect` has something to do; another one after each of its calls. LOCAL."""
-        return self._socket.fileno()
+        return self._current.socket.fileno()
 
     @property
     def pid(self) -> int:
         """The nursery's own process."""
-        return self._process.pid
+        return self._current.pid
 
     @property
     def failed(self) -> bool:
@@ -95,8 +135,8 @@ class Nursery:
 
     @property
     def waiting(self) -> int:
-        """Births asked for and not collected yet."""
-        return len(self._wanted)
+        """Births asked for and not collected yet, that of a spare nursery included."""
+        return len(self._wanted) + (self._spare_socket is not None)
 
     def ask(self, spec: Spec) -> None:
         """Ask for the process that `spec` describes. LOCAL."""
@@ -109,16 +149,27 @@ class Nursery:
         if self.failed:
             return born
         try:
-            while answer := self._socket.recv(64):
-                born.append(self._welcome(msgspec.msgpack.decode(answer, type=int)))
+            while answer := self._current.socket.recv(64):
+                pid = msgspec.msgpack.decode(answer, type=int)
+                if self._spare_socket is not None:
+                    self._spare, self._spare_socket = _Warm(pid, self._spare_socket), None
+                else:
+                    born.append(self._welcome(pid))
                 self._ask_next()
             self._replace("ended")
         except BlockingIOError:
-            if self._go is not None and time.monotonic() - self._asked_at > PATIENCE_S:
+            if self._is_busy and time.monotonic() - self._asked_at > PATIENCE_S:
                 self._replace("does not answer")
         except OSError:
             self._replace("ended")
         return born
+
+    def keep_a_spare(self) -> None:
+        """Have another spare nursery forked when the one that stood by has died. LOCAL."""
+        if self._spare is not None and not self._spare.alive:
+            self._spare.end()
+            self._spare = None
+            self._ask_next()
 
     def forsake(self) -> list[WorkerSpec]:
         """The workers that are owed and will not come, for it has failed; they are owed no more. LOCAL."""
@@ -130,26 +181,40 @@ class Nursery:
         """Try once more after it has failed: what was wrong may be over. LOCAL."""
         assert self.failed
         self._barren = MAX_BARREN - 1
-        self._start()
+        self._current = self._start()
         self._ask_next()
 
     def close(self) -> None:
         """End the nursery, also one that is stopped; workers live on, those still being born do not. LOCAL."""
-        self._hang_up()
-        self._socket.close()
-        self._process.kill()
-        self._process.wait()
+        self._close_current()
+        if self._spare is not None:
+            self._spare.end()
+            self._spare = None
 
     # --- parts
 
+    @property
+    def _is_busy(self) -> bool:
+        return self._go is not None or self._spare_socket is not None
+
     def _ask_next(self) -> None:
-        if self._go is not None or not self._wanted or self.failed:
+        """Ask for the next one that is wanted; when nobody is, for a spare nursery, if there is none. It does not hurry
+        a nursery that still imports: births come first."""
+        if self._is_busy or self.failed:
             return
-        reader, self._go = os.pipe2(os.O_CLOEXEC)
+        if self._wanted:
+            theirs, self._go = os.pipe2(os.O_CLOEXEC)
+            self._ask_for(self._wanted[0], theirs)
+            os.close(theirs)
+        elif self._spare is None and self._current.ready:
+            self._spare_socket, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._ask_for(SpareSpec(launcher_pid=os.getpid()), end.fileno())
+            end.close()
+
+    def _ask_for(self, spec: Spec | SpareSpec, theirs: int) -> None:
         self._asked_at = time.monotonic()
         with contextlib.suppress(OSError):  # a nursery that died is replaced by `collect`
-            socket.send_fds(self._socket, [msgspec.msgpack.encode(self._wanted[0])], [reader])
-        os.close(reader)
+            socket.send_fds(self._current.socket, [msgspec.msgpack.encode(spec)], [theirs])
 
     def _welcome(self, pid: int) -> Born:
         assert self._go is not None, "nobody asked for anybody"
@@ -157,7 +222,7 @@ class Nursery:
         with contextlib.suppress(BrokenPipeError):  # dead already: the pidfd tells
             os.write(self._go, b"!")
         self._hang_up()
-        self._barren = 0
+        self._barren, self._current.ready = 0, True
         return Born(self._wanted.popleft(), pid, pidfd)
 
     def _hang_up(self) -> None:
@@ -165,13 +230,30 @@ class Nursery:
             os.close(self._go)
             self._go = None
 
+    def _close_current(self) -> None:
+        self._hang_up()
+        if self._spare_socket is not None:
+            self._spare_socket.close()
+            self._spare_socket = None
+        self._current.end()
+
     def _replace(self, what: str) -> None:
-        self.close()
+        self._close_current()
         self._barren += 1
-        log.warning("the process that forks workers %s: %s", what, "no more" if self.failed else "starting another")
-        if not self.failed:
-            self._start()
-            self._ask_next()
+        spare, self._spare = self._spare, None
+        if spare is not None and (self.failed or not spare.alive):
+            spare.end()
+            spare = None
+        if self.failed:
+            then = "no more"
+        elif spare is not None:
+            then = f"the spare one (pid {spare.pid}) takes over"
+            self._current = spare
+        else:
+            then = "starting another"
+            self._current = self._start()
+        log.warning("the process that forks workers %s: %s", what, then)
+        self._ask_next()
 
 
 def main() -> None:
@@ -186,10 +268,21 @@ def main() -> None:
 
     gc.collect()
     gc.freeze()  # what is imported stays out of collections, so its pages stay shared
+
+    def become(spec: Spec, gate: int) -> None:
+        _become(worker.run if isinstance(spec, WorkerSpec) else keeper.run, spec, gate)
+
+    mine: socket.socket | None = channel
+    while mine is not None:
+        mine = _fork_on_request(mine, become)
+
+
+def _fork_on_request(channel: socket.socket, become: Callable[[Spec, int], None]) -> socket.socket | None:
+    """Until the launcher hangs up. None then; in a spare nursery that was forked on the way, its own channel."""
     while True:
         packet, fds, _, _ = socket.recv_fds(channel, MAX_PACKET, 1)
         if not packet:
-            return
+            return None
         (gate,) = fds
         reader, writer = os.pipe()
         between = os.fork()
@@ -201,8 +294,11 @@ def main() -> None:
             channel.close()
             os.close(reader)
             os.close(writer)
-            spec: Spec = msgspec.msgpack.decode(packet, type=WorkerSpec | VaultSpec)
-            _become(worker.run if isinstance(spec, WorkerSpec) else keeper.run, spec, gate)
+            spec: Spec | SpareSpec = msgspec.msgpack.decode(packet, type=WorkerSpec | VaultSpec | SpareSpec)
+            if isinstance(spec, SpareSpec):
+                die_with_parent(spec.launcher_pid)
+                return socket.socket(fileno=gate)
+            become(spec, gate)
         os.close(writer)
         os.close(gate)
         answer = os.read(reader, 64)

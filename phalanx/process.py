@@ -66,6 +66,12 @@ class VaultSpec(msgspec.Struct, frozen=True, kw_only=True, tag="vault"):
         return msgspec.structs.replace(self, incarnation=incarnation)
 
 
+class SpareSpec(msgspec.Struct, frozen=True, kw_only=True, tag="spare"):
+    """A spare for the process that forks all these."""
+
+    launcher_pid: int
+
+
 Spec = WorkerSpec | VaultSpec
 
 

@@ -197,7 +197,7 @@ class Soak:
         """Count when the vault is full, and what ended was waited for; a plan under way is a process of its own."""
         status = await ground.until("a full vault", lambda status: status["vault"]["state"] == "full")
         keys = await asyncio.to_thread(self._store_keys, ground.launcher)  # first: it connects, which is a file
-        expected = {"launcher": 1, "server": 1, "nursery": 1, "keeper": 1, "rank": self._ranks}
+        expected = {"launcher": 1, "server": 1, "nursery": 2, "keeper": 1, "rank": self._ranks}
         deadline = time.monotonic() + 30
         while True:
             census = await asyncio.to_thread(take_census, ground.launcher, roles(await ground.status()))

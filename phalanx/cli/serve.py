@@ -155,7 +155,7 @@ def _check_device(config: ServeConfig) -> None:
 def _check_model(config: ServeConfig) -> str:
     """Raise for all that ranks and server would find wrong with the model, or with these flags for it; else a digest of
     its shape, which is to be the same on each host. LOCAL."""
-    from phalanx.elastic.vault.fabric import chosen
+    from phalanx.elastic.vault.fabric import check_devices, chosen, rdma_devices
     from phalanx.model.loader import Checkpoint
     from phalanx.observe.events import EventLog
     from phalanx.server.text import ModelText
@@ -165,6 +165,7 @@ def _check_model(config: ServeConfig) -> str:
     config.context_length(model.max_position)
     config.kv_blocks(model.kv_bytes(config.block_size, ELEMENT_BYTES[config.dtype]))
     chosen(config)
+    check_devices(config, rdma_devices())
     ModelText(config.model, config.chat_template)
     EventLog(config.events_file).close()
     return hashlib.sha256(repr(model).encode()).hexdigest()

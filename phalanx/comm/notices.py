@@ -20,7 +20,7 @@ import numpy.typing as npt
 from phalanx.comm import segment
 from phalanx.world import Member
 
-Cause = Literal["exit", "signal", "exception", "evicted", "operator", "host"]
+Cause = Literal["exit", "signal", "exception", "evicted", "operator", "host", "halted"]
 _CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 _MAGIC = 0x5048_414C_4E4F_5401

@@ -29,6 +29,7 @@ from phalanx.hosts.talk import (
     Beat,
     Channel,
     End,
+    Halted,
     Hello,
     HungUp,
     Leaving,
@@ -37,6 +38,7 @@ from phalanx.hosts.talk import (
     NoticeCause,
     Refuse,
     Register,
+    Report,
     SignalWorker,
     StartWorker,
     ToFirst,
@@ -100,7 +102,7 @@ class Events:
 
     joined: Callable[[int, str], None]
     lost: Callable[[int, str], None]
-    said: Callable[[m.Spawned | m.Died | m.VaultState], None]
+    said: Callable[[Report], None]
     dead: Callable[[], list[tuple[int, int, NoticeCause]]]
     """What a newcomer's notice board is to say."""
 
@@ -287,13 +289,13 @@ class Muster:
 
     def _heard(self, host: _Host, message: ToFirst) -> None:
         match message:
-            case m.Spawned(rank=rank, incarnation=incarnation) | m.Died(rank=rank, incarnation=incarnation):
+            case m.Spawned(rank=rank) | m.Died(rank=rank) | Halted(rank=rank):
                 if rank not in self.places.ranks_of(host.node_rank):
                     raise HungUp(f"it speaks of rank {rank}, which is none of its own")
                 if isinstance(message, m.Spawned):
-                    self._open_door(host, rank, incarnation)
-                else:
-                    self._close_door(host, (rank, incarnation))
+                    self._open_door(host, rank, message.incarnation)
+                elif isinstance(message, m.Died):
+                    self._close_door(host, (rank, message.incarnation))
                 self._events.said(message)
             case m.VaultState():
                 self._events.said(message)

@@ -23,7 +23,7 @@ MAX_MESSAGE = 1 << 20
 MAX_WAITING = 16 << 20
 _LENGTH = struct.Struct("<I")
 
-NoticeCause = Literal["exit", "signal", "exception", "evicted", "operator", "host"]
+NoticeCause = Literal["exit", "signal", "exception", "evicted", "operator", "host", "halted"]
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +59,18 @@ class Leaving(m.Message, frozen=True):
     """This host was asked to stop: its ranks are out from now on."""
 
 
-ToFirst = Register | Beat | Leaving | m.Spawned | m.Died | m.VaultState
+class Halted(m.Message, frozen=True):
+    """What a look at a worker's process found that is stopped, or was at the look before (`halts.Halt`)."""
+
+    rank: int
+    incarnation: int
+    seconds: float | None
+
+
+Report = m.Spawned | m.Died | m.VaultState | Halted
+"""What whoever looks after processes says of them."""
+
+ToFirst = Register | Beat | Leaving | Report
 
 
 # --- from the first host

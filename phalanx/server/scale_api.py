@@ -28,15 +28,21 @@ def routes() -> APIRouter:
 
     @router.post("/scale_elastic_ep", responses=answers)
     async def scale(request: ScaleRequest, service: ServiceHere) -> Response:
-        """Have `new_ep_size` ranks. Answers when they serve, or with 500 and the reason when they will not. The scaling
-        goes on when the client goes away; `/fault_tolerance/status` says how far it is."""
+        """Have `new_ep_size` ranks. Answers when they serve, with the ranks that there are, those that were added and
+        those that left, or with 500 and the reason when they will not. The scaling goes on when the client goes away;
+        `/fault_tolerance/status` says how far it is."""
         size, param = _size(request)
         with _refusing(service, param) as link:
             ended = link.scale(link.scaler.resized(size), request.drain_timeout)
         done = await ended
         if done.failure:
             raise ApiError(500, str(done), code="scaling_failed")
-        return json_answer({"message": f"Scaled to {size} ranks", "ranks": sorted(done.ranks), "seconds": done.seconds})
+        return json_answer(
+            {
+                "message": f"Scaled to {size} ranks", "ep_size": len(done.ranks), "ranks": sorted(done.ranks),
+                "added": done.added, "removed": done.removed, "seconds": done.seconds,
+            }
+        )  # fmt: skip
 
     @router.get("/is_scaling_elastic_ep")
     @router.post("/is_scaling_elastic_ep")

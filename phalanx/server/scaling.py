@@ -7,6 +7,7 @@ when the others serve without it.
 
 Whoever dies meanwhile dies as ever; here it is only looked at, after each message and each tick, whether what is wanted
 has come about, or can no longer. In the second case all goes back to what was, but for new ranks that serve already.
+It has not come about before somebody serves in the new size: ranks that are all there may lack experts.
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ class Scale:
     """Ranks that were told to leave."""
     seconds: float = 0.0
     failure: str = ""
+
+    @property
+    def added(self) -> list[int]:
+        """The places that are in use and were not before."""
+        return sorted(self.ranks - self.before)
+
+    @property
+    def removed(self) -> list[int]:
+        """The places that were in use before and are no longer."""
+        return sorted(self.before - self.ranks)
 
     def __str__(self) -> str:
         return (
@@ -139,8 +150,8 @@ class Scaler:
         going = [
             r for rank in sorted(scale.before - scale.ranks) if (r := self._roster.records.get(rank)) and not r.dead
         ]
-        missing = [rank for rank in sorted(scale.ranks - scale.before) if not self._serves(rank)]
-        if not going and not missing:
+        missing = [rank for rank in scale.added if not self._serves(rank)]
+        if not going and not missing and any(map(self._serves, scale.ranks)):
             self._finish(scale, scale.ranks, "")
         elif why := self._hopeless(scale, going, missing):
             self._give_up(scale, going, why)
@@ -166,11 +177,15 @@ class Scaler:
         lacking = {rank: why for rank in missing if (why := self._why_it_will_not_come(rank))}
         if lacking and len(lacking) == len(missing):  # the others are in by now
             return f"rank {missing[0]} does not start: {lacking[missing[0]]}"
-        if going and len(alive := self._may_serve(scale.ranks)) < self._needed:
-            return f"of the ranks that were to stay {len(alive)} are alive, and {self._needed} are needed"
+        if len(alive := self._may_serve(scale.ranks)) < self._needed:
+            which = "were to stay" if going else "are wanted"
+            return f"of the ranks that {which} {len(alive)} are alive, and {self._needed} are needed"
+        if why := self._why_all_cannot(alive):
+            return f"ranks {alive} are there, and cannot serve: {why}"
         if self._clock() >= scale.give_up_s:
             ranks = sorted([*missing, *(r.identity.rank for r in going)])
-            done = "come in" if missing else "left"
+            done = "come in" if missing else "left" if going else "served"
+            ranks = ranks or sorted(scale.ranks)
             return f"ranks {ranks} have not {done} within {scale.give_up_s - scale.began_s:.0f} s"
         return ""
 
@@ -207,6 +222,13 @@ class Scaler:
     def _may_serve(self, ranks: frozenset[int]) -> list[int]:
         """Those that live, or that the launcher will start again."""
         return sorted(rank for rank in ranks if not self._why_it_will_not_come(rank))
+
+    def _why_all_cannot(self, ranks: list[int]) -> str:
+        """Why these ranks cannot serve, when each of them says so: a newcomer says it after it was let in, so they have
+        met, and nobody is awaited whose coming could help. Empty when one of them has not said it."""
+        records = [self._roster.records.get(rank) for rank in ranks]
+        reasons = [record.cannot_serve for record in records if record is not None and not record.dead]
+        return reasons[0] if len(reasons) == len(ranks) > 0 and all(reasons) else ""
 
     def _why_it_will_not_come(self, rank: int) -> str:
         """Why a rank that does not live is not started either; empty when it lives, or will be."""

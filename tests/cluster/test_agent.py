@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from phalanx import messages as m
 from phalanx import wire
 from phalanx.hosts.muster import TOKENLESS
-from phalanx.hosts.talk import Channel, End, Hello, Register, StartWorker, ToFirst, Welcome
+from phalanx.hosts.talk import Channel, End, Halted, Hello, Register, StartWorker, ToFirst, Welcome
 from phalanx.testing.service import Service
 
 pytestmark = pytest.mark.cluster
@@ -58,7 +59,7 @@ def agent(tiny: Path) -> Iterator[tuple[Service, socket.socket]]:
         service.stop()
 
 
-def test_a_launcher_whose_first_host_hangs_up_at_once_asks_again_and_ends_cleanly_though_nobody_hears_it(
+def test_a_launcher_whose_first_host_hangs_up_asks_again_tells_who_is_stopped_and_ends_cleanly_though_nobody_hears(
     agent: tuple[Service, socket.socket],
 ) -> None:
     service, listener = agent
@@ -69,6 +70,9 @@ def test_a_launcher_whose_first_host_hangs_up_at_once_asks_again_and_ends_cleanl
     first.send(Welcome(cluster="the cluster", session=1, dead=[]))
     first.send(StartWorker(rank=1, incarnation=0))
     worker = first.hear(m.Spawned).pid
+    os.kill(worker, signal.SIGSTOP)
+    assert (halted := first.hear(Halted)) == Halted(rank=1, incarnation=0, seconds=0.0), halted
+    assert first.hear(Halted).seconds > 0, "and so on, for as long as it is stopped"
     first.send(End(reason="it is enough"))
     first.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     first.connection.close()

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from asking import becomes, eventually, get, instruct, post, problem, states
+from asking import becomes, eventually, get, instruct, metric, post, problem, states
 from standing import Standing, incarnations
 from streams import PROMPTS, SAMPLING, Streams
 
@@ -57,12 +57,20 @@ def test_each_rank_in_turn_and_one_twice_is_killed_and_comes_back_and_no_stream_
         check(both_kinds(service.url), unfailed)  # the ranks that came back serve like the first ones
 
 
-def test_a_rank_comes_back_to_an_idle_service(patient: Standing, unfailed: Unfailed) -> None:
-    with patient.losing(0) as service:
-        seen = service.lines
-        service.signal(0, signal.SIGKILL)
-        back(service, 0, after=seen)  # no heartbeat wakes anybody so soon
-        check(both_kinds(service.url), unfailed)
+def test_a_rank_that_was_killed_or_stopped_comes_back_to_an_idle_service(serve: Serve, unfailed: Unfailed) -> None:
+    service = serve(max_restarts=3, heartbeat_interval=3600, peer_timeout=1, roll_call_timeout=2)
+    seen = service.lines
+    service.signal(0, signal.SIGKILL)
+    back(service, 0, after=seen, timeout_s=25)
+    assert incarnations(service) == [1, 0, 0, 0]
+    check(both_kinds(service.url), unfailed)
+
+    seen = service.lines
+    service.signal(1, signal.SIGSTOP)  # all sleep, so nobody waits for it: only the launcher can find it
+    service.wait_for_line(r"rank 1\.0 has been stopped for .* s: the others go on without it", after=seen)
+    back(service, 1, after=seen)
+    assert incarnations(service) == [1, 1, 0, 0]
+    eventually(lambda: metric(service, "phalanx_rank_failures_total", 'cause="halted"') == 1)
 
 
 def test_all_ranks_killed_at_once_come_back_and_the_streams_go_on(standing: Standing, unfailed: Unfailed) -> None:
@@ -165,35 +173,42 @@ def test_below_min_ranks_the_service_says_so_and_its_requests_go_on_when_a_rank_
     assert incarnations(service) == [1, 0]
 
 
-def test_a_rank_returns_though_the_process_that_forks_ranks_was_killed(standing: Standing) -> None:
-    with standing.losing(1) as service:
-        nursery = nursery_of(service)
-        seen = service.lines
-        os.kill(nursery, signal.SIGKILL)
+def test_the_process_that_forks_ranks_has_a_spare_and_without_both_an_operator_gets_a_rank_back(serve: Serve) -> None:
+    service = serve(ep_size=2, max_restarts=3)
+    pair = nurseries_of(service, 2)
+    [first] = [pid for pid in pair if os.getsid(pid) == pid]  # it was started; the other one was forked
+    [spare] = pair - {first}
+    seen = service.lines
+    os.kill(first, signal.SIGKILL)
+    service.signal(1, signal.SIGKILL)
+    service.wait_for_line(
+        rf"the process that forks workers ended: the spare one \(pid {spare}\) takes over", after=seen
+    )
+    back(service, 1, after=seen)
+
+    [newest] = nurseries_of(service, 2) - {spare}
+    os.kill(newest, signal.SIGKILL)
+    [newest] = nurseries_of(service, 2, other_than={newest}) - {spare}  # a spare that dies is replaced, too
+    seen = service.lines
+    os.kill(spare, signal.SIGSTOP)
+    os.kill(newest, signal.SIGKILL)
+    service.signal(1, signal.SIGKILL)
+    service.wait_for_line(r"rank 1 is started, as 1\.2", after=seen)
+    os.kill(spare, signal.SIGKILL)
+    dead = {spare, newest}
+    for _ in range(2):  # its successors die before they have imported anything
         service.wait_for_line("the process that forks workers ended: starting another", after=seen)
-        service.signal(1, signal.SIGKILL)
-        back(service, 1, after=seen)
-
-
-def test_when_no_process_can_be_forked_the_rank_says_so_and_an_operator_gets_it_back(standing: Standing) -> None:
-    with standing.losing(1) as service:
         seen = service.lines
-        nursery = nursery_of(service)
-        os.kill(nursery, signal.SIGSTOP)
-        service.signal(1, signal.SIGKILL)
-        service.wait_for_line(r"rank 1 is started, as 1\.\d+", after=seen)
+        [nursery] = nurseries_of(service, 1, other_than=dead)
+        dead.add(nursery)
         os.kill(nursery, signal.SIGKILL)
-        for _ in range(2):  # its successors die before they have imported anything
-            service.wait_for_line("the process that forks workers ended: starting another", after=seen)
-            seen = service.lines
-            nursery = nursery_of(service, other_than=nursery)
-            os.kill(nursery, signal.SIGKILL)
-        service.wait_for_line("the process that forks workers ended: no more", after=seen)
-        service.wait_for_line("rank 1 is not started again: no process can be started", after=seen)
-        eventually(lambda: "no process can be started" in problem(service, 1))
-        assert get(service, "/ready").status_code == 200
-        assert instruct(service, "rejoin", rank=1).status_code == 202
-        back(service, 1, after=seen)
+    service.wait_for_line("the process that forks workers ended: no more", after=seen)
+    service.wait_for_line("rank 1 is not started again: no process can be started", after=seen)
+    eventually(lambda: "no process can be started" in problem(service, 1))
+    assert get(service, "/ready").status_code == 200
+    assert instruct(service, "rejoin", rank=1).status_code == 202
+    back(service, 1, after=seen)
+    assert incarnations(service) == [0, 2]
 
 
 def test_a_rank_that_returns_to_a_paused_service_is_paused(standing: Standing, unfailed: Unfailed) -> None:
@@ -210,15 +225,16 @@ def test_a_rank_that_returns_to_a_paused_service_is_paused(standing: Standing, u
         check(streams, unfailed)
 
 
-def nursery_of(service: Service, other_than: int = 0) -> int:
-    """The process that forks workers; there must be one in a moment. Whom it forked has the same command line, but it
-    alone leads a session."""
+def nurseries_of(service: Service, count: int, other_than: frozenset[int] | set[int] = frozenset()) -> set[int]:
+    """The process that forks workers and its spare, when there are so many. Whom they forked has the same command
+    line."""
     while True:
         assert service.process.poll() is None, service.log
-        for pid in children(service.process.pid):
-            with suppress(ProcessLookupError, FileNotFoundError):  # it has just ended
-                if pid != other_than and "phalanx.nursery" in command(pid) and os.getsid(pid) == pid:
-                    return pid
+        status = service.status()
+        forked = {status["vault"]["pid"], *(rank["pid"] for rank in status["ranks"]), *other_than}
+        pids = {pid for pid in children(service.process.pid) if "phalanx.nursery" in command(pid)} - forked
+        if len(pids) == count:
+            return pids
 
 
 def children(pid: int) -> list[int]:
@@ -227,5 +243,7 @@ def children(pid: int) -> list[int]:
 
 
 def command(pid: int) -> str:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
+    """Empty when the process has just ended."""
+    with suppress(ProcessLookupError, FileNotFoundError), open(f"/proc/{pid}/cmdline", "rb") as file:
         return file.read().replace(b"\0", b" ").decode()
+    return ""

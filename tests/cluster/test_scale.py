@@ -127,3 +127,12 @@ def test_a_rank_that_does_not_start_ends_the_scaling_and_one_that_leaves_gives_i
     becomes(lambda: service.status()["last_recovery"]["left"], [0, 2])
     restored = service.status()["last_recovery"]["bytes_restored"]
     assert (restored["vault"], restored["disk"], restored["peer"] > 0) == (0, 0, True), "nobody else has them"
+
+    assert scale(service, 2).json()["added"] == [0], "from live replicas alone"
+    service.signal(0, signal.SIGKILL)
+    service.wait_for_line(r"rank 1\.\d+ cannot serve: .*no source has an intact copy")
+    for size in (3, 1):
+        answer = scale(service, size)
+        message = answer.json()["error"]["message"]
+        assert (answer.status_code, "cannot serve: cannot restore" in message) == (500, True), answer.text
+        assert "the ranks are [0, 1]" in message

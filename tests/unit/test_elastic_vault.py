@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from phalanx.elastic.replan import diff
 from phalanx.elastic.restore import DiskSource, PeerSource, Restore, VaultSource
 from phalanx.elastic.vault.memory import Follower, Vault, VaultGone, VaultMemory, VaultShape
 from phalanx.elastic.vault.room import room_for
+from phalanx.halts import HELPER_HALT_S, LOOK_S
 from phalanx.model.layers import DenseWeights
 from phalanx.model.loader import Checkpoint
 from phalanx.moe.experts import BorrowedSlot, PeerBank, SlotBank, digest
@@ -430,6 +433,45 @@ def test_keepers_that_end_to_no_effect_are_given_up_and_those_that_get_on_are_no
     assert told[0].filled_bytes == vault.filled_bytes == vault.shape.expert_bytes, "what is there is still used"
     assert told[0].total_bytes == vault.shape.weight_bytes
     vault.close()
+    custodian.close()
+
+
+def test_a_keeper_that_stays_stopped_is_replaced_and_one_that_is_stopped_for_a_moment_is_not(tiny: Path) -> None:
+    told, custodian, spec = custodian_of(tiny)
+    incarnations: list[int] = []
+
+    def ask(spec: VaultSpec) -> None:
+        incarnations.append(spec.incarnation)
+        pid = os.posix_spawn("/bin/sleep", ["sleep", "3600"], {})
+        custodian.born(pid, os.pidfd_open(pid))
+
+    def look(*seconds: float) -> bool:
+        """Look so often; whether the keeper was killed by it."""
+        for now_s in seconds:
+            custodian.look(now_s)
+        return bool(select.select([custodian.pidfd], [], [], 0)[0])
+
+    custodian.start(spec, ask)
+    assert not look(*(LOOK_S * n for n in range(200))), "it sleeps: that is no stop"
+    pid = custodian.pid
+    for _ in range(3):
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED)
+        assert not look(*np.arange(0.0, HELPER_HALT_S, LOOK_S))
+        os.kill(pid, signal.SIGCONT)
+        os.waitid(os.P_PID, pid, os.WCONTINUED)
+        assert not look(1000.0)
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+    custodian.look(0.0)
+    assert not look(3600.0), "whoever looks once an hour knows nothing of the hour"
+    for now_s in np.arange(3600.0, 3600.0 + 2 * HELPER_HALT_S, LOOK_S):
+        custodian.look(float(now_s))
+    assert select.select([custodian.pidfd], [], [], 60)[0], "it was killed"
+    custodian.buried()
+    assert incarnations == [0, 1]
+    assert custodian.pid != pid
+    assert not told
     custodian.close()
 
 

@@ -99,3 +99,15 @@ def test_a_machine_without_a_cuda_device_is_told_so(served: Path) -> None:
 
 def test_cuda_computes_in_bfloat16_alone(served: Path) -> None:
     assert "--dtype float32" in refusal(str(served), "--device", "cuda", "--dtype", "float32")
+
+
+@pytest.mark.parametrize("flag", ["--ib-device", "--mooncake-ib-device"])
+def test_a_device_between_hosts_that_is_not_there_is_named_before_anything_starts(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    (tmp_path / "mooncake").mkdir()  # as if the Transfer Engine were installed
+    (tmp_path / "mooncake" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hosts = ("--nnodes", "2", "--ep-size", "2", "--dist-init-addr", "127.0.0.1:25555", "--vault-transport", "mooncake")
+    said = refusal(str(served), *hosts, flag, "no_such_device")
+    assert "--ib-device no_such_device: this host has no such RDMA device" in said

@@ -134,9 +134,13 @@ def test_a_rank_that_left_is_no_failure_and_its_change_says_so(office: Office) -
     assert office.router.roster.reasons() == {}
 
 
-def test_a_rank_that_is_killed_before_it_left_is_a_failure_and_the_scaling_is_over(office: Office) -> None:
+def test_a_rank_that_is_killed_before_it_left_is_a_failure_and_the_scaling_is_over_when_the_others_serve(
+    office: Office,
+) -> None:
     office.resize(2)
     office.died(2)
+    assert not office.ended, "what only it held may be lost"
+    office.meet((0, 0), (1, 0), lost=(2,))
     assert office.outcome() == ([0, 1], "")
     assert office.value("phalanx_rank_failures_total", cause="signal") == 1
 
@@ -186,6 +190,7 @@ def test_the_living_must_not_leave_when_those_that_would_stay_are_given_up() -> 
         office.scale({0, 1})
     assert refused.value.busy
     office.scale({0, 2})
+    office.meet((0, 0), (2, 0), lost=(1,))
     assert office.outcome() == ([0, 2], "")
 
 
@@ -306,7 +311,96 @@ def test_nobody_leaves_in_favour_of_ranks_whose_host_is_lost(office: Office) -> 
     with pytest.raises(ScaleRefused, match="of the 1 ranks that would be left 0 are alive"):
         office.scale({2})
     office.resize(2)
+    office.meet((0, 0), (1, 0), lost=(2,))
     assert office.outcome() == ([0, 1], "")
+
+
+LOST = "cannot restore layer 0 expert 1: no source has an intact copy"
+
+
+def cannot(office: Office, epoch: int, *members: tuple[int, int]) -> None:
+    """All members of a view say that it cannot serve."""
+    view = [
+        m.MemberInfo(rank=rank, incarnation=incarnation, pid=1, host="h", device="cpu") for rank, incarnation in members
+    ]
+    for rank, incarnation in members:
+        office.hear(m.CannotServe(rank=rank, incarnation=incarnation, epoch=epoch, reason=LOST, members=view))
+
+
+def test_new_ranks_that_are_in_and_lack_experts_like_all_end_the_scaling_with_that_reason(office: Office) -> None:
+    office.died(2)
+    office.hear(m.GivenUp(rank=2, incarnation=0, reason="it is not started again"))
+    cannot(office, 2, (0, 0), (1, 0))
+    office.resize(4)
+    assert not office.ended, "a new rank may be all that is needed"
+    office.hear(m.Spawned(rank=3, incarnation=1, pid=7))
+    cannot(office, 3, (0, 0), (1, 0), (3, 1))
+    assert office.outcome() == ([0, 1, 2], f"ranks [0, 1, 3] are there, and cannot serve: {LOST}")
+    assert office.used == [[0, 1, 2, 3], [0, 1, 2]]
+
+
+def test_too_few_slots_are_no_end_of_a_scaling_while_a_rank_is_on_its_way(office: Office) -> None:
+    office.died(2)
+    cannot(office, 2, (0, 0), (1, 0))
+    office.resize(4)
+    office.hear(m.Spawned(rank=2, incarnation=1, pid=7))
+    office.hear(m.Spawned(rank=3, incarnation=1, pid=8))
+    cannot(office, 3, (0, 0), (1, 0), (3, 1))
+    assert not office.ended
+    office.meet((0, 0), (1, 0), (2, 1), (3, 1), trigger="join")
+    assert office.outcome() == ([0, 1, 2, 3], "")
+
+
+def test_who_could_not_serve_and_died_is_awaited_like_anybody(office: Office) -> None:
+    office.died(2)
+    office.hear(m.GivenUp(rank=2, incarnation=0, reason="it is not started again"))
+    cannot(office, 2, (0, 0), (1, 0))
+    office.resize(4)
+    office.hear(m.Spawned(rank=3, incarnation=1, pid=7))
+    office.died(0)
+    cannot(office, 3, (1, 0), (3, 1))
+    assert not office.ended
+    office.hear(m.Spawned(rank=0, incarnation=1, pid=8))
+    cannot(office, 4, (0, 1), (1, 0), (3, 1))
+    assert office.outcome()[1].startswith("ranks [0, 1, 3] are there, and cannot serve")
+
+
+def test_a_size_of_which_nobody_is_started_again_is_no_success(office: Office) -> None:
+    for rank in range(3):
+        office.died(rank)
+        office.hear(m.GivenUp(rank=rank, incarnation=0, reason="it is not started again"))
+    office.resize(3)
+    assert office.outcome() == ([0, 1, 2], "of the ranks that are wanted 0 are alive, and 1 are needed")
+
+
+def test_nobody_leaves_a_service_that_cannot_serve_without_its_experts(office: Office) -> None:
+    cannot(office, 2, (0, 0), (1, 0), (2, 0))
+    office.resize(2)
+    assert office.outcome() == ([0, 1, 2], f"ranks [0, 1] are there, and cannot serve: {LOST}")
+    assert [office.told(rank) for rank in range(3)] == [[], [], []]
+
+
+def test_experts_that_a_leaving_rank_takes_along_when_it_is_killed_are_a_failed_scaling(office: Office) -> None:
+    office.resize(2)
+    assert len(office.told(2)) == 1
+    office.died(2)
+    cannot(office, 2, (0, 0), (1, 0))
+    assert office.outcome() == ([0, 1, 2], f"ranks [0, 1] are there, and cannot serve: {LOST}")
+    assert office.used[-1] == [0, 1, 2]
+
+
+def test_a_size_that_is_there_and_does_not_serve_is_no_success(office: Office) -> None:
+    cannot(office, 2, (0, 0), (1, 0), (2, 0))
+    office.resize(3)
+    assert office.outcome() == ([0, 1, 2], f"ranks [0, 1, 2] are there, and cannot serve: {LOST}")
+
+
+def test_the_end_of_a_scaling_says_who_was_added_and_who_left(office: Office) -> None:
+    office.scale({0, 2, 4})
+    office.hear(m.Spawned(rank=4, incarnation=1, pid=7))
+    office.meet((0, 0), (2, 0), (4, 1), trigger="scale", left=(1,))
+    [scale] = office.ended
+    assert (scale.added, scale.removed, scale.failure) == ([4], [1], "")
 
 
 def test_the_end_of_the_service_ends_a_scaling_and_none_is_begun(office: Office) -> None:

@@ -23,10 +23,11 @@ import msgspec
 
 from phalanx import wire
 from phalanx.elastic.store import Store, TcpStore
-from phalanx.elastic.vault.fabric import chosen, rdma_devices
+from phalanx.elastic.vault.fabric import chosen, engine_devices
 from phalanx.elastic.vault.memory import Vault, VaultGone
 from phalanx.elastic.vault.transport import CONNECT_S, Greeting, Request, Stall, encoded_shape, stall_key
 from phalanx.errors import PhalanxError
+from phalanx.halts import HELPER_HALT_S, wait_for_child
 from phalanx.moe.experts import PeerBank, StaleAddress
 from phalanx.process import VaultSpec, die_with_parent
 
@@ -50,8 +51,9 @@ _LOOK_S = 0.5
 
 
 class StallProcess(threading.Thread):
-    """The keeper's hold on the process: starts it, and starts it again. A thread, to be started before the keeper takes
-    a low priority: what this thread forks has the thread's own, and dies with it."""
+    """The keeper's hold on the process: starts it, and starts it again, also one that stays stopped. A thread, to
+    be started before the keeper takes a low priority: what this thread forks has the thread's own, and dies with
+    it."""
 
     def __init__(self, spec: VaultSpec) -> None:
         """Listens from now on. OSError when the host's address is not this host's."""
@@ -67,7 +69,7 @@ class StallProcess(threading.Thread):
             pid = os.fork()
             if pid == 0:
                 self._become(keeper)
-            _, status = os.waitpid(pid, 0)
+            status = wait_for_child(pid, HELPER_HALT_S)
             log.warning("the process that serves this host's memory to the others ended: starting it again")
             log.debug("its wait status was %d", status)
             time.sleep(RESTART_S)
@@ -122,7 +124,7 @@ def _offer_mooncake(spec: VaultSpec, vault: Vault, stall: Stall) -> None:
         time.sleep(_LOOK_S)
     assert spec.site is not None
     try:
-        segment = Segment(spec.site.host, "rdma" if rdma_devices() else "tcp", spec.config.ib_device, vault.everything)
+        segment = Segment(spec.site.host, *engine_devices(spec.config), vault.everything)
     except PhalanxError as error:
         log.warning("other hosts read this vault by tcp: %s", error)
         return

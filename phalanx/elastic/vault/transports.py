@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phalanx.config import ServeConfig
-from phalanx.elastic.vault.fabric import chosen, rdma_devices
+from phalanx.elastic.vault.fabric import chosen, engine_devices
 from phalanx.elastic.vault.mooncake import MooncakeTransport
 from phalanx.elastic.vault.transport import TcpTransport, Transport
 from phalanx.wire import Site
@@ -13,5 +13,5 @@ def transports(config: ServeConfig, site: Site) -> list[Transport]:
     """The transports of a process of this host, the fastest first; TCP is always the last. LOCAL."""
     found: list[Transport] = [TcpTransport(site.token)]
     if chosen(config) == "mooncake":
-        found.insert(0, MooncakeTransport(site.host, "rdma" if rdma_devices() else "tcp", config.ib_device))
+        found.insert(0, MooncakeTransport(site.host, *engine_devices(config)))
     return found
