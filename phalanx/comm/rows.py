@@ -27,6 +27,7 @@ class Handle:
 
     order_P: int64 [T*K], own pairs sorted by destination rank; bounds: where each rank's begin, by rank.
     cuts: for each source rank that was heard, the range of its pairs in y_MD.
+    token_M: int64 [M], the received pairs' tokens, counted through all sources; starts: where each source's begin.
     """
 
     epoch: int
@@ -34,16 +35,27 @@ class Handle:
     order_P: Int64Array
     bounds: list[int]
     cuts: dict[int, tuple[int, int]]
+    token_M: Int64Array
+    starts: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The tokens that want one of our slots: x_ND raw [N, D], row_M and slot_M int64 [M], cuts as in `Handle`."""
+    """The tokens that want one of our slots: x_ND raw [N, D], row_M and slot_M int64 [M]; the rest as in `Handle`."""
 
     x_ND: Raw
     row_M: Int64Array
     slot_M: Int64Array
     cuts: dict[int, tuple[int, int]]
+    token_M: Int64Array
+    starts: list[int]
+
+
+def origins(handle: Handle) -> tuple[Int64Array, Int64Array]:
+    """Source rank and token within it of each received pair, int64 [M] both."""
+    pairs = [b - a for a, b in handle.cuts.values()]
+    source_M = np.repeat(np.array(list(handle.cuts), np.int64), pairs)
+    return source_M, handle.token_M - np.repeat(np.array(handle.starts[: len(pairs)], np.int64), pairs)
 
 
 def sort_by_rank(slots_P: Int32Array, ep_size: int, slots_per_rank: int) -> tuple[Int64Array, list[int]]:
@@ -85,7 +97,7 @@ def take(
         if a < b:
             x_TD.take(token_N[a:b] - starts[i], 0, x_ND[a:b], "clip")
         cuts[source] = (at_M[i], at_M[i + 1])
-    return Taken(x_ND, first_M.cumsum() - 1, local_P[hit_M].astype(np.int64), cuts)
+    return Taken(x_ND, first_M.cumsum() - 1, local_P[hit_M].astype(np.int64), cuts, token_M, starts)
 
 
 def place(parts: Sequence[tuple[Int64Array, Raw]], pairs: int, hidden: int, raw: type[np.generic]) -> Raw:
