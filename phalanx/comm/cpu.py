@@ -41,7 +41,6 @@ from phalanx.comm.segment import (
     OwnSegment,
     PeerSegment,
     Raw,
-    gone,
     memory_fence,
 )
 from phalanx.comm.silence import Silence
@@ -208,7 +207,12 @@ class CpuCommunicator(Communicator):
         if self._peers.streams:
             order_P, bounds = rows.sort_by_rank(slots, self.ep_size, self.slots_per_rank)
             wants = {peer.rank: rows.wanted_by(peer.rank, order_P, bounds, K) for peer in self._peers.streams}
-            self._send({rank: (x[tokens], slots.reshape(T, K)[tokens]) for rank, tokens in wants.items()})
+            self._send(
+                {
+                    rank: (x[tokens], slots.reshape(T, K)[tokens], tokens.astype(np.int32))
+                    for rank, tokens in wants.items()
+                }
+            )
         else:
             self._send()
             order_P, bounds = rows.sort_by_rank(slots, self.ep_size, self.slots_per_rank)
@@ -222,6 +226,7 @@ class CpuCommunicator(Communicator):
             return self._nothing(len(x))
         layout, parity, tokens_word = self._layout, self._parity, self._area + Layout.TOKENS
         sources: list[rows.Tokens] = []
+        numbers: dict[int, rows.Int32Array] = {}
         for peer in self._peers.sources:
             if peer is None:
                 sources.append((self.rank, x, slots))
@@ -229,13 +234,15 @@ class CpuCommunicator(Communicator):
             # A count that is no count can only come from a peer that went on without us: see `_check_overtaken`.
             T = min(peer.words[tokens_word], layout.max_tokens)
             sources.append((peer.rank, peer.x[parity], peer.slots[parity][: T * layout.top_k]))
+            if isinstance(peer, StreamPeer):
+                numbers[peer.rank] = peer.numbers[parity][:T].copy()
         taken = rows.take(sources, self.rank, self.slots_per_rank, layout.top_k, layout.hidden, layout.raw)
         self._check_overtaken()
         return Dispatched(
             x_ND=torch.from_numpy(taken.x_ND).view(self.dtype),
             row_M=torch.from_numpy(taken.row_M),
             slot_M=torch.from_numpy(taken.slot_M),
-            handle=rows.Handle(self._epoch, len(x), order_P, bounds, taken.cuts, taken.token_M, taken.starts),
+            handle=rows.Handle(self._epoch, len(x), order_P, bounds, taken.cuts, taken.token_M, taken.starts, numbers),
         )
 
     def _nothing(self, tokens: int) -> Dispatched:
@@ -243,7 +250,7 @@ class CpuCommunicator(Communicator):
         none = torch.empty(0, dtype=torch.int64)
         x_ND = torch.empty(0, self._layout.hidden, dtype=self.dtype)
         empty = np.empty(0, np.int64)
-        return Dispatched(x_ND, none, none, rows.Handle(0, tokens, empty, [], {}, empty, []))
+        return Dispatched(x_ND, none, none, rows.Handle(0, tokens, empty, [], {}, empty, [], {}))
 
     def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
         source_M, token_M = rows.origins(cast(rows.Handle, dispatched.handle))
@@ -428,12 +435,8 @@ class CpuCommunicator(Communicator):
                     self._lose(rank, cause, (now - self._notices.stamp_ns(rank)) / 1e9, operation)
 
     def _look_for_hangups(self, operation: str, since_ns: int) -> None:
-        """Ask the kernel which peers' processes have ended."""
-        if self._peers.hangups.poll(0):
-            seconds = (time.monotonic_ns() - since_ns) / 1e9
-            for peer in list(self._peers.live):
-                if isinstance(peer, PeerSegment) and gone(peer.pidfd):
-                    self._lose(peer.rank, "notice", seconds, operation)
+        for rank in self._peers.hung_up():
+            self._lose(rank, "notice", (time.monotonic_ns() - since_ns) / 1e9, operation)
 
     def _time_out(self, pending: list[Peer], silence: Silence, waited_s: float) -> None:
         for peer in pending:
@@ -501,9 +504,5 @@ class CpuCommunicator(Communicator):
         poller = select.poll()
         for fd in (self._own.wake_read, *wake_fds):
             poller.register(fd, select.POLLIN)
-        for peer in self._peers.live:
-            if isinstance(peer, StreamPeer):
-                peer.register(poller)
-            else:
-                poller.register(peer.pidfd, select.POLLIN)
+        self._peers.register(poller)
         return poller

@@ -104,8 +104,10 @@ class Packed:
             if scale_ND is None:
                 x_ND, scale_ND = quantize(x_ND, round_scale)
             places.scatter(scale_ND[row_M], self.scales)
-        # Moved as plain bytes: torch indexes no float8.
-        places.scatter(x_ND.view(torch.uint8)[row_M], self.x.view(torch.uint8))
+        if self.scales is None:
+            places.scatter(x_ND[row_M], self.x)
+        else:  # torch indexes no float8
+            places.scatter(x_ND.view(torch.uint8)[row_M], self.x.view(torch.uint8))
         places.scatter(places.token_M.int(), self.src_info)
         self.layout_range.copy_(places.layout_range)
         self.count.copy_(places.count_SR.sum(1))

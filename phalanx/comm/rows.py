@@ -28,6 +28,7 @@ class Handle:
     order_P: int64 [T*K], own pairs sorted by destination rank; bounds: where each rank's begin, by rank.
     cuts: for each source rank that was heard, the range of its pairs in y_MD.
     token_M: int64 [M], the received pairs' tokens, counted through all sources; starts: where each source's begin.
+    numbers: for each source that sent some of its tokens only, which those are, int32.
     """
 
     epoch: int
@@ -37,6 +38,7 @@ class Handle:
     cuts: dict[int, tuple[int, int]]
     token_M: Int64Array
     starts: list[int]
+    numbers: dict[int, Int32Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,13 @@ class Taken:
 
 def origins(handle: Handle) -> tuple[Int64Array, Int64Array]:
     """Source rank and token within it of each received pair, int64 [M] both."""
-    pairs = [b - a for a, b in handle.cuts.values()]
-    source_M = np.repeat(np.array(list(handle.cuts), np.int64), pairs)
-    return source_M, handle.token_M - np.repeat(np.array(handle.starts[: len(pairs)], np.int64), pairs)
+    source_M, token_M = np.empty_like(handle.token_M), np.empty_like(handle.token_M)
+    for (source, (a, b)), start in zip(handle.cuts.items(), handle.starts, strict=False):
+        source_M[a:b] = source
+        token_M[a:b] = handle.token_M[a:b] - start
+        if source in handle.numbers:
+            token_M[a:b] = handle.numbers[source][token_M[a:b]]
+    return source_M, token_M
 
 
 def sort_by_rank(slots_P: Int32Array, ep_size: int, slots_per_rank: int) -> tuple[Int64Array, list[int]]:
