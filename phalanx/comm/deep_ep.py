@@ -32,6 +32,11 @@ from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.peer_memory import BufferLayout
 from phalanx.errors import BadConfig, BadRequest, PeerLost
 
+__all__ = ["Buffer", "EventOverlap", "Handle", "Shape", "topk_idx_t"]
+
+topk_idx_t = torch.int64
+"""The type of topk_idx that DeepEP's callers ask for by this name; int32 is taken, too."""
+
 _HINTED_TOP_K = 16
 """`get_low_latency_rdma_size_hint` is not told the top-k: it answers for one that is larger than models have."""
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phalanx.comm.deep_ep import Buffer
-from phalanx.comm.deep_ep_meeting import Shape
+from phalanx.comm.deep_ep import Buffer, Shape
 
 LOW = (1 << 32) - 1
 

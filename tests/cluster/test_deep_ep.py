@@ -13,8 +13,7 @@ from deep_ep_reference import WAYS, Way, check_round, inputs
 from torch import distributed as dist
 from two_hosts import free_port
 
-from phalanx.comm.deep_ep import Buffer
-from phalanx.comm.deep_ep_meeting import Shape
+from phalanx.comm.deep_ep import Buffer, Shape
 from phalanx.errors import BadRequest, PhalanxError
 
 pytestmark = pytest.mark.cluster

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from phalanx.comm.base import Dispatched
 from phalanx.comm.cuda import DeviceDispatched
-from phalanx.comm.deep_ep import Buffer
+from phalanx.comm.deep_ep import Buffer, Shape
 from phalanx.comm.deep_ep_layout import quantize
-from phalanx.comm.deep_ep_meeting import Shape
 from phalanx.comm.local import LocalCommunicator
 from phalanx.comm.peer_memory import BufferLayout
 from phalanx.errors import BadConfig, BadRequest, PhalanxError
