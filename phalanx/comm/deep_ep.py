@@ -332,12 +332,15 @@ class Buffer:
         """Give the memory back, unless the communicator was brought by the caller. LOCAL. May be called again."""
         self._unfinished = None
         self._close()
+        if self._meeting is not None:
+            self._communicator = self._meeting = None
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _open(self, shape: Shape) -> Communicator:
         """Make the communicator. COLLECTIVE."""
-        assert self._meeting is not None
+        if self._meeting is None:
+            raise BadRequest("this buffer was destroyed: make another one")
         made = make(
             self._meeting, shape, self._device, elastic=self.enable_shrink, peer_timeout_s=self._timeout_s,
             notices=self._notices, fp8_wire=self._fp8_wire,

@@ -171,10 +171,19 @@ def test_a_rank_killed_in_mid_flight_is_masked_and_its_place_can_be_taken_again(
         assert [ranks.hear(rank) for rank in range(R)] == [[0, 0, 0]] * R
 
 
-def test_without_shrinking_a_lost_rank_is_an_error_and_masks_are_refused() -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["its own communicator", "a given one"])
+def test_without_shrinking_a_lost_rank_is_an_error_and_masks_are_refused(own: bool) -> None:
+    port = free_port()
+
     def body(node: Node) -> None:
         node.adopt()
-        buffer = Buffer(communicator=node.comm, low_latency_mode=True)
+        if own:
+            buffer = Buffer(
+                store=f"127.0.0.1:{port}", rank=node.rank, size=R, shape=SHAPE, low_latency_mode=True, device="cpu"
+            )
+        else:
+            buffer = Buffer(communicator=node.comm, low_latency_mode=True)
+        node.tell("made")
         mine = inputs(0, node.rank, 3, SHAPE)
         with pytest.raises(PhalanxError, match="enable_shrink"):
             buffer.low_latency_query_mask_buffer(torch.zeros(R, dtype=torch.int32))
@@ -187,10 +196,13 @@ def test_without_shrinking_a_lost_rank_is_an_error_and_masks_are_refused() -> No
 
     with Ranks(R, shape=SIZES) as ranks:
         ranks.start(body)
+        assert [ranks.hear(rank) for rank in range(R)] == ["made"] * R
         ranks.kill(1)
         for rank in (0, 2):
             ranks.tell(rank)
-        assert [ranks.hear(rank) for rank in (0, 2)] == [["PeerLost", "lost ranks [1]"]] * 2
+        said = [ranks.hear(rank) for rank in (0, 2)]
+        assert [name for name, _ in said] == ["PeerDied" if own else "PeerLost"] * 2
+        assert all(text.startswith("rank 1 died" if own else "lost ranks [1]") for _, text in said)
 
 
 def test_a_view_adopted_before_the_hook_makes_it_find_nothing(pair_hosts: Hosts | None) -> None:
@@ -261,6 +273,8 @@ def test_a_buffer_makes_its_own_communicator_and_outlives_a_rank_and_the_group(w
             buffer.low_latency_dispatch(more.x, more.topk_idx, 12, R * EXPERTS)
         buffer.destroy()
         buffer.destroy()
+        with pytest.raises(BadRequest, match="destroyed"):
+            buffer.low_latency_dispatch(more.x[:9], more.topk_idx[:9], 9, R * EXPERTS)
         node.tell("destroyed")
 
     with Ranks(R, shape=SIZES) as ranks:
