@@ -22,7 +22,7 @@ The idea of a mask buffer beside time-outs is DeepEP's (low-latency mode); the t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +135,25 @@ class Communicator(ABC):
         y_MD: [M, D], the experts' outputs in the order of `dispatched`'s pairs. Returns [T, K, D] in the same dtype:
         row (t, k) is what slots_TK[t, k] made of token t, zeros where there was none. The owner weighs and adds them in
         the order of k, so that the sum does not depend on where experts live."""
+
+    def dispatch_later(self, x_TD: Tensor, slots_TK: Tensor) -> Callable[[], Dispatched]:
+        """Begin a dispatch: send, and leave the waiting to the call of what is returned. COLLECTIVE; so is that call.
+
+        x_TD and slots_TK stay as they are, and no other collective begins, until it is called. After an `adopt` in
+        between it returns what an interrupted dispatch does. Where a dispatch makes no host wait (`comm.cuda`), it is
+        begun and finished here, on the stream, and the call returns it."""
+        dispatched = self.dispatch(x_TD, slots_TK)
+        return lambda: dispatched
+
+    def combine_later(self, y_MD: Tensor, dispatched: Dispatched) -> Callable[[], Tensor]:
+        """The same for `combine`: y_MD stays as it is until the call."""
+        rows_TKD = self.combine(y_MD, dispatched)
+        return lambda: rows_TKD
+
+    def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
+        """Where each pair comes from: (source_M, token_M), int64 [M], the source's rank and the token's place in what
+        it dispatched. Worked out when asked for, while `dispatched` is valid. LOCAL. No step needs it, adapters do."""
+        raise NotImplementedError(f"{type(self).__name__} does not keep where its pairs come from")
 
     @abstractmethod
     def all_gather(self, row: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import cast
 
@@ -40,7 +41,6 @@ from phalanx.comm.segment import (
     OwnSegment,
     PeerSegment,
     Raw,
-    gone,
     memory_fence,
 )
 from phalanx.comm.silence import Silence
@@ -105,7 +105,7 @@ class CpuCommunicator(Communicator):
         self._fence = memory_fence()
         self._epoch = self._number = self._roll_call = 0
         self._failed = False
-        self._parity = self._area = self._tag = 0
+        self._parity = self._area = self._tag = self._begun = 0
 
     # --- who is in
 
@@ -123,7 +123,7 @@ class CpuCommunicator(Communicator):
         me = view.member(self.rank)
         if me is None or me.incarnation != self.incarnation:
             raise Evicted(self.rank, self.incarnation, view.epoch)
-        self._epoch, self._number = view.epoch, 0
+        self._epoch, self._number, self._begun = view.epoch, 0, 0
         if self._roll_call <= view.epoch:
             self._roll_call = 0
         # Whoever still waits under an earlier epoch learns from this word that it waits in vain.
@@ -189,12 +189,15 @@ class CpuCommunicator(Communicator):
     # --- collectives
 
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor) -> Dispatched:
+        return self.dispatch_later(x_TD, slots_TK)()
+
+    def dispatch_later(self, x_TD: Tensor, slots_TK: Tensor) -> Callable[[], Dispatched]:
         T, K, D = len(x_TD), self._layout.top_k, self._layout.hidden
         assert len(x_TD) <= self._layout.max_tokens, f"{T} tokens are more than max_tokens={self._layout.max_tokens}"
         assert (x_TD.shape, x_TD.dtype) == ((T, D), self.dtype), (x_TD.shape, x_TD.dtype)
         assert (slots_TK.shape, slots_TK.dtype) == ((T, K), torch.int32), (slots_TK.shape, slots_TK.dtype)
         if not self._begin(tags.DISPATCH):
-            return self._nothing(T)
+            return partial(self._nothing, T)
         x, slots = self._raw(x_TD), slots_TK.numpy().reshape(-1)
         if self._peers.live:
             parity = self._parity
@@ -204,18 +207,26 @@ class CpuCommunicator(Communicator):
         if self._peers.streams:
             order_P, bounds = rows.sort_by_rank(slots, self.ep_size, self.slots_per_rank)
             wants = {peer.rank: rows.wanted_by(peer.rank, order_P, bounds, K) for peer in self._peers.streams}
-            self._send({rank: (x[tokens], slots.reshape(T, K)[tokens]) for rank, tokens in wants.items()})
+            self._send(
+                {
+                    rank: (x[tokens], slots.reshape(T, K)[tokens], tokens.astype(np.int32))
+                    for rank, tokens in wants.items()
+                }
+            )
         else:
             self._send()
             order_P, bounds = rows.sort_by_rank(slots, self.ep_size, self.slots_per_rank)
-        if not self._receive():
-            return self._nothing(T)
-        return self._take(x, slots, order_P, bounds)
+        return partial(self._take, self._tag, x, slots, order_P, bounds)
 
-    def _take(self, x: Raw, slots: rows.Int32Array, order_P: rows.Int64Array, bounds: list[int]) -> Dispatched:
-        """Copy from every source the tokens that want one of our slots."""
+    def _take(
+        self, tag: int, x: Raw, slots: rows.Int32Array, order_P: rows.Int64Array, bounds: list[int]
+    ) -> Dispatched:
+        """Wait, and copy from every source the tokens that want one of our slots."""
+        if self._begun != tag or not self._receive():
+            return self._nothing(len(x))
         layout, parity, tokens_word = self._layout, self._parity, self._area + Layout.TOKENS
         sources: list[rows.Tokens] = []
+        numbers: dict[int, rows.Int32Array] = {}
         for peer in self._peers.sources:
             if peer is None:
                 sources.append((self.rank, x, slots))
@@ -223,28 +234,38 @@ class CpuCommunicator(Communicator):
             # A count that is no count can only come from a peer that went on without us: see `_check_overtaken`.
             T = min(peer.words[tokens_word], layout.max_tokens)
             sources.append((peer.rank, peer.x[parity], peer.slots[parity][: T * layout.top_k]))
+            if isinstance(peer, StreamPeer):
+                numbers[peer.rank] = peer.numbers[parity][:T].copy()
         taken = rows.take(sources, self.rank, self.slots_per_rank, layout.top_k, layout.hidden, layout.raw)
         self._check_overtaken()
         return Dispatched(
             x_ND=torch.from_numpy(taken.x_ND).view(self.dtype),
             row_M=torch.from_numpy(taken.row_M),
             slot_M=torch.from_numpy(taken.slot_M),
-            handle=rows.Handle(self._epoch, len(x), order_P, bounds, taken.cuts),
+            handle=rows.Handle(self._epoch, len(x), order_P, bounds, taken.cuts, taken.token_M, taken.starts, numbers),
         )
 
     def _nothing(self, tokens: int) -> Dispatched:
         """What an interrupted dispatch received."""
         none = torch.empty(0, dtype=torch.int64)
         x_ND = torch.empty(0, self._layout.hidden, dtype=self.dtype)
-        return Dispatched(x_ND, none, none, rows.Handle(0, tokens, np.empty(0, np.int64), [], {}))
+        empty = np.empty(0, np.int64)
+        return Dispatched(x_ND, none, none, rows.Handle(0, tokens, empty, [], {}, empty, [], {}))
+
+    def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
+        source_M, token_M = rows.origins(cast(rows.Handle, dispatched.handle))
+        return torch.from_numpy(source_M), torch.from_numpy(token_M)
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
+        return self.combine_later(y_MD, dispatched)()
+
+    def combine_later(self, y_MD: Tensor, dispatched: Dispatched) -> Callable[[], Tensor]:
         handle = cast(rows.Handle, dispatched.handle)
         K, D = self._layout.top_k, self._layout.hidden
         M = dispatched.row_M.numel()
         assert (y_MD.shape, y_MD.dtype) == ((M, D), self.dtype), (y_MD.shape, y_MD.dtype, M)
         if handle.epoch != self._epoch or not self._begin(tags.COMBINE):
-            return torch.zeros(handle.tokens, K, D, dtype=self.dtype)
+            return partial(torch.zeros, handle.tokens, K, D, dtype=self.dtype)
         y = self._raw(y_MD)
         own_a, own_b = handle.cuts[self.rank]
         if self._peers.live:
@@ -257,13 +278,13 @@ class CpuCommunicator(Communicator):
                 words[start + peer.rank], words[count + peer.rank] = a, b - a
             frames = {peer.rank: handle.cuts.get(peer.rank, (0, 0)) for peer in self._peers.streams}
             self._send({rank: (np.ascontiguousarray(y[a:b]),) for rank, (a, b) in frames.items()})
-        if not self._receive():
-            return torch.zeros(handle.tokens, K, D, dtype=self.dtype)
-        out = self._place(y[own_a:own_b], handle)
-        return torch.from_numpy(out).view(self.dtype).view(handle.tokens, K, D)
+        return partial(self._place, self._tag, y[own_a:own_b], handle)
 
-    def _place(self, y_own: Raw, handle: rows.Handle) -> Raw:
-        """Copy each rank's rows to where their pairs stand: [T*K, D]."""
+    def _place(self, tag: int, y_own: Raw, handle: rows.Handle) -> Tensor:
+        """Wait, and copy each rank's rows to where their pairs stand: [T, K, D]."""
+        shape = (handle.tokens, self._layout.top_k, self._layout.hidden)
+        if self._begun != tag or not self._receive():
+            return torch.zeros(shape, dtype=self.dtype)
         area, layout = self._area, self._layout
         start_word, count_word = area + layout.START + self.rank, area + layout.COUNT + self.rank
         parts = []
@@ -278,7 +299,7 @@ class CpuCommunicator(Communicator):
                 parts.append((at, peer.y[self._parity][start : start + n] if peer else y_own))
         out = rows.place(parts, len(handle.order_P), layout.hidden, layout.raw)
         self._check_overtaken()
-        return out
+        return torch.from_numpy(out).view(self.dtype).view(shape)
 
     def all_gather(self, row: Tensor) -> Tensor:
         n = row.numel()
@@ -311,10 +332,11 @@ class CpuCommunicator(Communicator):
         """Number the collective and claim its buffer; False when a roll call is open. Before the first view: alone."""
         if self._roll_call:
             return False
+        assert not self._begun, f"{KINDS[self._begun & tags.KIND_MASK]} was begun and is not finished"
         self._number += 1
         self._parity = self._number & 1
         self._area = self._layout.areas[self._parity]
-        self._tag = tags.tag_of(self._epoch, self._number, kind)
+        self._tag = self._begun = tags.tag_of(self._epoch, self._number, kind)
         self._own.words[self._area + Layout.BEGUN] = self._tag
         self._peers.begin(self._number)
         self._fence()
@@ -337,7 +359,7 @@ class CpuCommunicator(Communicator):
 
     def _receive(self) -> bool:
         """Wait for every unmasked peer; False when a roll call ended the wait."""
-        at, tag = self._area + Layout.SENT + self.rank, self._tag
+        at, tag, self._begun = self._area + Layout.SENT + self.rank, self._tag, 0
         pending = self._missing(self._peers.live, at, tag)
         if pending:
             self._wait(pending, at, tag)
@@ -413,12 +435,8 @@ class CpuCommunicator(Communicator):
                     self._lose(rank, cause, (now - self._notices.stamp_ns(rank)) / 1e9, operation)
 
     def _look_for_hangups(self, operation: str, since_ns: int) -> None:
-        """Ask the kernel which peers' processes have ended."""
-        if self._peers.hangups.poll(0):
-            seconds = (time.monotonic_ns() - since_ns) / 1e9
-            for peer in list(self._peers.live):
-                if isinstance(peer, PeerSegment) and gone(peer.pidfd):
-                    self._lose(peer.rank, "notice", seconds, operation)
+        for rank in self._peers.hung_up():
+            self._lose(rank, "notice", (time.monotonic_ns() - since_ns) / 1e9, operation)
 
     def _time_out(self, pending: list[Peer], silence: Silence, waited_s: float) -> None:
         for peer in pending:
@@ -486,9 +504,5 @@ class CpuCommunicator(Communicator):
         poller = select.poll()
         for fd in (self._own.wake_read, *wake_fds):
             poller.register(fd, select.POLLIN)
-        for peer in self._peers.live:
-            if isinstance(peer, StreamPeer):
-                peer.register(poller)
-            else:
-                poller.register(peer.pidfd, select.POLLIN)
+        self._peers.register(poller)
         return poller

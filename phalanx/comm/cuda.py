@@ -145,7 +145,7 @@ class CudaCommunicator(Communicator):
         assert ep_size <= 62, f"ep_size {ep_size}: ranks are told by the bits of a word"
         self.rank, self.ep_size = rank, ep_size
         self._me = Member(rank, incarnation)
-        self._slots, self._top_k, self._hidden = slots_per_rank, top_k, hidden
+        self.slots_per_rank, self._top_k, self._hidden = slots_per_rank, top_k, hidden
         self._max_tokens, self._dtype, self._fp8, self._mode = max_tokens, dtype, fp8, mode
         self._elastic, self._timeout_s = elastic, peer_timeout_s
         self._shape = shape or LaunchShape.of(hidden)
@@ -292,6 +292,11 @@ class CudaCommunicator(Communicator):
         out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
         self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode)
         return out
+
+    def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
+        """See the contract; graph-safe. A row of the receive buffers is the place of (turn, source, token)."""
+        place_M = dispatched.row_M % (self.ep_size * self._max_tokens)
+        return place_M // self._max_tokens, place_M % self._max_tokens
 
     def all_gather(self, row: Tensor) -> Tensor:
         """See the contract; the result is on the device. Graph-safe when `row` is on the device, too."""
@@ -601,7 +606,7 @@ class _Kernels:
             "OPENED_AT": at["opened"],
         }  # fmt: skip
         moves = {
-            **waits, "S": comm._slots, "K": comm._top_k, "KP": _power_of_two(comm._top_k), "D": comm._hidden,
+            **waits, "S": comm.slots_per_rank, "K": comm._top_k, "KP": _power_of_two(comm._top_k), "D": comm._hidden,
             "T_MAX": comm._max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(comm._hidden),
             "WEIGHTS": at["weights"],
         }  # fmt: skip

@@ -3,8 +3,8 @@
     magic (4 bytes) | bytes in the body (4) | tag (8) | body
 
 The tag is that of shared memory (`comm.tags`), so a frame says for itself to which epoch and collective it belongs.
-Bodies, by kind: dispatch, the T tokens that want one of the reader's slots [T, D] and their slots int32 [T, K];
-combine, the rows of the reader's pairs [n, D]; all_gather, int64 [n]; the others none.
+Bodies, by kind: dispatch, the T tokens that want one of the reader's slots [T, D], their slots int32 [T, K] and their
+numbers at the source int32 [T]; combine, the rows of the reader's pairs [n, D]; all_gather, int64 [n]; the others none.
 
 A reader takes bytes in any portions. Small frames pass through one buffer, several with one system call; the body of a
 large one goes straight to its place. No torch here.

@@ -54,6 +54,11 @@ class LocalCommunicator(Communicator):
         rows = y_MD.new_zeros(num_tokens * top_k, y_MD.shape[1])
         return rows.index_copy_(0, kept, y_MD).view(num_tokens, top_k, y_MD.shape[1])
 
+    def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
+        (num_tokens, top_k), kept = dispatched.handle
+        token_M = torch.arange(num_tokens).repeat_interleave(top_k) if kept is None else kept // top_k
+        return torch.zeros_like(token_M), token_M
+
     def all_gather(self, row: Tensor) -> Tensor:
         return row.clone().unsqueeze(0)
 

@@ -9,7 +9,7 @@ from phalanx.comm import tags
 from phalanx.comm.base import CollectiveTimeout, PeerDied
 from phalanx.comm.frames import header
 from phalanx.comm.links import Links
-from phalanx.comm.segment import ROLL_CALL, OwnSegment, PeerSegment, Unreachable
+from phalanx.comm.segment import ROLL_CALL, OwnSegment, PeerSegment, Unreachable, gone
 from phalanx.comm.stream import StreamPeer
 from phalanx.wire import Site
 from phalanx.world import Member, View
@@ -108,6 +108,20 @@ class Peers:
             self.lost.pop(rank, None)
             self._regroup()
             self.begin(number)
+
+    def hung_up(self) -> list[int]:
+        """Live peers of this host whose process has ended, as the kernel says."""
+        if not self.hangups.poll(0):
+            return []
+        return [peer.rank for peer in self.live if isinstance(peer, PeerSegment) and gone(peer.pidfd)]
+
+    def register(self, poller: select.poll) -> None:
+        """Have `poller` say when a live peer's process ends, or something came over its stream."""
+        for peer in self.live:
+            if isinstance(peer, StreamPeer):
+                peer.register(poller)
+            else:
+                poller.register(peer.pidfd, select.POLLIN)
 
     def tell(self) -> None:
         """Have every peer, masked or not, read this rank's words, even behind a frame that is only half sent."""

@@ -27,6 +27,8 @@ class Handle:
 
     order_P: int64 [T*K], own pairs sorted by destination rank; bounds: where each rank's begin, by rank.
     cuts: for each source rank that was heard, the range of its pairs in y_MD.
+    token_M: int64 [M], the received pairs' tokens, counted through all sources; starts: where each source's begin.
+    numbers: for each source that sent some of its tokens only, which those are, int32.
     """
 
     epoch: int
@@ -34,16 +36,32 @@ class Handle:
     order_P: Int64Array
     bounds: list[int]
     cuts: dict[int, tuple[int, int]]
+    token_M: Int64Array
+    starts: list[int]
+    numbers: dict[int, Int32Array]
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The tokens that want one of our slots: x_ND raw [N, D], row_M and slot_M int64 [M], cuts as in `Handle`."""
+    """The tokens that want one of our slots: x_ND raw [N, D], row_M and slot_M int64 [M]; the rest as in `Handle`."""
 
     x_ND: Raw
     row_M: Int64Array
     slot_M: Int64Array
     cuts: dict[int, tuple[int, int]]
+    token_M: Int64Array
+    starts: list[int]
+
+
+def origins(handle: Handle) -> tuple[Int64Array, Int64Array]:
+    """Source rank and token within it of each received pair, int64 [M] both."""
+    source_M, token_M = np.empty_like(handle.token_M), np.empty_like(handle.token_M)
+    for (source, (a, b)), start in zip(handle.cuts.items(), handle.starts, strict=False):
+        source_M[a:b] = source
+        token_M[a:b] = handle.token_M[a:b] - start
+        if source in handle.numbers:
+            token_M[a:b] = handle.numbers[source][token_M[a:b]]
+    return source_M, token_M
 
 
 def sort_by_rank(slots_P: Int32Array, ep_size: int, slots_per_rank: int) -> tuple[Int64Array, list[int]]:
@@ -85,7 +103,7 @@ def take(
         if a < b:
             x_TD.take(token_N[a:b] - starts[i], 0, x_ND[a:b], "clip")
         cuts[source] = (at_M[i], at_M[i + 1])
-    return Taken(x_ND, first_M.cumsum() - 1, local_P[hit_M].astype(np.int64), cuts)
+    return Taken(x_ND, first_M.cumsum() - 1, local_P[hit_M].astype(np.int64), cuts, token_M, starts)
 
 
 def place(parts: Sequence[tuple[Int64Array, Raw]], pairs: int, hidden: int, raw: type[np.generic]) -> Raw:

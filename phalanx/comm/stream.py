@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from phalanx.comm import tags
@@ -59,6 +60,7 @@ class StreamPeer(Segment):
         "heard_ns",
         "incarnation",
         "number",
+        "numbers",
         "rank",
     )
 
@@ -68,6 +70,9 @@ class StreamPeer(Segment):
     number: int
     """The collective that runs, or ran last: frames of it and of the next are wanted now."""
 
+    numbers: list[npt.NDArray[np.int32]]
+    """Beside x and slots, by parity: which of its tokens the peer sent, for it sends those alone that are wanted."""
+
     def __init__(
         self, links: Links, own_words: Words, layout: Layout, rank: int, incarnation: int, address: str
     ) -> None:
@@ -75,6 +80,7 @@ class StreamPeer(Segment):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         super().__init__(mmap.mmap(-1, layout.total_bytes, flags=flags), layout)
         self.address, self.rank, self.incarnation = address, rank, incarnation
+        self.numbers = [np.empty(layout.max_tokens, np.int32) for _ in (0, 1)]
         self.epoch = self.number = 0
         self.heard_ns = 0
         self.died = False
@@ -218,7 +224,7 @@ class StreamPeer(Segment):
         if kind == tags.DISPATCH:
             T = length // self._unit(kind)
             x, slots = self.x[parity][:T], self.slots[parity][: T * self.layout.top_k]
-            return _bytes(x, slots)
+            return _bytes(x, slots, self.numbers[parity][:T])
         if kind == tags.COMBINE:
             return _bytes(self.y[parity][: length // self._unit(kind)])
         return _bytes(self.gather[parity][: length // 8])
@@ -245,7 +251,7 @@ class StreamPeer(Segment):
     def _unit(self, kind: int) -> int:
         """Bytes of one token, row or word of a frame's body."""
         row = self.layout.hidden * self.layout.itemsize
-        return {tags.DISPATCH: row + self.layout.top_k * 4, tags.COMBINE: row, tags.ALL_GATHER: 8}.get(kind, 1)
+        return {tags.DISPATCH: row + (self.layout.top_k + 1) * 4, tags.COMBINE: row, tags.ALL_GATHER: 8}.get(kind, 1)
 
     def _most(self, kind: int) -> int:
         """The longest body that this rank can be sent: its peer holds at most all of its pairs."""

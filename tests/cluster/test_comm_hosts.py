@@ -118,7 +118,7 @@ def test_frames_of_the_past_are_skipped_and_those_of_the_future_wait_for_their_e
     with against_an_impostor() as (ranks, impostor):
         ranks.meet(5, tell=[0])
         impostor.answer()
-        token = HIDDEN * 2 + TOP_K * 4
+        token = HIDDEN * 2 + TOP_K * 4 + 4
         impostor.say(
             header(tags.tag_of(4, 1, tags.DISPATCH), 3 * token) + b"x" * (3 * token), barrier(4), barrier(1, 9)
         )

@@ -18,12 +18,15 @@ from forked import script
 GPU_CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check"
 ON_DEVICES = (
     "exchange-bf16", "exchange-fp8", "exchange-fast", "exchange-large", "exchange-large-fast", "kill", "kill-unseen",
-    "stop", "waits", "edges", "four-exchange", "four-kill", "four-stop", "eight-exchange", "eight-kill",
+    "stop", "waits", "edges", "deep-ep", "deep-ep-fp8", "four-exchange", "four-kill", "four-stop", "eight-exchange",
+    "eight-kill",
 )  # fmt: skip
 ENGINE = ("attention", "experts", "sampler", "engine-one")
 ENGINE_ON_DEVICES = (*ENGINE, "serve", "kill64", "rejoin64")
 MEASURED = ("ladder", "ladder-exact")
-INTERPRETED = ("exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges", "edges-relayed")
+INTERPRETED = (
+    "exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
+)  # fmt: skip
 
 
 def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
