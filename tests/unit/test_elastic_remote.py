@@ -86,11 +86,9 @@ class Hosts:
             data = np.frombuffer(image, np.uint8, piece.out.nbytes, piece.start).copy()
             if how == "damaged" or (how == "half damaged" and number % 2):
                 data[number % len(data)] ^= 1
-            with gate.writing() as may:
-                if not may:
-                    return
-                piece.out[:] = data
-            piece.grew(piece.out)
+            if not piece.put(0, data, gate):
+                return
+            piece.grew(data)
             arrived(number)
         if how == "torn":
             for piece in pieces[end:]:
@@ -105,9 +103,7 @@ def _write_late(pieces: Sequence[Piece], gate: Gate) -> None:
     while not gate.is_shut and time.monotonic() < end:
         time.sleep(0.001)
     for piece in pieces:
-        with gate.writing() as may:
-            if may:
-                piece.out[:] = 170
+        piece.put(0, np.full(piece.out.nbytes, 170, np.uint8), gate)
 
 
 class Disk:
