@@ -240,7 +240,7 @@ def test_what_arrives_after_a_restore_was_given_up_is_written_nowhere(bank: Slot
 
 def test_bytes_for_which_there_is_no_memory_are_not_there_and_break_nothing() -> None:
     out = np.zeros(10, np.uint8)
-    beyond_what_a_file_can_have = FilePart(MemoryFile("test", 10), 1 << 62)
+    beyond_what_a_file_can_have = FilePart(MemoryFile("test", 10), (1 << 63) - 1)
     assert not Piece(0, out, file=beyond_what_a_file_can_have).put(0, out, Gate())
     shut = Gate()
     shut.shut()
