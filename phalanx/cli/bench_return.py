@@ -26,13 +26,14 @@ _FEWEST_STEPS = 8
 
 @dataclass(frozen=True)
 class Return:
-    """How a victim came back.
+    """How a victim came back, or several that were let in together.
 
-    after_s: from the failure until the service was seen at full strength. pause_s: from the step boundary until the end
-    of the first step with the newcomer, by the healthy ranks' own word. step_s: the median gap between two tokens of a
-    stream before the failure. stalls_s: the gap around the return, of each stream that was not over. prepared_s: what
-    the newcomer did by itself. before_per_s, after_per_s: pieces of all streams a second, before the failure and after
-    the return, while all ran; 0 when that was for too short a time."""
+    after_s: from the failure until the service was seen at full strength, with all victims. pause_s: from the step
+    boundary until the end of the first step with the newcomers, by the healthy ranks' own word. step_s: the median gap
+    between two tokens of a stream before the failure. stalls_s: the gap around the return, of each stream that was not
+    over. prepared_s: what a newcomer did by itself, the slowest of several. before_per_s, after_per_s: pieces of all
+    streams a second, before the failure and after the last return, while all ran; 0 when that was for too short a time,
+    and where a further return followed."""
 
     after_s: float
     pause_s: float
@@ -47,32 +48,43 @@ class Return:
         cls,
         service: Service,
         streams: Sequence[Stream],
-        victim: tuple[int, int],
+        newcomers: Sequence[tuple[int, int]],
         times_s: tuple[float, float],
         line: int,
-    ) -> Return:
-        """victim: rank and incarnation of the newcomer. times_s: when the failure happened, and when full strength was
-        seen. line: the log's length before the failure. LOCAL."""
+    ) -> list[Return]:
+        """One for each time that some of them were let in, in that order. newcomers: rank and incarnation of each.
+        times_s: when the failure happened, and when full strength was seen. line: the log's length before the failure.
+        LOCAL."""
         hurt_s, back_s = times_s
-        rank, incarnation = victim
-        let_in, let_in_s = service.line_at(_LET_IN.format(rank), after=line)
-        came_in, _ = service.line_at(_CAME_IN.format(rank, incarnation), after=line)
-        pause_s = float(let_in["total"])
-        words = (phase.split() for phase in came_in["phases"].split(", "))
-        running = [stream for stream in streams if stream.arrivals_s and stream.arrivals_s[-1] > let_in_s]
+        let_in: dict[float, float] = {}
+        prepared: dict[float, dict[str, float]] = {}
+        for rank, incarnation in newcomers:
+            told, at_s = service.line_at(_LET_IN.format(rank), after=line)
+            let_in[at_s] = float(told["total"])
+            came_in, _ = service.line_at(_CAME_IN.format(rank, incarnation), after=line)
+            words = (phase.split() for phase in came_in["phases"].split(", "))
+            mine = {name: float(seconds) for name, seconds in words}
+            prepared[at_s] = max(prepared.get(at_s, {}), mine, key=lambda phases: sum(phases.values()))
         gaps = [gap for stream in streams for gap in itertools.pairwise(stream.arrivals_s) if gap[1] <= hurt_s]
         step_s = statistics.median(end - start for start, end in gaps) if gaps else 0.0
         began_s = max((stream.arrivals_s[0] for stream in streams if stream.arrivals_s), default=hurt_s)
-        first_end_s = min((stream.arrivals_s[-1] for stream in streams if stream.arrivals_s), default=let_in_s)
-        return cls(
-            after_s=back_s - hurt_s,
-            pause_s=pause_s,
-            step_s=step_s,
-            stalls_s=[_gap_around(stream, let_in_s - pause_s / 2) for stream in running],
-            prepared_s={name: float(seconds) for name, seconds in words},
-            before_per_s=_rate(streams, began_s, hurt_s, step_s),
-            after_per_s=_rate(streams, let_in_s, first_end_s, step_s),
-        )
+        first_end_s = min((stream.arrivals_s[-1] for stream in streams if stream.arrivals_s), default=hurt_s)
+        return [
+            cls(
+                after_s=back_s - hurt_s,
+                pause_s=pause_s,
+                step_s=step_s,
+                stalls_s=[_gap_around(stream, at_s - pause_s / 2) for stream in _running(streams, at_s)],
+                prepared_s=prepared[at_s],
+                before_per_s=_rate(streams, began_s, hurt_s, step_s),
+                after_per_s=_rate(streams, at_s, first_end_s, step_s) if at_s == max(let_in) else 0.0,
+            )
+            for at_s, pause_s in sorted(let_in.items())
+        ]
+
+
+def _running(streams: Sequence[Stream], moment_s: float) -> list[Stream]:
+    return [stream for stream in streams if stream.arrivals_s and stream.arrivals_s[-1] > moment_s]
 
 
 def _gap_around(stream: Stream, moment_s: float) -> float:
@@ -89,15 +101,17 @@ def _rate(streams: Sequence[Stream], since_s: float, until_s: float, step_s: flo
     return sum(since_s < at <= until_s for stream in streams for at in stream.arrivals_s) / (until_s - since_s)
 
 
-def figures(returned: Sequence[Return]) -> dict[str, Any] | None:
-    """Of all returns; None when nobody came back. `_steps` are multiples of that round's median step. LOCAL."""
+def figures(rounds: Sequence[Sequence[Return]]) -> dict[str, Any] | None:
+    """Of the returns of each round; None when nobody came back. `_steps` are multiples of that round's median step.
+    LOCAL."""
+    returned = [back for backs in rounds for back in backs]
     if not returned:
         return None
     names = list(dict.fromkeys(name for back in returned for name in back.prepared_s))
     rated = [back for back in returned if back.before_per_s and back.after_per_s]
     stepped = [back for back in returned if back.step_s]
     return {
-        "kill_to_full_strength_s": percentiles([back.after_s for back in returned]),
+        "kill_to_full_strength_s": percentiles([max(back.after_s for back in backs) for backs in rounds if backs]),
         "step_s": percentiles([back.step_s for back in stepped]),
         "pause_of_healthy_ranks_s": percentiles([back.pause_s for back in returned]),
         "pause_of_healthy_ranks_steps": percentiles([back.pause_s / back.step_s for back in stepped]),

@@ -26,6 +26,7 @@ from phalanx.elastic.store import Clock, MonotonicClock
 from phalanx.elastic.vault.remote import Arrival, Remote, Want
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import PeerBank, digest
+from phalanx.pages import FilePart
 from phalanx.testing.faults import NO_FAULTS, Faults
 from phalanx.world import Member
 
@@ -62,6 +63,8 @@ class Bank(Protocol):
     def digest_LS(self) -> npt.NDArray[np.uint64]: ...
 
     def slot_bytes(self, layer: int, slot: int) -> Bytes: ...
+
+    def slot_file(self, layer: int, slot: int) -> FilePart | None: ...
 
     def clear(self, layer: int, slot: int) -> None: ...
 
@@ -261,7 +264,8 @@ class Restore:
             layer, slot, expert = move
             self._bank.clear(layer, slot)
             wanted = int(self._agreed.digest_LE[layer, expert])
-            wants.append(Want(layer, expert, self._bank.slot_bytes(layer, slot), wanted))
+            out, file = self._bank.slot_bytes(layer, slot), self._bank.slot_file(layer, slot)
+            wants.append(Want(layer, expert, out, wanted, file))
             self._awaited[wants[-1]] = move
         if wants:
             self._remote.begin(wants)

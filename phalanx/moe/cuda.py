@@ -64,6 +64,9 @@ class DeviceBank(SlotBank):
         data: Bytes = self._landing.view(torch.uint8).numpy()
         return data
 
+    def slot_file(self, layer: int, slot: int) -> None:
+        """The landing buffer is resident, and part of no file."""
+
     def mark(self, layer: int, slot: int, expert: int, digest: int) -> None:
         """Say that what `slot_bytes` got is `expert`, and send it to the device. LOCAL."""
         assert self._landed == (layer, slot), f"slot {slot} of layer {layer} was not filled"

@@ -24,6 +24,7 @@ from typing_extensions import Buffer
 
 from phalanx.errors import PhalanxError
 from phalanx.moe.linear import Products, SwiGlu
+from phalanx.pages import FilePart, MemoryFile
 
 Bytes = npt.NDArray[np.uint8]
 ExpertWeights = tuple[Tensor, Tensor]
@@ -82,11 +83,10 @@ class SlotBank:
         self.expert_bytes = 3 * hidden * expert_width * dtype.itemsize
         self._stride = -(-self.expert_bytes // _PAGE) * _PAGE  # whole pages, so that clearing gives memory back
         token = os.urandom(16)
-        self._fd = os.memfd_create("phalanx-slots", os.MFD_CLOEXEC)
         self._start = _slots_start(num_layers, slots_per_rank)
         size = self._start + num_layers * slots_per_rank * self._stride
-        os.ftruncate(self._fd, size)
-        self._map = mmap.mmap(self._fd, size)
+        self._file = MemoryFile("phalanx-slots", size)
+        self._map = mmap.mmap(self._file.fd, size)
         self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, token)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._borrowed_LS = _borrowed(self._bytes, num_layers, slots_per_rank)
@@ -100,7 +100,7 @@ class SlotBank:
         self.address = ":".join(
             str(part)
             for part in (
-                f"/proc/{os.getpid()}/fd/{self._fd}", num_layers, slots_per_rank, self.expert_bytes, token.hex(),
+                f"/proc/{os.getpid()}/fd/{self._file.fd}", num_layers, slots_per_rank, self.expert_bytes, token.hex(),
             )
         )  # fmt: skip
         """Where peers find the slots: path, L, S, bytes an expert, and a token that tells a reused pid apart."""
@@ -121,6 +121,10 @@ class SlotBank:
         self._unpack(layer, slot)
         self._give_back(layer, slot)
         return data
+
+    def slot_file(self, layer: int, slot: int) -> FilePart | None:
+        """The same bytes as a part of a memory file, to be filled with fewer page faults; None: it is none. LOCAL."""
+        return FilePart(self._file, _start(self, layer, slot, self._stride))
 
     def _slot(self, layer: int, slot: int) -> Bytes:
         start = _start(self, layer, slot, self._stride)
@@ -199,8 +203,7 @@ class SlotBank:
         """Give the memory back once nobody maps it any more. LOCAL."""
         self._weights.clear()
         self._experts.clear()
-        del self._bytes, self._borrowed_LS
-        os.close(self._fd)
+        del self._bytes, self._borrowed_LS, self._file
         _unmap(self._map)
 
 

@@ -10,7 +10,9 @@ Needs root (CAP_SYS_ADMIN, CAP_NET_ADMIN) and iproute2; `why_not` says what is m
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 from types import TracebackType
 
@@ -49,6 +51,16 @@ class Hosts:
     def within(self, host: int) -> list[str]:
         """What to put before a command to run it on a host. The process keeps its pid: nothing stands between."""
         return ["ip", "netns", "exec", self._of(host)]
+
+    def pids(self, host: int) -> list[int]:
+        """The processes that run on a host."""
+        return [int(pid) for pid in _ip("netns", "pids", self._of(host)).split()]
+
+    def ports(self, host: int) -> list[int]:
+        """The TCP ports on which processes listen at a host's address."""
+        table = subprocess.run([*self.within(host), "cat", "/proc/net/tcp"], check=True, capture_output=True, text=True)
+        here = "".join(f"{part:02X}" for part in reversed(socket.inet_aton(self.address(host))))
+        return [int(port, 16) for port in re.findall(rf"{here}:([0-9A-F]{{4}}) 00000000:0000 0A", table.stdout)]
 
     def cut(self, host: int) -> None:
         """Pull the cable."""
@@ -102,5 +114,5 @@ class Hosts:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -216,12 +215,7 @@ def shout_at(address: str, port: int) -> None:
 
 def open_ports(hosts: netns.Hosts, host: int) -> list[int]:
     """Of a host's TCP listeners, those that others can reach and that are not HTTP."""
-    listed = subprocess.run(
-        [*hosts.within(host), "cat", "/proc/net/tcp"], capture_output=True, text=True, check=True
-    ).stdout  # fmt: skip
-    here = "".join(f"{int(part):02X}" for part in reversed(hosts.address(host).split(".")))
-    ports = [int(port, 16) for port in re.findall(rf"{here}:([0-9A-F]{{4}}) 00000000:0000 0A", listed)]
-    return [port for port in ports if not speaks_http(hosts.address(host), port)]
+    return [port for port in hosts.ports(host) if not speaks_http(hosts.address(host), port)]
 
 
 def speaks_http(address: str, port: int) -> bool:

@@ -24,6 +24,7 @@ from phalanx.elastic.vault.remote import Remote
 from phalanx.elastic.vault.shares import Share
 from phalanx.elastic.vault.transport import Arrived, Gate, Piece, Stall, encoded_shape, stall_key
 from phalanx.moe.experts import SlotBank, digest
+from phalanx.pages import FilePart, MemoryFile
 from phalanx.world import Member, Placement, View
 
 LAYERS, EXPERTS, HOSTS = 2, 6, 4
@@ -86,11 +87,9 @@ class Hosts:
             data = np.frombuffer(image, np.uint8, piece.out.nbytes, piece.start).copy()
             if how == "damaged" or (how == "half damaged" and number % 2):
                 data[number % len(data)] ^= 1
-            with gate.writing() as may:
-                if not may:
-                    return
-                piece.out[:] = data
-            piece.grew(piece.out)
+            if not piece.put(0, data, gate):
+                return
+            piece.grew(data)
             arrived(number)
         if how == "torn":
             for piece in pieces[end:]:
@@ -105,9 +104,7 @@ def _write_late(pieces: Sequence[Piece], gate: Gate) -> None:
     while not gate.is_shut and time.monotonic() < end:
         time.sleep(0.001)
     for piece in pieces:
-        with gate.writing() as may:
-            if may:
-                piece.out[:] = 170
+        piece.put(0, np.full(piece.out.nbytes, 170, np.uint8), gate)
 
 
 class Disk:
@@ -239,6 +236,16 @@ def test_what_arrives_after_a_restore_was_given_up_is_written_nowhere(bank: Slot
     assert again.remaining
     for layer, slot in np.ndindex(LAYERS, EXPERTS):
         assert (bank.slot_bytes(layer, slot) == content(layer, slot)).all()
+
+
+def test_bytes_for_which_there_is_no_memory_are_not_there_and_break_nothing() -> None:
+    out = np.zeros(10, np.uint8)
+    beyond_what_a_file_can_have = FilePart(MemoryFile("test", 10), (1 << 63) - 1)
+    assert not Piece(0, out, file=beyond_what_a_file_can_have).put(0, out, Gate())
+    shut = Gate()
+    shut.shut()
+    assert not Piece(0, out).put(0, np.ones(10, np.uint8), shut)
+    assert not out.any()
 
 
 def test_a_live_replica_on_another_host_is_not_opened_as_if_it_were_here() -> None:

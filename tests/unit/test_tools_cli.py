@@ -373,7 +373,7 @@ def test_bench_recovery_measures_the_stall_that_clients_felt(standin: Standin, t
     assert figures["kill_to_next_token_s"]["p50"] >= STALL_S / 2
     assert figures["longest_gap_unfailed_s"]["p50"] < figures["kill_to_next_token_s"]["p50"]
     assert figures["phases_s"]["control"]["max"] == pytest.approx(0.010)
-    assert [one["victim"] for one in figures["each"]] == [2, 0]
+    assert [one["victims"] for one in figures["each"]] == [[2], [0]]
     assert [body["rank"] for body in standin.asked if "kind" in body] == [2, 0]
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -17,7 +17,6 @@ digest nevertheless, each time. Pages that nothing was written to take no memory
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import mmap
 import os
@@ -36,6 +35,7 @@ import numpy.typing as npt
 from phalanx.comm.segment import memory_fence
 from phalanx.elastic.vault.shares import EVERYTHING, Share
 from phalanx.errors import PhalanxError
+from phalanx.pages import bring_within_reach
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,7 @@ EMPTY, FILLED = 0, 1
 _MAGIC = int.from_bytes(b"PHXVAULT", "little")
 _PAGE = mmap.PAGESIZE
 _LINE = 64
-_MAP_NORESERVE = 0x4000  # Linux; Python 3.11 has no name for these two
-_MADV_POPULATE_READ = 22
+_MAP_NORESERVE = 0x4000  # Linux; Python 3.11 has no name for it
 _TOKEN_WORDS = 2
 _FIELDS = 4
 _FILLED_WORD, _DENSE_WORD, _FULL_WORD, _TABLE_WORD = (1 + _TOKEN_WORDS + _FIELDS + i for i in range(4))
@@ -197,7 +196,6 @@ class Vault:
         index = np.frombuffer(memory, np.uint64, count, shape.index_start)
         self._index_LE2 = index.reshape(shape.num_layers, shape.num_experts, 2)
         self._fence = memory_fence()
-        self._madvise = ctypes.CDLL(None).madvise
 
     @classmethod
     def open(cls, address: str) -> Vault:
@@ -305,9 +303,7 @@ class Vault:
     def prefault(self, layer: int, expert: int) -> None:
         """Have this process's page table point to an expert that is there, so that the first access costs no fault.
         LOCAL; releases the interpreter."""
-        data = self.expert_bytes(layer, expert)
-        # Linux 5.14. An older kernel refuses, and the first access pays. A call by ctypes lets other threads run.
-        self._madvise(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(self.shape.stride), _MADV_POPULATE_READ)
+        bring_within_reach(self.expert_bytes(layer, expert))
 
     # --- serving it to other hosts
 
@@ -315,10 +311,6 @@ class Vault:
     def everything(self) -> Bytes:
         """uint8 [total_bytes]: the whole file, as it is mapped. LOCAL."""
         return self._bytes
-
-    def fileno(self) -> int:
-        """The memory file's descriptor, for as long as this is open. LOCAL."""
-        return self._fd
 
     # --- writing, by the keeper alone
 

@@ -120,14 +120,12 @@ class MooncakeTransport:
 def _hand_out(batch: list[Entry], pieces: Sequence[Piece], bounce: Bytes, arrived: Arrived, gate: Gate) -> bool:
     """Copy what came to where it is wanted; false when nobody wants it any more."""
     for number, at in (place for entry in batch for place in entry.pieces):
-        out = pieces[number].out
-        for first in range(0, out.nbytes, CHUNK_BYTES):
-            part = out[first : first + CHUNK_BYTES]
-            with gate.writing() as may:
-                if not may:
-                    return False
-                np.copyto(part, bounce[at + first : at + first + part.nbytes])
-            pieces[number].grew(part)
+        piece = pieces[number]
+        for first in range(0, piece.out.nbytes, CHUNK_BYTES):
+            part = bounce[at + first : at + min(first + CHUNK_BYTES, piece.out.nbytes)]
+            piece.grew(part)
+            if not piece.put(first, part, gate):
+                return False
         arrived(number)
     return True
 

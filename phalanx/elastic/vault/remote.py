@@ -33,6 +33,7 @@ from phalanx.elastic.vault.shares import hosts_of
 from phalanx.elastic.vault.transport import Bytes, Gate, Piece, Stall, Transport, shape_of, stall_key
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import RunningDigest, SlotLayout
+from phalanx.pages import FilePart, bring_within_reach
 from phalanx.world import Member
 
 log = logging.getLogger("phalanx.elastic")
@@ -50,12 +51,14 @@ AVOID_S = 10.0
 
 @dataclass(frozen=True, eq=False)
 class Want:
-    """An expert and where it goes: uint8 [expert_bytes]. wanted: the digest that all agree on, 0 when nobody knows."""
+    """An expert and where it goes: uint8 [expert_bytes], and the file of which that is a mapping, None: it is none.
+    wanted: the digest that all agree on, 0 when nobody knows."""
 
     layer: int
     expert: int
     out: Bytes
     wanted: int
+    file: FilePart | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,14 +218,17 @@ class _Run:
         return life == self.stalls[copy.node_rank].life and time.monotonic() < until
 
     def _read_all(self, first: _Copy) -> None:
-        """The thread of one way, until nothing is due."""
+        """The thread of one way, until nothing is due; then it has what came mapped, for which nobody waits."""
         shelf: _Shelf | None = None
+        unmapped: list[Bytes] = []
         while True:
             with self._lock:
                 batch = self._next_batch(self._due[first.way])
                 if not batch:
                     del self._due[first.way]
-                    return
+            if not batch:
+                self._map(unmapped)
+                return
             done: set[int] = set()
             try:
                 if shelf is None:
@@ -234,11 +240,20 @@ class _Run:
             except Exception:
                 log.exception("reading from host %d by %s", first.node_rank, first.transport.name)
                 self._avoid[first.way] = self.stalls[first.node_rank].life, time.monotonic() + AVOID_S
+            unmapped += [batch[number][0].out for number in done if batch[number][0].file is not None]
             for number, (want, copies) in enumerate(batch):
                 if number not in done:
                     self.take(want, copies[1:])
             if self.gate.is_shut:
                 return
+
+    def _map(self, outs: list[Bytes]) -> None:
+        """Whoever uses these bytes next meets no page faults."""
+        for out in outs:
+            with self.gate.writing() as may:  # a slot that was cleared meanwhile must get no pages
+                if not may:
+                    return
+                bring_within_reach(out)
 
     @staticmethod
     def _next_batch(due: deque[tuple[Want, list[_Copy]]]) -> list[tuple[Want, list[_Copy]]]:
@@ -261,17 +276,16 @@ class _Run:
             number, want, _, named = there[i]
             came += 1
             found = digests[i].value
-            now = time.monotonic()
             if named in (0, found) and want.wanted in (0, found):
                 done.add(number)
-                self.ended.put(Arrival(want, PEER if first.slots else VAULT, found, now - began))
+                self.ended.put(Arrival(want, PEER if first.slots else VAULT, found, time.monotonic() - began))
             else:
                 log.warning(
                     "layer %d expert %d: the copy on host %d is damaged", want.layer, want.expert, first.node_rank
                 )
-            began = now
+            began = time.monotonic()
 
-        pieces = [Piece(start, want.out, digests[i].add) for i, (_, want, start, _) in enumerate(there)]
+        pieces = [Piece(start, want.out, digests[i].add, want.file) for i, (_, want, start, _) in enumerate(there)]
         timeout_s = self._patience_s + sum(piece.out.nbytes for piece in pieces) / SLOWEST_BYTES_PER_S
         if pieces:
             first.transport.read(first.node_rank, pieces, timeout_s, arrived, self.gate, first.slots)
