@@ -1,7 +1,7 @@
 """How fast a rank's slots are filled from the vault, from a peer, from another host's vault and from disk, against a
 plain memory copy and a plain socket.
 
-    python benchmarks/restore.py [MODEL] [--turns 5] [--json]
+    python benchmarks/restore.py [MODEL] [--turns 5] [--threads 2] [--json]
 
 All of it in one run, in turns, on the same experts: a copy of their bytes within memory, all resident; then the
 restore that a recovery runs (`elastic.restore`, the check of every digest included) with one source at a time. Without
@@ -57,7 +57,6 @@ from phalanx.world import Member, Placement, View
 
 DTYPE = torch.bfloat16
 TOKEN = b"a token for this run"
-KINDS = ("memcpy", "vault", "peer", "socket", "vault, tcp", "vault, mooncake", "disk, warm", "disk, cold")
 
 
 class Rig:
@@ -114,11 +113,11 @@ class Rig:
             np.copyto(self._to[at : at + step], self._from[at : at + step])
         return time.perf_counter() - began
 
-    def restore(self, source: Source | Remote, name: str = "") -> float:
+    def restore(self, source: Source | Remote, name: str = "", threads: int = 1) -> float:
         """Seconds to restore every expert into empty slots."""
         for layer, slot, _ in self.moves:
             self.bank.clear(layer, slot)
-        job = Restore(self.moves, self._agreed, self.bank, (source,))
+        job = Restore(self.moves, self._agreed, self.bank, (source,), threads=threads)
         began = time.perf_counter()
         job.advance(lambda: True)
         seconds = time.perf_counter() - began
@@ -126,8 +125,8 @@ class Rig:
         assert job.bytes_by_source == {name or getattr(source, "name", ""): self.size}
         return seconds
 
-    def vault(self) -> float:
-        return self.restore(VaultSource(self._vault))
+    def vault(self, threads: int = 1) -> float:
+        return self.restore(VaultSource(self._vault), threads=threads)
 
     def peer(self) -> float:
         source = PeerSource(self._me)
@@ -228,26 +227,31 @@ def checkpoint_at(model: str | None, experts: int) -> Iterator[Path]:
 @click.argument("model", required=False)
 @click.option("--turns", default=5, show_default=True)
 @click.option("--experts", default=64, show_default=True, help="How many experts to restore in a turn.")
+@click.option("--threads", default=2, show_default=True, help="How many digest in `vault, threads`.")
+@click.option("--memory-only", is_flag=True, help="Only what is in this host's memory and read without a copy.")
 @click.option("--json", "as_json", is_flag=True)
-def main(model: str | None, turns: int, experts: int, as_json: bool) -> None:
+def main(model: str | None, turns: int, experts: int, threads: int, memory_only: bool, as_json: bool) -> None:
     """Time each source, in turns."""
     torch.set_num_threads(1)
     with checkpoint_at(model, experts) as path:
         rig = Rig(path, experts)
         tcp, mooncake = TcpTransport(TOKEN), MooncakeTransport("127.0.0.1", "tcp", "")
         from_device: list[int] = []
-        runs: dict[str, Callable[[], float]] = dict(
-            zip(
-                KINDS,
-                (
-                    rig.memcpy, rig.vault, rig.peer, rig.socket, lambda: rig.remote(tcp), lambda: rig.remote(mooncake),
-                    rig.disk, rig.disk,
-                ),
-                strict=True,
-            )
-        )  # fmt: skip
+        runs: dict[str, Callable[[], float]] = {
+            "memcpy": rig.memcpy,
+            "vault": rig.vault,
+            "vault, threads": lambda: rig.vault(threads),
+            "peer": rig.peer,
+            "socket": rig.socket,
+            "vault, tcp": lambda: rig.remote(tcp),
+            "vault, mooncake": lambda: rig.remote(mooncake),
+            "disk, warm": rig.disk,
+            "disk, cold": rig.disk,
+        }
+        if memory_only:
+            runs = {kind: runs[kind] for kind in ("memcpy", "vault", "vault, threads")}
         if not rig.has_mooncake:
-            del runs["vault, mooncake"]
+            runs.pop("vault, mooncake", None)
         rates: dict[str, list[float]] = {kind: [] for kind in runs}
         rig.memcpy()
         for _ in range(turns):
@@ -258,7 +262,7 @@ def main(model: str | None, turns: int, experts: int, as_json: bool) -> None:
                 rates[kind].append(rig.size / run() / 1e9)
                 if kind == "disk, cold":
                     from_device.append(device_bytes() - before)
-        report(rig, rates, from_device, as_json)
+        report(rig, rates, from_device, threads, as_json)
 
 
 def over(these: list[float], those: list[float]) -> float:
@@ -266,19 +270,24 @@ def over(these: list[float], those: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(these, those, strict=True))
 
 
-def report(rig: Rig, rates: dict[str, list[float]], from_device: list[int], as_json: bool) -> None:
+def report(rig: Rig, rates: dict[str, list[float]], from_device: list[int], threads: int, as_json: bool) -> None:
     ratios = {kind: over(rates["vault"], rates[kind]) for kind in rates}
-    over_socket = {kind: over(rates[kind], rates["socket"]) for kind in rates if kind.startswith("vault, ")}
+    over_socket = {
+        kind: over(rates[kind], rates["socket"]) for kind in rates if kind in ("vault, tcp", "vault, mooncake")
+    }
     result = {
         "machine": platform.processor() or platform.machine(), "kernel": platform.release(),
-        "experts": len(rig.moves), "bytes": rig.size, "expert_bytes": rig.bank.expert_bytes,
+        "threads": threads, "experts": len(rig.moves), "bytes": rig.size, "expert_bytes": rig.bank.expert_bytes,
         "gb_per_s": {kind: statistics.median(values) for kind, values in rates.items()},
-        "vault_over": ratios, "over_socket": over_socket, "cold_bytes_from_device": statistics.median(from_device),
+        "vault_over": ratios, "over_socket": over_socket,
+        "cold_bytes_from_device": statistics.median(from_device or [0]),
     }  # fmt: skip
     if as_json:
         click.echo(json.dumps(result))
         return
-    click.echo(f"{len(rig.moves)} experts of {rig.bank.expert_bytes} bytes, {rig.size / 1e9:.2f} GB a turn")
+    click.echo(
+        f"{len(rig.moves)} experts of {rig.bank.expert_bytes} bytes, {rig.size / 1e9:.2f} GB a turn, {threads} threads"
+    )
     click.echo(f"{'source':15} {'GB/s':>8} {'lowest':>8} {'highest':>8}   vault is so many times as fast")
     for kind, values in rates.items():
         click.echo(
@@ -286,7 +295,8 @@ def report(rig: Rig, rates: dict[str, list[float]], from_device: list[int], as_j
         )
     for kind, ratio in over_socket.items():
         click.echo(f"{kind} over a raw socket: {ratio:.2f}")
-    click.echo(f"cold: {statistics.median(from_device) / rig.size:.2f} of the bytes came from the device")
+    if from_device:
+        click.echo(f"cold: {statistics.median(from_device) / rig.size:.2f} of the bytes came from the device")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from phalanx import messages as m
 from phalanx.backend import Place, backend
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
+from phalanx.elastic.ahead import threads_for
 from phalanx.elastic.balance import REBALANCE, Balancer, Rules
 from phalanx.elastic.once import once
 from phalanx.elastic.planning import PlanProcess
@@ -201,6 +202,7 @@ class Worker:
             knock=lambda view: self._mail.knock(view, self._me),
             scaled=spec.scaled,
             faults=self._faults,
+            threads=threads_for(len(os.sched_getaffinity(0)), -(-config.places // config.nnodes)),
         )
         self._change: Change | None = Change("join" if spec.incarnation else "start")
         self._knocked = self._told_to_leave = False

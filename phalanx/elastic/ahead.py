@@ -1,0 +1,99 @@
+"""Digests of experts computed before they are asked for, by a few threads.
+
+One thread digests about as fast as one core reads memory, which is a fraction of what a device takes in from pinned
+memory (and all there is to do for a CPU that borrows). So a restore has the next experts in its queue digested while
+it is busy with this one. The hash releases the interpreter's lock while it runs; bytes are read where they lie, so
+nothing is copied, and no more than `Ahead.room` digests are ever begun and not yet asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from phalanx.moe.experts import Bytes, digest
+
+MOST_THREADS = 8
+"""More than fill the way to a device, at 8 GB/s a thread and 55 GB/s."""
+
+WORTH_BYTES = 1 << 20
+"""Below this a thread's turn takes longer than the digest."""
+
+
+def threads_for(cpus: int, ranks: int) -> int:
+    """How many threads a rank digests with, on a host with so many CPUs for so many ranks. At least 1, which means no
+    thread besides the one that asks. LOCAL, pure."""
+    return max(1, min(MOST_THREADS, cpus // max(1, ranks)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """data is kept so that nobody else's bytes can come to lie at its address."""
+
+    data: Bytes
+    found: Future[int]
+
+
+class Ahead:
+    """Digests of bytes, begun in one order and asked for in any. For one thread to use, in a `with`:
+
+    its threads start with the first `begin`, and none is left when the `with` ends, however it does; what they had not
+    begun by then is never computed. So a process that forks between two `with`s has none."""
+
+    def __init__(self, threads: int) -> None:
+        """threads: 1 computes everything where it is asked for, and starts none."""
+        assert threads >= 1, threads
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._begun: dict[Hashable, _Begun] = {}
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pool, self._pool = self._pool, None
+        self._begun.clear()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._begun
+
+    @property
+    def room(self) -> int:
+        """How many of the next digests should be begun: enough that no thread waits for the one who asks. LOCAL."""
+        return 2 * self._threads if self._threads > 1 else 0
+
+    def begin(self, key: Hashable, data: Bytes) -> None:
+        """Have `data` digested, unless `key` is begun already, there is no room, or it is too little to be worth it.
+
+        The bytes must not change from now on, as they must not between a check and their use. LOCAL, waits for
+        nothing."""
+        if key in self._begun or len(self._begun) >= self.room or data.nbytes < WORTH_BYTES:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="digest")
+        self._begun[key] = _Begun(data, self._pool.submit(digest, data.data))
+
+    def digest(self, key: Hashable, data: Bytes) -> int:
+        """The digest of `data`: what was begun under `key`, if that was the same bytes, else computed here. LOCAL."""
+        begun = self._begun.get(key)
+        if begun is None or not _same(begun.data, data):
+            return digest(data.data)
+        del self._begun[key]
+        return begun.found.result()
+
+    def drop(self, key: Hashable) -> None:
+        """Nobody will ask for `key` any more; there is room for another. LOCAL."""
+        begun = self._begun.pop(key, None)
+        if begun is not None:
+            begun.found.cancel()
+
+
+def _same(one: Bytes, other: Bytes) -> bool:
+    """Whether both are the same bytes in the same place."""
+    return one.ctypes.data == other.ctypes.data and one.nbytes == other.nbytes
