@@ -82,8 +82,8 @@ class Rig:
         """Whether every slot that says it holds an expert has that expert's bytes."""
         held_LS = self.bank.held_LS
         for layer, slot in np.argwhere(held_LS >= 0).tolist():
-            w13, w2 = self.bank.weights(layer, slot)
-            found = torch.cat([w13.flatten(), w2.flatten()]).view(torch.uint8).numpy()
+            parts = [w.flatten().view(torch.uint8).numpy() for w in self.bank.weights(layer, slot)]
+            found = np.concatenate(parts)
             if not np.array_equal(found, content(layer, int(held_LS[layer, slot]), found.size)):
                 return False
         return True
