@@ -75,8 +75,10 @@ FLAGS = [
     (("--events-file", "/nowhere/events.jsonl"), "--events-file /nowhere/events.jsonl cannot be written"),
     (("--max-model-len", "99999"), "--max-model-len 99999 is more than the 4096 positions"),
     (("--max-model-len", "1"), "--max-model-len 1 has no room"),
-    (("--kv-cache-memory-mb", "0"), "--kv-cache-memory-mb 0 is less than one KV block"),
+    (("--kv-cache-memory-mb", "1", "--block-size", "99999"), "--kv-cache-memory-mb 1 is less than one KV block"),
+    (("--block-size", "99999999"), "--kv-cache-memory-mb 512 is less than one KV block"),
     (("--kv-cache-memory-mb", "-1"), "--kv-cache-memory-mb must not be negative"),
+    (("--mem-fraction-static", "90"), "--mem-fraction-static must lie between 0 and 1, not 90"),
     (("--num-redundant-experts", "9"), "--num-redundant-experts 9"),
 ]
 
