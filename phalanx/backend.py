@@ -146,7 +146,8 @@ class CudaBackend:
     ) -> None:
         """graph_sizes: batches of decodes to capture graphs for, instead of those that the config calls for. device,
         memory: elsewhere than on CUDA, for kernels that an interpreter runs."""
-        from phalanx.comm.cuda import CudaCommunicator, LaunchShape
+        from phalanx.comm.cuda import CudaCommunicator
+        from phalanx.comm.launch import LaunchShape
         from phalanx.moe.cuda import DeviceBank, DeviceLoad
 
         config, model, dtype = place.config, place.model, place.dtype
