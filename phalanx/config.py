@@ -27,6 +27,9 @@ ELEMENT_BYTES: Mapping[Dtype, int] = MappingProxyType({"bfloat16": 2, "float32":
 USUAL_KV_MB = 512
 """Memory a rank for its KV cache where nothing is said and no device can be asked."""
 
+MAX_DEVICE_PLACES = 62
+"""Ranks on devices are told by the bits of one word (`comm.cuda`)."""
+
 MAX_PLACES = 1024
 """Places for ranks: with a hundred times as many a single plan is more than the store takes."""
 
@@ -218,15 +221,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         for field in self.__struct_fields__:
             if field.endswith("_s") and getattr(self, field) <= 0:
                 raise BadConfig(f"{_flag(field)} must be more than 0 seconds, not {getattr(self, field)}")
-        if not 0 < self.mem_fraction_static < 1:
-            raise BadConfig(
-                f"--mem-fraction-static must lie between 0 and 1, not {self.mem_fraction_static}: it is the part of a "
-                "device for weights and KV cache"
-            )
-        if self.device == "cuda" and self.dtype != "bfloat16":
-            raise BadConfig(f"--device cuda computes in bfloat16, not in --dtype {self.dtype}")
-        if self.device == "cuda" and self.nnodes > 1:
-            raise BadConfig(f"--device cuda serves one host in this version, not --nnodes {self.nnodes}")
+        self._check_device()
         if self.min_ranks > self.ep_size:
             raise BadConfig(f"--min-ranks {self.min_ranks} is more than --ep-size {self.ep_size}")
         if self.max_ep_size and self.max_ep_size < self.ep_size:
@@ -248,6 +243,27 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise BadConfig(
                 f"--roll-call-timeout ({self.roll_call_timeout_s} s) must be longer than --peer-timeout "
                 f"({self.peer_timeout_s} s) and the longest step, or a slow rank is evicted: raise it"
+            )
+
+    def _check_device(self) -> None:
+        if not 0 < self.mem_fraction_static < 1:
+            raise BadConfig(
+                f"--mem-fraction-static must lie between 0 and 1, not {self.mem_fraction_static}: it is the part of a "
+                "device for weights and KV cache"
+            )
+        if self.device != "cuda":
+            return
+        if self.dtype != "bfloat16":
+            raise BadConfig(f"--device cuda computes in bfloat16, not in --dtype {self.dtype}: leave it out")
+        if self.nnodes > 1:
+            raise BadConfig(
+                f"--device cuda serves one host in this version, not --nnodes {self.nnodes}: leave that out, or serve "
+                "with --device cpu"
+            )
+        if self.places > MAX_DEVICE_PLACES:
+            raise BadConfig(
+                f"{'--max-ep-size' if self.max_ep_size else '--ep-size'} {self.places} is more than the "
+                f"{MAX_DEVICE_PLACES} ranks that can meet with --device cuda: lower it"
             )
 
     def _check_hosts(self) -> None:

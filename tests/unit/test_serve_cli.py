@@ -99,5 +99,16 @@ def test_a_machine_without_a_cuda_device_is_told_so(served: Path) -> None:
     assert "--device cuda: torch" in refusal(str(served), "--device", "cuda")
 
 
-def test_cuda_computes_in_bfloat16_alone(served: Path) -> None:
-    assert "--dtype float32" in refusal(str(served), "--device", "cuda", "--dtype", "float32")
+ON_CUDA = [
+    (("--dtype", "float32"), "computes in bfloat16, not in --dtype float32"),
+    (("--nnodes", "2", "--ep-size", "2", "--dist-init-addr", "h:1"), "serves one host in this version, not --nnodes 2"),
+    (("--ep-size", "63"), "--ep-size 63 is more than the 62 ranks"),
+    (("--ep-size", "2", "--max-ep-size", "64"), "--max-ep-size 64 is more than the 62 ranks"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), ON_CUDA, ids=[" ".join(flags) for flags, _ in ON_CUDA])
+def test_what_devices_cannot_do_is_refused_whether_or_not_there_is_one(
+    served: Path, flags: tuple[str, ...], said: str
+) -> None:
+    assert said in refusal(str(served), "--device", "cuda", *flags)
