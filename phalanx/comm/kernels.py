@@ -5,8 +5,8 @@ Those are gather and tell; dispatch is in `dispatch_kernels`, combine in `combin
 One kernel is one collective of one rank. Its programs first send, then wait: no program waits for another one of its
 own rank, so a grid that fits the device at once cannot deadlock with the peers' grids.
 
-How ranks meet. A sender stores straight into the receiver's exported buffer (`peer_memory.BufferLayout`), makes the stores
-visible to the whole system, and then raises a flag word there. A flag word carries `epoch << 32 | sequence`, only ever
+How ranks meet. A sender stores straight into the receiver's exported buffer (`peer_memory.BufferLayout`), makes the
+stores visible to the whole system, and then raises a flag word there. A flag word carries `epoch << 32 | sequence`, only ever
 grows (it is raised by an atomic maximum, so that not even a stale writer can lower it), and is compared with >=.
 Receiving programs poll their own device's memory. Every kind of collective has a sequence of its own, counted on the
 device, so that a CUDA graph's replay needs no new argument; its parity picks one of two receive buffers.
