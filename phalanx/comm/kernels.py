@@ -6,10 +6,10 @@ One kernel is one collective of one rank. Its programs first send, then wait: no
 own rank, so a grid that fits the device at once cannot deadlock with the peers' grids.
 
 How ranks meet. A sender stores straight into the receiver's exported buffer (`peer_memory.BufferLayout`), makes the
-stores visible to the whole system, and then raises a flag word there. A flag word carries `epoch << 32 | sequence`, only ever
-grows (it is raised by an atomic maximum, so that not even a stale writer can lower it), and is compared with >=.
-Receiving programs poll their own device's memory. Every kind of collective has a sequence of its own, counted on the
-device, so that a CUDA graph's replay needs no new argument; its parity picks one of two receive buffers.
+stores visible to the whole system, and then raises a flag word there. A flag word carries `epoch << 32 | sequence`,
+only ever grows (it is raised by an atomic maximum, so that not even a stale writer can lower it), and is compared
+with >=. Receiving programs poll their own device's memory. Every kind of collective has a sequence of its own, counted
+on the device, so that a CUDA graph's replay needs no new argument; its parity picks one of two receive buffers.
 
 How a wait ends early. Every `POLL` rounds it reads whether another program has masked the peer, whether the peer has
 cut us off or opened a roll call (words that peers store in our buffer), and the time; when it is its turn, also what

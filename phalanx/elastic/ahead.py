@@ -30,17 +30,19 @@ def threads_for(cpus: int, ranks: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Begun:
-    """data is kept so that nobody else's bytes can come to lie at its address."""
+    """data is kept so that nobody else's bytes can come to lie at its address. found: a number when it was computed by
+    the thread that asks."""
 
     data: Bytes
-    found: Future[int]
+    found: Future[int] | int
 
 
 class Ahead:
-    """Digests of bytes, begun in one order and asked for in any. For one thread to use, in a `with`:
+    """Digests of bytes, begun in one order and asked for in any. For one thread to use, in a `with`.
 
-    its threads start with the first `begin`, and none is left when the `with` ends, however it does; what they had not
-    begun by then is never computed. So a process that forks between two `with`s has none."""
+    That thread is one of `threads`: it digests, too, while there is anything that nobody has taken up. The others start
+    with the first `begin`, and none is left when the `with` ends, however it does; what they had not taken up by then
+    is never computed. So a process that forks between two `with`s has none."""
 
     def __init__(self, threads: int) -> None:
         """threads: 1 computes everything where it is asked for, and starts none."""
@@ -76,7 +78,7 @@ class Ahead:
         if key in self._begun or len(self._begun) >= self.room or data.nbytes < WORTH_BYTES:
             return
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="digest")
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="digest")
         self._begun[key] = _Begun(data, self._pool.submit(digest, data.data))
 
     def digest(self, key: Hashable, data: Bytes) -> int:
@@ -85,13 +87,26 @@ class Ahead:
         if begun is None or not _same(begun.data, data):
             return digest(data.data)
         del self._begun[key]
-        return begun.found.result()
+        while isinstance(begun.found, Future) and not begun.found.done():
+            if begun.found.cancel():  # nobody has taken it up yet
+                return digest(data.data)
+            if not self._help():
+                break
+        return begun.found if isinstance(begun.found, int) else begun.found.result()
 
     def drop(self, key: Hashable) -> None:
         """Nobody will ask for `key` any more; there is room for another. LOCAL."""
         begun = self._begun.pop(key, None)
-        if begun is not None:
+        if begun is not None and isinstance(begun.found, Future):
             begun.found.cancel()
+
+    def _help(self) -> bool:
+        """Digest the next that no thread has taken up; whether there was one."""
+        for key, begun in self._begun.items():
+            if isinstance(begun.found, Future) and begun.found.cancel():
+                self._begun[key] = _Begun(begun.data, digest(begun.data.data))
+                return True
+        return False
 
 
 def _same(one: Bytes, other: Bytes) -> bool:

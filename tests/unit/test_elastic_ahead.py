@@ -114,6 +114,16 @@ def test_digests_begun_ahead_are_those_of_the_bytes_in_whatever_order_they_are_a
     assert not digesting()
 
 
+def test_who_asks_for_the_last_first_gets_the_same_digests() -> None:
+    parts = [content(1, i, 8 * WORTH_BYTES) for i in range(8)]
+    with Ahead(4) as ahead:
+        for i, data in enumerate(parts):
+            ahead.begin(i, data)
+        found = [ahead.digest(i, parts[i]) for i in reversed(range(8))]
+        assert not any(i in ahead for i in range(8))
+    assert found[::-1] == [digest(data.data) for data in parts]
+
+
 def test_only_so_many_digests_are_begun_and_not_asked_for() -> None:
     data = content(0, 0, WORTH_BYTES)
     with Ahead(2) as ahead:
@@ -160,6 +170,7 @@ def test_a_restore_gives_the_same_slots_in_the_same_order_with_any_number_of_thr
     assert job.bytes_by_source == {"vault": LAYERS * EXPERTS * rig.bank.expert_bytes}
     assert rig.right()
     assert all(helpers) if threads > 1 else not any(helpers)
+    assert all(len(names) < threads for names in helpers), "the restore's own thread is one of them"
     assert not digesting()
 
 
