@@ -23,9 +23,11 @@ WORTH_BYTES = 1 << 20
 
 
 def threads_for(cpus: int, ranks: int) -> int:
-    """How many threads a rank digests with, on a host with so many CPUs for so many ranks. At least 1, which means no
-    thread besides the one that asks. LOCAL, pure."""
-    return max(1, min(MOST_THREADS, cpus // max(1, ranks)))
+    """How many threads a rank digests with, on a host with so many CPUs for so many ranks: its share of all but one,
+    which the server and all else on the host have. At least 1: no thread besides the one that asks. LOCAL, pure.
+
+    Where threads must share CPUs they are no gain: each digest then waits for the slowest of them."""
+    return max(1, min(MOST_THREADS, (cpus - 1) // max(1, ranks)))
 
 
 @dataclass(frozen=True, eq=False)

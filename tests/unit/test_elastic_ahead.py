@@ -97,9 +97,10 @@ def rig() -> Iterator[Rig]:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "ranks", "threads"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (4, 2, 2), (16, 2, 8), (256, 2, MOST_THREADS)]
+    ("cpus", "ranks", "threads"),
+    [(1, 1, 1), (2, 1, 1), (3, 1, 2), (4, 2, 1), (5, 2, 2), (16, 2, 7), (256, 2, MOST_THREADS)],
 )
-def test_a_rank_digests_with_the_cpus_that_it_has_to_itself(cpus: int, ranks: int, threads: int) -> None:
+def test_a_rank_digests_with_the_cpus_that_are_its_share_of_all_but_one(cpus: int, ranks: int, threads: int) -> None:
     assert threads_for(cpus, ranks) == threads
 
 
