@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -76,7 +76,8 @@ class Backend(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """What its engine may do at once."""
+        """What its engine may do at once; settled when `runner` has been called, for the KV cache of a device takes
+        what the weights leave."""
 
     def runner(self, weights: DenseWeights, checked: Checked = do) -> StepRunner:
         """The model with these dense weights. checked: see `moe.linear.choose`. Once. LOCAL."""
@@ -145,7 +146,8 @@ class CudaBackend:
     ) -> None:
         """graph_sizes: batches of decodes to capture graphs for, instead of those that the config calls for. device,
         memory: elsewhere than on CUDA, for kernels that an interpreter runs."""
-        from phalanx.comm.cuda import CudaCommunicator, LaunchShape
+        from phalanx.comm.cuda import CudaCommunicator
+        from phalanx.comm.launch import LaunchShape
         from phalanx.moe.cuda import DeviceBank, DeviceLoad
 
         config, model, dtype = place.config, place.model, place.dtype
@@ -177,29 +179,41 @@ class CudaBackend:
             memory=memory,
             device=device,
         )
-        self.limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
+        self._block_bytes = KVStore.block_bytes(model, config.block_size, dtype)
+        self.limits = limits_for(config, model, self._block_bytes)
+        alone = device.type == "cuda" and config.places <= torch.cuda.device_count()
+        self._sizes_kv = config.kv_is_unsaid and alone
         self._load = DeviceLoad(model.num_moe_layers, model.num_experts, device)
 
     def runner(self, weights: DenseWeights, checked: Checked = do) -> StepRunner:
         """See `Backend`."""
         from phalanx.engine.cuda import CudaRunner
+        from phalanx.engine.kv_room import DeviceMemory, blocks_that_fit, check_fit
         from phalanx.model.cuda import DeviceKV, DeviceModel, table_shape, to_device
         from phalanx.moe.cuda import DeviceExperts
 
-        config, model, limits, device = self._place.config, self._place.model, self.limits, self._device
+        config, model, device = self._place.config, self._place.model, self._device
         exact = config.deterministic
-        shape = table_shape(
-            model, rows=limits.max_num_batched_tokens, sequences=limits.max_num_seqs,
-            max_model_len=limits.max_model_len, block_size=limits.block_size, num_blocks=limits.num_blocks, exact=exact,
-        )  # fmt: skip
         routes = RouteTable(model.num_moe_layers, model.num_experts, self._place.route_width, device)
         experts = DeviceExperts(
             self.bank, routes, self._comm, self._load, top_k=model.top_k, num_experts=model.num_experts,
             norm_topk=model.norm_topk, pairs=config.places * config.max_num_batched_tokens * model.top_k,
             weigh_early=not exact,
         )  # fmt: skip
+        weights = to_device(weights, device)
+        if device.type == "cuda":
+            left, size = DeviceMemory.of(device), self._block_bytes
+            if self._sizes_kv:
+                blocks = blocks_that_fit(left, config.mem_fraction_static, size, config.block_size)
+                self.limits = replace(self.limits, num_blocks=blocks)
+            check_fit(left, self.limits.num_blocks, size)
+        limits = self.limits
         kv = DeviceKV(model, limits.num_blocks, limits.block_size, self._place.dtype, device)
-        decoder = DeviceModel(model, to_device(weights, device), experts, kv, shape, exact=exact)
+        shape = table_shape(
+            model, rows=limits.max_num_batched_tokens, sequences=limits.max_num_seqs,
+            max_model_len=limits.max_model_len, block_size=limits.block_size, num_blocks=limits.num_blocks, exact=exact,
+        )  # fmt: skip
+        decoder = DeviceModel(model, weights, experts, kv, shape, exact=exact)
         return CudaRunner(
             decoder,
             shape,

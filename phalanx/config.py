@@ -24,6 +24,12 @@ VaultTransport = Literal["auto", "mooncake", "tcp"]
 ELEMENT_BYTES: Mapping[Dtype, int] = MappingProxyType({"bfloat16": 2, "float32": 4})
 
 
+USUAL_KV_MB = 512
+"""Memory a rank for its KV cache where nothing is said and no device can be asked."""
+
+MAX_DEVICE_PLACES = 62
+"""Ranks on devices are told by the bits of one word (`comm.cuda`)."""
+
 MAX_PLACES = 1024
 """Places for ranks: with a hundred times as many a single plan is more than the store takes."""
 
@@ -97,7 +103,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     num_kv_blocks: int = 0
     """KV blocks a rank; 0: from `kv_cache_memory_mb`."""
-    kv_cache_memory_mb: int = 512
+    kv_cache_memory_mb: int = 0
+    """0: on cuda what `mem_fraction_static` leaves, when a rank has a device to itself; else 512."""
+    mem_fraction_static: float = 0.9
+    """On cuda: the part of a device that weights and KV cache may take together."""
     enable_prefix_caching: bool = True
     """Keep the KV of finished requests as long as there is room, for later prompts that begin the same."""
     max_queued_requests: int = 1024
@@ -178,13 +187,20 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return length
 
     def kv_blocks(self, bytes_per_block: int) -> int:
-        """KV blocks a rank. BadConfig when the memory for them holds none. LOCAL."""
-        blocks = self.num_kv_blocks or self.kv_cache_memory_mb * (1 << 20) // bytes_per_block
+        """KV blocks a rank, whatever its device has room for. BadConfig when the memory for them holds none. LOCAL."""
+        memory = self.kv_cache_memory_mb or USUAL_KV_MB
+        blocks = self.num_kv_blocks or memory * (1 << 20) // bytes_per_block
         if blocks < 1:
             raise BadConfig(
-                f"--kv-cache-memory-mb {self.kv_cache_memory_mb} is less than one KV block of {bytes_per_block} bytes"
+                f"--kv-cache-memory-mb {memory} is less than one KV block of {bytes_per_block} bytes: raise it, or "
+                "lower --block-size"
             )
         return blocks
+
+    @property
+    def kv_is_unsaid(self) -> bool:
+        """Whether the operator left the size of the KV cache open."""
+        return not self.num_kv_blocks and not self.kv_cache_memory_mb
 
     def check(self) -> None:
         """Raise BadConfig for values that contradict themselves. LOCAL."""
@@ -205,10 +221,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         for field in self.__struct_fields__:
             if field.endswith("_s") and getattr(self, field) <= 0:
                 raise BadConfig(f"{_flag(field)} must be more than 0 seconds, not {getattr(self, field)}")
-        if self.device == "cuda" and self.dtype != "bfloat16":
-            raise BadConfig(f"--device cuda computes in bfloat16, not in --dtype {self.dtype}")
-        if self.device == "cuda" and self.nnodes > 1:
-            raise BadConfig(f"--device cuda serves one host in this version, not --nnodes {self.nnodes}")
+        self._check_device()
         if self.min_ranks > self.ep_size:
             raise BadConfig(f"--min-ranks {self.min_ranks} is more than --ep-size {self.ep_size}")
         if self.max_ep_size and self.max_ep_size < self.ep_size:
@@ -230,6 +243,27 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise BadConfig(
                 f"--roll-call-timeout ({self.roll_call_timeout_s} s) must be longer than --peer-timeout "
                 f"({self.peer_timeout_s} s) and the longest step, or a slow rank is evicted: raise it"
+            )
+
+    def _check_device(self) -> None:
+        if not 0 < self.mem_fraction_static < 1:
+            raise BadConfig(
+                f"--mem-fraction-static must lie between 0 and 1, not {self.mem_fraction_static}: it is the part of a "
+                "device for weights and KV cache"
+            )
+        if self.device != "cuda":
+            return
+        if self.dtype != "bfloat16":
+            raise BadConfig(f"--device cuda computes in bfloat16, not in --dtype {self.dtype}: leave it out")
+        if self.nnodes > 1:
+            raise BadConfig(
+                f"--device cuda serves one host in this version, not --nnodes {self.nnodes}: leave that out, or serve "
+                "with --device cpu"
+            )
+        if self.places > MAX_DEVICE_PLACES:
+            raise BadConfig(
+                f"{'--max-ep-size' if self.max_ep_size else '--ep-size'} {self.places} is more than the "
+                f"{MAX_DEVICE_PLACES} ranks that can meet with --device cuda: lower it"
             )
 
     def _check_hosts(self) -> None:

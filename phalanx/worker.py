@@ -149,8 +149,8 @@ class Worker:
         checked = partial(
             once, store, f"products/{spec.host}", me=f"{spec.rank}.{spec.incarnation}", patience_s=CHECK_PATIENCE_S
         )
-        self._limits = rank_parts.limits
         self._runner = rank_parts.runner(weights, checked)
+        self._limits = rank_parts.limits
         self._engine = Engine(self._limits, self._runner, self._comm, model.eos_ids, self._faults)
         shape = Shape(
             model.num_moe_layers, model.num_experts, config.places, slots, config.num_redundant_experts, config.ep_size

@@ -71,7 +71,8 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
     default=True,
     help="Reuse the KV of prompts' common beginnings.",
 )
-@_option("--kv-cache-memory-mb", "Memory a rank for its KV cache.", type=int)
+@_option("--kv-cache-memory-mb", "Memory a rank for its KV cache (0: 512; on cuda what is left).", type=int)
+@_option("--mem-fraction-static", "On cuda: part of a device for weights and KV cache.", type=float)
 @_option("--max-queued-requests", "Requests waiting in the service; more are answered 429.", type=int)
 @_option("--peer-timeout", "Seconds a silent rank is waited for before it is suspected.", type=float)
 @_option("--roll-call-timeout", "Seconds the living wait for a suspected rank to answer.", type=float)

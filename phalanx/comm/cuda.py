@@ -17,14 +17,10 @@ Two memories a rank: the exported device buffer (`comm.peer_memory`), written by
 
 from __future__ import annotations
 
-import contextlib
 import select
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -34,81 +30,19 @@ from torch import Tensor
 
 from phalanx.comm import segment
 from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status, empty_view
+from phalanx.comm.device_peers import DevicePeer, map_peer, publish_handle, segment_layout
+from phalanx.comm.launch import Fixed, Kernels, LaunchShape, Mode, power_of_two
+from phalanx.comm.notice_relay import NoticeRelay
 from phalanx.comm.notices import NoticeBoard
-from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory, PeerMemoryError
-from phalanx.errors import Evicted, PhalanxError
+from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory
+from phalanx.comm.received import DeviceDispatched, Handle, Lists
+from phalanx.errors import Evicted
 from phalanx.world import Member, View
 
 _EPOCH, _TIMEOUT_NS, _INTERRUPTED = 0, 1, 2
 _TABLES = 16  # words before the tables a rank; see comm.kernels
 _CAUSES = {1: "notice", 2: "timeout", 3: "operator", 4: "timeout"}  # 4: the peer went on without us
 _NOTICE, _OPERATOR = 1, 3
-_HANDLE_BYTES = 2048
-_PAIRS_IN_REGISTERS = 8192
-_REGISTERS = 65536  # of a multiprocessor, on every device since 2014
-
-Mode = Literal["exact", "fast"]
-
-
-class LaunchTooLarge(PhalanxError):
-    """A kernel's programs would not all run at once: those that run would wait for peers that wait for the others."""
-
-
-@dataclass(frozen=True)
-class DeviceDispatched(Dispatched):
-    """What a rank received, on the device, with capacities in place of sizes.
-
-    x_ND: [2 * R * T, D], the receive buffers themselves; only rows named by `row_M` mean anything. With fp8: e4m3.
-    row_M, slot_M: int64 [R * T * K]; entries from `first_S[S]` on mean nothing, but are valid. Pairs stand sorted by
-    slot, and within a slot by (source rank, token, k): what a grouped GEMM wants, and deterministic for a given view
-    and batch.
-    first_S: int32 [S + 1], where each slot's pairs begin; the last entry is M.
-    scale_ND: float32 [2 * R * T, D / 128], what to multiply each group of 128 channels by; None without fp8.
-    Valid until the second dispatch after this one (of the same graph, or of those launched eagerly).
-    """
-
-    first_S: Tensor
-    scale_ND: Tensor | None
-
-    def trimmed(self) -> Dispatched:
-        """The same with real sizes, as the CPU communicator returns it. Synchronises: for tests and eager use."""
-        pairs = int(self.first_S[-1])
-        return Dispatched(self.x_ND, self.row_M[:pairs], self.slot_M[:pairs], self.handle)
-
-
-@dataclass(frozen=True)
-class _Handle:
-    """What combine needs of its dispatch. position: int32 [R * T * K], a pair's place in the sorted order or -1."""
-
-    position: Tensor
-    counts: Tensor
-    slots_TK: Tensor
-
-
-@dataclass(frozen=True)
-class _Lists:
-    """What a dispatch writes about what it received. Allocated once, zeroed: whatever a broken-off dispatch leaves in
-    them is a valid index, so that the experts' kernels of a step that will be discarded read no foreign memory."""
-
-    row_M: Tensor
-    slot_M: Tensor
-    position: Tensor
-    first_S: Tensor
-    counts: Tensor
-
-    @classmethod
-    def of(cls, pairs: int, slots: int, padded: int, device: torch.device) -> _Lists:
-        long, short = (partial(torch.zeros, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
-        return cls(long(pairs), long(pairs), short(pairs), short(slots + 1), short(padded + 1))
-
-
-@dataclass(frozen=True)
-class _Peer:
-    """A member that this rank has mapped."""
-
-    member: Member
-    segment: segment.PeerSegment
-    pointer: int
 
 
 class CudaCommunicator(Communicator):
@@ -149,7 +83,7 @@ class CudaCommunicator(Communicator):
         self._max_tokens, self._dtype, self._fp8, self._mode = max_tokens, dtype, fp8, mode
         self._elastic, self._timeout_s = elastic, peer_timeout_s
         self._shape = shape or LaunchShape.of(hidden)
-        self._padded = _power_of_two(ep_size)
+        self._padded = power_of_two(ep_size)
         device = device or torch.device("cuda", torch.cuda.current_device())
         self.layout = BufferLayout(
             ep_size, max_tokens, hidden, top_k, 1 if fp8 else dtype.itemsize, dtype.itemsize,
@@ -160,12 +94,12 @@ class CudaCommunicator(Communicator):
         self._own = self._memory.buffer
         self._device = self._own.device
         self._view = empty_view(ep_size)
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, DevicePeer] = {}
         self._retired: list[tuple[Any, int]] = []
         self._rings = 0
         self._state = torch.zeros(_TABLES + 5 * self._padded, dtype=torch.int64, device=self._device)
         pairs = ep_size * max_tokens * top_k
-        self._lists = [_Lists.of(pairs, slots_per_rank, self._padded, self._device) for _ in range(2)]
+        self._lists = [Lists.of(pairs, slots_per_rank, self._padded, self._device) for _ in range(2)]
         self._turn = 0
         meeting = GATHER_WORDS * (1 + ep_size)
         self._meeting = (
@@ -173,12 +107,18 @@ class CudaCommunicator(Communicator):
             torch.zeros(meeting, dtype=torch.int64, device=self._device),
         )
         self._host = self._memory.host_words(self._padded + 1)
-        self._segment = segment.OwnSegment(self._segment_layout(), rank, incarnation)
-        self._publish_handle()
+        self._segment = segment.OwnSegment(segment_layout(ep_size), rank, incarnation)
+        publish_handle(self._segment, self._memory)
         self._notices = notices
-        self._relay: _NoticeRelay | None = None
-        self._notice_pointer, self._notice_stride = self._map_notices()
-        self._kernels = _Kernels(self, guard)
+        self._relay: NoticeRelay | None = None
+        notice_pointer, notice_stride = self._map_notices()
+        self._kernels = Kernels(
+            Fixed(
+                rank=rank, ep_size=ep_size, padded=self._padded, slots=slots_per_rank, top_k=top_k, hidden=hidden,
+                max_tokens=max_tokens, mode=mode, layout=self.layout, shape=self._shape, guard=guard, own=self._own,
+                state=self._state, host=self._host, notice_pointer=notice_pointer, notice_stride=notice_stride,
+            )
+        )  # fmt: skip
         if guard:  # without it, a kernel alone would wait for ranks that are not there
             self._warm_up()
 
@@ -210,7 +150,7 @@ class CudaCommunicator(Communicator):
         for member in view.members:
             if member.rank != self.rank and member.rank not in self._peers:
                 try:
-                    self._peers[member.rank] = self._map(member)
+                    self._peers[member.rank] = map_peer(member, self.ep_size, self._memory)
                 except segment.Unreachable:
                     dead.append(member.rank)
         self._view = view
@@ -271,7 +211,7 @@ class CudaCommunicator(Communicator):
         self._kernels.dispatch(x_TD, slots_TK, weights_TK, lists, tokens)
         x_ND, scale_ND = self._received()
         return DeviceDispatched(
-            x_ND, lists.row_M, lists.slot_M, _Handle(lists.position, lists.counts, slots_TK), lists.first_S, scale_ND
+            x_ND, lists.row_M, lists.slot_M, Handle(lists.position, lists.counts, slots_TK), lists.first_S, scale_ND
         )
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
@@ -472,28 +412,6 @@ class CudaCommunicator(Communicator):
     def _tell(self, what: Literal["cut", "opened"], ranks: list[int], epoch: int) -> None:
         self._kernels.tell(sum(1 << r for r in ranks), epoch, self.layout.offsets[what])
 
-    def _map(self, member: Member) -> _Peer:
-        """Map a member's segment and buffer. Raises segment.Unreachable when its process is gone."""
-        peer = segment.PeerSegment(member.comm_address, self._segment_layout(), member.rank, member.incarnation)
-        try:
-            text = peer.x[0].view(np.uint8).tobytes().rstrip(b"\0").decode()
-            return _Peer(member, peer, self._memory.open(text))
-        except BaseException as error:
-            died = isinstance(error, PeerMemoryError) and segment.gone(peer.pidfd)
-            peer.close()
-            if died:  # between mapping its segment and its buffer
-                raise segment.Unreachable(f"rank {member}: {error}") from error
-            raise
-
-    def _publish_handle(self) -> None:
-        text = self._memory.handle().encode()
-        assert len(text) < _HANDLE_BYTES, f"a handle of {len(text)} bytes"
-        self._segment.x[0].view(np.uint8).reshape(-1)[: len(text)] = np.frombuffer(text, np.uint8)
-
-    def _segment_layout(self) -> segment.Layout:
-        """Host segments carry words and a handle, no rows: one row of `_HANDLE_BYTES`."""
-        return segment.Layout(self.ep_size, 1, _HANDLE_BYTES // 4, 1, 4)
-
     def _map_notices(self) -> tuple[int, int]:
         """Address and stride, in words, of what kernels poll: the board itself, or our copy that a thread keeps."""
         if self._notices is not None:
@@ -504,7 +422,7 @@ class CudaCommunicator(Communicator):
         self._dead = self._memory.host_words(self._padded)
         self._dead.fill_(-1)
         if self._notices is not None:
-            self._relay = _NoticeRelay(self._notices, self._dead)
+            self._relay = NoticeRelay(self._notices, self._dead)
         return self._dead.data_ptr(), 1
 
     def _known_dead(self) -> list[int]:
@@ -556,151 +474,3 @@ class CudaCommunicator(Communicator):
         self._write_state([])
         self._own.zero_()
         self._memory.wait()
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
-
-    chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
-    program sends at once.
-    """
-
-    chunk: int = 1024
-    dispatch_groups: int = 18
-    dispatch_tile: int = 8
-    dispatch_warps: int = 8
-    combine_groups: int = 36
-    combine_rows: int = 16
-    combine_warps: int = 4
-
-    @classmethod
-    def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
-        """A shape that fills about `programs` multiprocessors."""
-        chunk = min(1024, _power_of_two(hidden))
-        chunks = -(-hidden // chunk)
-        return cls(
-            chunk=chunk, dispatch_groups=max(1, programs // chunks), combine_groups=max(1, 2 * programs // chunks)
-        )
-
-    def chunks(self, hidden: int) -> int:
-        return -(-hidden // self.chunk)
-
-
-class _Kernels:
-    """Launches: the constants of one communicator, given to the kernels by name."""
-
-    def __init__(self, comm: CudaCommunicator, guard: bool) -> None:
-        from triton import knobs
-
-        from phalanx.comm import kernels
-
-        self._code = kernels
-        self._seen: dict[str, tuple[int, int, Any]] = {}
-        self._comm = comm
-        layout, shape, at = comm.layout, comm._shape, comm.layout.offsets
-        self._shape = shape
-        common = {"R": comm.ep_size, "P": comm._padded}
-        waits = {
-            **common, "GUARD": guard, "INTERPRETED": bool(knobs.runtime.interpret), "CUT_AT": at["cut"],
-            "OPENED_AT": at["opened"],
-        }  # fmt: skip
-        moves = {
-            **waits, "S": comm.slots_per_rank, "K": comm._top_k, "KP": _power_of_two(comm._top_k), "D": comm._hidden,
-            "T_MAX": comm._max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(comm._hidden),
-            "WEIGHTS": at["weights"],
-        }  # fmt: skip
-        pairs = _power_of_two(comm._max_tokens * comm._top_k)
-        block = pairs if pairs * comm._padded <= _PAIRS_IN_REGISTERS else 1024
-        self._dispatch = {
-            **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
-            "BLOCKS": -(-pairs // block),
-            "FP8": layout.x_itemsize == 1, "WEIGHTED": comm._mode == "fast", "META": at["meta"], "COUNT": at["count"],
-            "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
-        }  # fmt: skip
-        self._combine = {
-            **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"],
-            "RESULT_FLAG": at["result_flag"],
-        }  # fmt: skip
-        self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
-        self._common = common
-
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: _Lists, tokens: int) -> None:
-        c = self._comm
-        programs = c.ep_size + c.layout.dispatch_programs
-        compiled = self._code.dispatch_kernel[(programs,)](
-            x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
-            lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
-            num_warps=self._shape.dispatch_warps,
-        )  # fmt: skip
-        self._seen["dispatch"] = (programs, self._shape.dispatch_warps, compiled)
-
-    def combine(
-        self, y: Tensor, handle: _Handle, weights: Tensor | None, out: Tensor, tokens: int,
-        mode: Literal["rows", "exact", "fast"],
-    ) -> None:  # fmt: skip
-        c = self._comm
-        compiled = self._code.combine_kernel[(c.layout.combine_programs,)](
-            y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
-            out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
-            MODE=("rows", "exact", "fast").index(mode),
-            num_warps=self._shape.combine_warps,
-        )  # fmt: skip
-        self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
-
-    def check_fit(self) -> None:
-        """Whether each grid launched so far fits the device at once; its programs wait for peers, so it must. LOCAL."""
-        if self._comm._device.type != "cuda":
-            return
-        device = torch.cuda.get_device_properties(self._comm._device)
-        for name, (programs, warps, compiled) in self._seen.items():
-            registers = -(-compiled.n_regs // 8) * 8 * 32 * warps
-            at_once = min(_REGISTERS // registers, 64 // warps, 32)
-            if shared := compiled.metadata.shared:
-                at_once = min(at_once, device.shared_memory_per_multiprocessor // (shared + 1024))
-            if programs > at_once * device.multi_processor_count:
-                raise LaunchTooLarge(
-                    f"{name}: {programs} programs of {registers} registers, {device.name} runs "
-                    f"{at_once * device.multi_processor_count} at once: choose a LaunchShape with fewer groups"
-                )
-
-    def gather(self, row: Tensor, out: Tensor, words: int) -> None:
-        # An empty tensor has no address: a barrier reads and writes nothing, but the kernel wants pointers.
-        row, out = (row, out) if words else (self._comm._state, self._comm._state)
-        self._code.gather_kernel[(1,)](row, out, *self._words(), words, self._comm.rank, **self._gather, num_warps=1)
-
-    def tell(self, whom: int, epoch: int, word_at: int) -> None:
-        c = self._comm
-        self._code.tell_kernel[(1,)](c._own, c._state, whom, epoch, c.rank, word_at, **self._common, num_warps=1)
-
-    def _words(self) -> tuple[Any, ...]:
-        c = self._comm
-        return c._own, c._state, c._host, c._notice_pointer, c._notice_stride
-
-
-class _NoticeRelay:
-    """Copies the launcher's notices into pinned words, where the device cannot map the board itself."""
-
-    def __init__(self, board: NoticeBoard, dead: Tensor) -> None:
-        self._board, self._dead = board, dead
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="phalanx-notices", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        seen = -1
-        with contextlib.suppress(ValueError):  # the board was closed first: there is nothing more to copy
-            while not self._stop.wait(0.001):
-                if self._board.version != seen:
-                    seen = self._board.version
-                    words = np.array(self._board.dead_words)
-                    self._dead[: len(words)] = torch.from_numpy(words)
-
-    def close(self) -> None:
-        self._stop.set()
-        with contextlib.suppress(RuntimeError):
-            self._thread.join()
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

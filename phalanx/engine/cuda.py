@@ -1,9 +1,9 @@
-"""Runs batches on a device: tables in, tokens and status out, one wait a step.
+"""Runs batches on a device: tables in, tokens and status out, and one wait, at the end.
 
 A step of decodes alone replays the CUDA graph of the next size; anything with a prefill is launched eagerly, by the
-same code. Tokens are chosen on the device, and the communicator's status words travel to the host with them: the only
-place where a step waits for the device is the end of `run`. Before it waits, the host lays out the batch that most
-likely follows.
+same code. Tokens are chosen on the device, and the communicator's status words travel to the host with them. Before it
+waits for both, the host lays out the batch that most likely follows. A step's other wait is its header's, before `run`;
+requests whose tokens the device cannot choose cost one more, for their logits.
 
 No graph is captured after the warm-up, and nothing that a view change does needs one: routes, slots, masks and peers'
 addresses are words that kernels read.

@@ -1,6 +1,6 @@
 """The MoE layers of one rank on a device: slots in device memory, gate, grouped experts, load counts.
 
-Nothing here waits for the device, and every buffer that a kernel reads stands at a fixed address: what `forward`
+`DeviceExperts.forward` waits for nothing, and every buffer that a kernel reads stands at a fixed address: what it
 launches may be captured in a CUDA graph, which outlives every change of routes, slots and membership.
 
 Shape suffixes: L MoE layers, S slots a rank, F expert width, D model width, T tokens, K top-k, E experts, M pairs.
@@ -78,10 +78,6 @@ class DeviceBank(SlotBank):
         """The slot holds `expert`, copied from `data`, which must stay as it is until `ready`'s stream has passed."""
         assert data.nbytes == self.expert_bytes, (data.nbytes, self.expert_bytes)
         self._send(layer, slot, torch.from_numpy(data).view(self.dtype))
-        self._enter(layer, slot, expert, digest)
-
-    def fill(self, layer: int, slot: int, expert: int, digest: int) -> None:
-        """Say that the slot's bytes, written on the device itself, are those of `expert`: for random weights. LOCAL."""
         self._enter(layer, slot, expert, digest)
 
     def pin(self, data: Bytes) -> bool:

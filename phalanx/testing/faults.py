@@ -59,6 +59,9 @@ POINTS: Mapping[str, str] = MappingProxyType(
 )
 """Every fault point: its name, and where it is passed."""
 
+IN_COLLECTIVES = frozenset({"dispatch", "combine", "all_gather", "half_sent", "half_framed", "received"})
+"""Points that only a CPU's communicator passes: on a device these moments lie within a kernel."""
+
 
 class InjectedFault(PhalanxError):
     """The Python exception that a `raise` fault throws: a stand-in for any bug."""

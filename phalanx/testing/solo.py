@@ -55,8 +55,8 @@ class SoloEngine:
         weights = checkpoint.dense_weights(dtype)
         if parts is not None:
             made = parts(config, model)
-            self._bank, self.comm, self.limits = made.bank, made.comm, made.limits
             self.runner: StepRunner = made.runner(weights)
+            self._bank, self.comm, self.limits = made.bank, made.comm, made.limits
         else:
             self.limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
             self.comm = comm or LocalCommunicator()

@@ -178,3 +178,13 @@ def test_a_step_that_no_message_can_carry_is_refused(make_cluster: Callable[...,
     cluster = make_cluster(ranks=1, enable_chaos=True)
     answer = cluster.http.post("/chaos", json={"kind": "raise", "rank": 0, "at_step": 10**30})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "at_step")
+
+
+def test_a_fault_within_a_devices_kernel_is_refused_instead_of_never_happening(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = make_cluster(ranks=1, enable_chaos=True, device="cuda")
+    answer = cluster.http.post("/chaos", json={"kind": "raise", "rank": 0, "where": "combine"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "where")
+    assert "--device cuda" in answer.text
+    assert cluster.http.post("/chaos", json={"kind": "raise", "rank": 0, "where": "decode"}).status_code == 202

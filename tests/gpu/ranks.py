@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from phalanx.comm.cuda import CudaCommunicator, LaunchShape  # noqa: E402
+from phalanx.comm.cuda import CudaCommunicator  # noqa: E402
+from phalanx.comm.launch import LaunchShape  # noqa: E402
 from phalanx.comm.notices import NoticeBoard  # noqa: E402
 from phalanx.comm.peer_memory import BufferLayout, PeerMemory, PeerMemoryError  # noqa: E402
 from phalanx.world import Member, View  # noqa: E402

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from phalanx.comm.cuda import LaunchShape
+from phalanx.comm.launch import LaunchShape
 from phalanx.comm.peer_memory import BufferLayout
 
 

@@ -75,8 +75,10 @@ FLAGS = [
     (("--events-file", "/nowhere/events.jsonl"), "--events-file /nowhere/events.jsonl cannot be written"),
     (("--max-model-len", "99999"), "--max-model-len 99999 is more than the 4096 positions"),
     (("--max-model-len", "1"), "--max-model-len 1 has no room"),
-    (("--kv-cache-memory-mb", "0"), "--kv-cache-memory-mb 0 is less than one KV block"),
+    (("--kv-cache-memory-mb", "1", "--block-size", "99999"), "--kv-cache-memory-mb 1 is less than one KV block"),
+    (("--block-size", "99999999"), "--kv-cache-memory-mb 512 is less than one KV block"),
     (("--kv-cache-memory-mb", "-1"), "--kv-cache-memory-mb must not be negative"),
+    (("--mem-fraction-static", "90"), "--mem-fraction-static must lie between 0 and 1, not 90"),
     (("--num-redundant-experts", "9"), "--num-redundant-experts 9"),
 ]
 
@@ -97,10 +99,6 @@ def test_a_machine_without_a_cuda_device_is_told_so(served: Path) -> None:
     assert "--device cuda: torch" in refusal(str(served), "--device", "cuda")
 
 
-def test_cuda_computes_in_bfloat16_alone(served: Path) -> None:
-    assert "--dtype float32" in refusal(str(served), "--device", "cuda", "--dtype", "float32")
-
-
 @pytest.mark.parametrize("flag", ["--ib-device", "--mooncake-ib-device"])
 def test_a_device_between_hosts_that_is_not_there_is_named_before_anything_starts(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
@@ -111,3 +109,18 @@ def test_a_device_between_hosts_that_is_not_there_is_named_before_anything_start
     hosts = ("--nnodes", "2", "--ep-size", "2", "--dist-init-addr", "127.0.0.1:25555", "--vault-transport", "mooncake")
     said = refusal(str(served), *hosts, flag, "no_such_device")
     assert "--ib-device no_such_device: this host has no such RDMA device" in said
+
+
+ON_CUDA = [
+    (("--dtype", "float32"), "computes in bfloat16, not in --dtype float32"),
+    (("--nnodes", "2", "--ep-size", "2", "--dist-init-addr", "h:1"), "serves one host in this version, not --nnodes 2"),
+    (("--ep-size", "63"), "--ep-size 63 is more than the 62 ranks"),
+    (("--ep-size", "2", "--max-ep-size", "64"), "--max-ep-size 64 is more than the 62 ranks"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), ON_CUDA, ids=[" ".join(flags) for flags, _ in ON_CUDA])
+def test_what_devices_cannot_do_is_refused_whether_or_not_there_is_one(
+    served: Path, flags: tuple[str, ...], said: str
+) -> None:
+    assert said in refusal(str(served), "--device", "cuda", *flags)

@@ -1,0 +1,183 @@
+"""Launching the CUDA communicator's kernels: how they cut their work, with what constants, and whether a grid fits.
+
+Triton is imported when the first `Kernels` is made, not before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout
+from phalanx.comm.received import Handle, Lists
+from phalanx.errors import PhalanxError
+
+_PAIRS_IN_REGISTERS = 8192
+_REGISTERS = 65536  # of a multiprocessor, on every device since 2014
+
+Mode = Literal["exact", "fast"]
+
+
+class LaunchTooLarge(PhalanxError):
+    """A kernel's programs would not all run at once: those that run would wait for peers that wait for the others."""
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
+
+    chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
+    program sends at once.
+    """
+
+    chunk: int = 1024
+    dispatch_groups: int = 18
+    dispatch_tile: int = 8
+    dispatch_warps: int = 8
+    combine_groups: int = 36
+    combine_rows: int = 16
+    combine_warps: int = 4
+
+    @classmethod
+    def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
+        """A shape that fills about `programs` multiprocessors."""
+        chunk = min(1024, power_of_two(hidden))
+        chunks = -(-hidden // chunk)
+        return cls(
+            chunk=chunk, dispatch_groups=max(1, programs // chunks), combine_groups=max(1, 2 * programs // chunks)
+        )
+
+    def chunks(self, hidden: int) -> int:
+        """How many chunks a row has. LOCAL."""
+        return -(-hidden // self.chunk)
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """What all launches of one communicator have in common.
+
+    padded: ep_size as a power of two. guard: whether masks and time-outs are compiled in. own, state, host: the
+    exported buffer and the words that kernels read, see `comm.kernels`. notice_pointer: where the launcher's notices
+    stand, a word every `notice_stride` words.
+    """
+
+    rank: int
+    ep_size: int
+    padded: int
+    slots: int
+    top_k: int
+    hidden: int
+    max_tokens: int
+    mode: Mode
+    layout: BufferLayout
+    shape: LaunchShape
+    guard: bool
+    own: Tensor
+    state: Tensor
+    host: Tensor
+    notice_pointer: int
+    notice_stride: int
+
+
+class Kernels:
+    """Launches: what is fixed for one communicator is given to the kernels by name."""
+
+    def __init__(self, fixed: Fixed) -> None:
+        from triton import knobs
+
+        from phalanx.comm import combine_kernels, dispatch_kernels, kernels
+
+        self._code = kernels
+        self._dispatch_kernel, self._combine_kernel = dispatch_kernels.dispatch_kernel, combine_kernels.combine_kernel
+        self._seen: dict[str, tuple[int, int, Any]] = {}
+        self._fixed = fixed
+        layout, shape, at = fixed.layout, fixed.shape, fixed.layout.offsets
+        self._shape = shape
+        common = {"R": fixed.ep_size, "P": fixed.padded}
+        waits = {
+            **common, "GUARD": fixed.guard, "INTERPRETED": bool(knobs.runtime.interpret), "CUT_AT": at["cut"],
+            "OPENED_AT": at["opened"],
+        }  # fmt: skip
+        moves = {
+            **waits, "S": fixed.slots, "K": fixed.top_k, "KP": power_of_two(fixed.top_k), "D": fixed.hidden,
+            "T_MAX": fixed.max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(fixed.hidden),
+            "WEIGHTS": at["weights"],
+        }  # fmt: skip
+        pairs = power_of_two(fixed.max_tokens * fixed.top_k)
+        block = pairs if pairs * fixed.padded <= _PAIRS_IN_REGISTERS else 1024
+        self._dispatch = {
+            **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
+            "BLOCKS": -(-pairs // block),
+            "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast", "META": at["meta"], "COUNT": at["count"],
+            "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
+        }  # fmt: skip
+        self._combine = {
+            **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"],
+            "RESULT_FLAG": at["result_flag"],
+        }  # fmt: skip
+        self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
+        self._common = common
+
+    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int) -> None:
+        """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe."""
+        c = self._fixed
+        programs = c.ep_size + c.layout.dispatch_programs
+        compiled = self._dispatch_kernel[(programs,)](
+            x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
+            lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
+            num_warps=self._shape.dispatch_warps,
+        )  # fmt: skip
+        self._seen["dispatch"] = (programs, self._shape.dispatch_warps, compiled)
+
+    def combine(
+        self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
+        mode: Literal["rows", "exact", "fast"],
+    ) -> None:  # fmt: skip
+        """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe."""
+        c = self._fixed
+        compiled = self._combine_kernel[(c.layout.combine_programs,)](
+            y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
+            out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
+            MODE=("rows", "exact", "fast").index(mode),
+            num_warps=self._shape.combine_warps,
+        )  # fmt: skip
+        self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+
+    def check_fit(self) -> None:
+        """Whether each grid launched so far fits the device at once; its programs wait for peers, so it must. LOCAL."""
+        if self._fixed.own.device.type != "cuda":
+            return
+        device = torch.cuda.get_device_properties(self._fixed.own.device)
+        for name, (programs, warps, compiled) in self._seen.items():
+            registers = -(-compiled.n_regs // 8) * 8 * 32 * warps
+            at_once = min(_REGISTERS // registers, 64 // warps, 32)
+            if shared := compiled.metadata.shared:
+                at_once = min(at_once, device.shared_memory_per_multiprocessor // (shared + 1024))
+            if programs > at_once * device.multi_processor_count:
+                raise LaunchTooLarge(
+                    f"{name}: {programs} programs of {registers} registers, {device.name} runs "
+                    f"{at_once * device.multi_processor_count} at once: choose a LaunchShape with fewer groups"
+                )
+
+    def gather(self, row: Tensor, out: Tensor, words: int) -> None:
+        """Launch an all_gather of `words` int64; 0: a barrier. COLLECTIVE, graph-safe."""
+        # An empty tensor has no address: a barrier reads and writes nothing, but the kernel wants pointers.
+        row, out = (row, out) if words else (self._fixed.state, self._fixed.state)
+        self._code.gather_kernel[(1,)](row, out, *self._words(), words, self._fixed.rank, **self._gather, num_warps=1)
+
+    def tell(self, whom: int, epoch: int, word_at: int) -> None:
+        """Launch `tell_kernel`: bit r of `whom` is rank r. LOCAL."""
+        c = self._fixed
+        self._code.tell_kernel[(1,)](c.own, c.state, whom, epoch, c.rank, word_at, **self._common, num_warps=1)
+
+    def _words(self) -> tuple[Any, ...]:
+        c = self._fixed
+        return c.own, c.state, c.host, c.notice_pointer, c.notice_stride
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n. LOCAL, pure."""
+    return 1 << max(0, n - 1).bit_length()
