@@ -24,12 +24,14 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
 from phalanx.comm.base import Communicator
-from phalanx.comm.cuda import CudaCommunicator, DeviceDispatched, LaunchShape
+from phalanx.comm.cuda import CudaCommunicator
 from phalanx.comm.deep_ep_calls import EventOverlap, Handle, Hook, Sent, check, check_tokens, check_ways
 from phalanx.comm.deep_ep_layout import Packed, Places, weigh
 from phalanx.comm.deep_ep_meeting import GroupMeeting, Meeting, Shape, StoreMeeting, make
+from phalanx.comm.launch import LaunchShape
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.peer_memory import BufferLayout
+from phalanx.comm.received import DeviceDispatched
 from phalanx.errors import BadConfig, BadRequest, PeerLost
 
 __all__ = ["Buffer", "EventOverlap", "Handle", "Shape", "topk_idx_t"]

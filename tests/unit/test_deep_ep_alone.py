@@ -11,11 +11,11 @@ from deep_ep_reference import WAYS, Way, check_round, inputs
 from torch import Tensor
 
 from phalanx.comm.base import Dispatched
-from phalanx.comm.cuda import DeviceDispatched
 from phalanx.comm.deep_ep import Buffer, Shape
 from phalanx.comm.deep_ep_layout import quantize
 from phalanx.comm.local import LocalCommunicator
 from phalanx.comm.peer_memory import BufferLayout
+from phalanx.comm.received import DeviceDispatched
 from phalanx.errors import BadConfig, BadRequest, PhalanxError
 
 SHAPE = Shape(max_tokens=8, hidden=256, top_k=3, num_experts=5)
