@@ -43,6 +43,7 @@ from phalanx.hosts.talk import (
     Welcome,
 )
 from phalanx.hosts.tunnel import Broken, Tunnels, connect_to, listen_at
+from phalanx.nursery import Nursery
 from phalanx.process import adopt_orphans, server_endpoint, wake_on_signals, worker_endpoint
 
 log = logging.getLogger("phalanx.launcher")
@@ -79,6 +80,8 @@ class Agent:
         self._gate: Gate | None = None
         self._store_port = self._open_doors()
         self._crew: Crew | None = None
+        self._nursery: Nursery | None = Nursery()
+        """It imports while this host asks to be let in; then it is the crew's."""
         self._cluster = ""
         """That of the last Welcome; "" before the first."""
         self._channel: Channel | None = None
@@ -260,8 +263,10 @@ class Agent:
         if self._crew is None:
             site = wire.Site(node_rank=self._node, nnodes=self.config.nnodes, host=self._host, token=self._token)
             self._crew = Crew(
-                self.config, self._run_dir, self._poller, self._report, site=site, faults=self._faults
+                self.config, self._run_dir, self._poller, self._report, site=site, faults=self._faults,
+                nursery=self._nursery,
             )  # fmt: skip
+            self._nursery = None
             self._crew.begin(self._store_port)
         else:
             self._crew.resume()
@@ -383,6 +388,8 @@ class Agent:
                 self._poller.unregister(self._channel.fd)
             self._poller.unregister(self._news.fd)
             self._end_crew(self._crew)
+        if self._nursery is not None:
+            self._nursery.close()
         if self._gate is not None:
             self._gate.close()
         self._tunnels.close()

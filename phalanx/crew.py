@@ -73,8 +73,10 @@ class Crew:
         *,
         site: Site | None = None,
         faults: str = "",
+        nursery: Nursery | None = None,
     ) -> None:
-        """report: is told what happens, in the launcher's loop. site: None when there is only this host."""
+        """report: is told what happens, in the launcher's loop. site: None when there is only this host. nursery: one
+        that was started early, which this crew then closes; None: one is started here."""
         self._config, self._run_dir, self._poller, self._report = config, run_dir, poller, report
         self._site, self._faults = site, faults
         self._model = described(config.model)
@@ -90,7 +92,7 @@ class Crew:
         self._away = False
         self.stopping = False
         self.board = NoticeBoard.create(config.places)
-        self._nursery = Nursery()
+        self._nursery = nursery or Nursery()
         self._poller.register(self._nursery.fd, zmq.POLLIN)
         self._vault = Custodian(config, self._tell_of_vault, site)
 
