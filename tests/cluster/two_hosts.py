@@ -56,7 +56,10 @@ class TwoHosts:
     def start_first(self) -> None:
         """The first host, until it serves with all ranks."""
         self.first = self.start(0).find_url()
-        self.first.wait_for_line(rf"ready: .* on {self._ranks} ranks")
+        try:
+            self.first.wait_for_line(rf"ready: .* on {self._ranks} ranks", 120)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\nand that of the other host:\n{self.other.log}") from None
 
     def mended(self) -> TwoHosts:
         """With all ranks healthy, whatever the one before did to them."""
