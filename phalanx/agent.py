@@ -7,6 +7,7 @@ stays, and the looking begins again. So after a cut the host comes back by itsel
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -284,7 +285,16 @@ class Agent:
             self._channel.send(message)
             self._watch()
         except HungUp as error:
+            self._hear_the_end(self._channel)
             self._lose(str(error))
+
+    def _hear_the_end(self, channel: Channel) -> None:
+        """The first host may have said that the service ends before its connection broke, and nobody has read it."""
+        with contextlib.suppress(HungUp):
+            while said := channel.receive():
+                for message in said:
+                    if isinstance(message, End):
+                        self._heard(message)
 
     def _watch(self) -> None:
         if self._channel is not None and self._channel.fd in self._poller:
