@@ -205,10 +205,10 @@ class Recovery:
         assert agreed is not None
         began = self._clock.now()
         self._comm.adopt(agreed.view)
-        if not self._let_in and not set(agreed.view.members) <= set(self._served.members if self._served else ()):
-            self._comm.ring()  # newcomers sleep until then
         self._add(mask=self._clock.now() - began)
         self._check_capacity(agreed)
+        if not self._let_in and not set(agreed.view.members) <= set(self._served.members if self._served else ()):
+            self._comm.ring()  # newcomers sleep until then; a ring that no meeting follows would let nobody sleep
         routes_LEW = self._restore(agreed, routes_LEW)
         adoption = self._adoption(change, agreed, routes_LEW)
         self._unfinished, self._served = None, agreed.view
@@ -219,6 +219,7 @@ class Recovery:
 
     def _agree(self, change: Change) -> None:
         began = self._clock.now()
+        self._let_in = False  # by an earlier World: its newcomers are members now, and nobody else would ring
         base = self._calls.follow(self._agreed)
         if change.trigger == "join" and self._agreed is None:
             agreed, self._let_in = self._calls.join(self._answer())
