@@ -269,6 +269,7 @@ class Recovery:
                         job.learned, self._said_what_it_holds = 0, True
                         if self._let_in:
                             self._stand_by(agreed)
+                    self._let_in = False  # all come to the first meeting, and nobody rings for a later one
                     remaining, lost = self._meet(job)
         finally:
             self._add(restore=self._clock.now() - planned)
@@ -280,7 +281,6 @@ class Recovery:
 
     def _stand_by(self, agreed: Agreed) -> None:
         """A newcomer's sleep until one who lets it in has come to the World that both have in hand. LOCAL."""
-        self._let_in = False
         self._calls.stand(agreed.epoch)
         self._comm.sleep(self._limits.restore_s)
 

@@ -225,3 +225,25 @@ def test_experts_beyond_the_living_slots_are_served_again_by_the_one_who_comes_b
     told.run()
     assert {m.rank for m, _, why in told.cluster.cannot_serve if "cannot hold" in why} == {0, 2}
     assert members(told) == ["0.0", "1.1", "2.0"]
+
+
+class LostMeanwhile(Story):
+    """When the first newcomer asks to be let in, another rank dies."""
+
+    def _passed(self, process: Process, name: str) -> None:
+        if name == "join" and self.ranks[3].alive:
+            self.kill(3)
+        super()._passed(process, name)
+
+
+def test_a_newcomer_that_has_much_to_restore_in_its_first_world_lets_nobody_wait_in_vain() -> None:
+    limits = dataclasses.replace(LIMITS, restore_s=10.0, slice_s=0.0001)  # an expert a slice
+    told = LostMeanwhile(dataclasses.replace(FOUR, num_redundant=0), limits)
+    told.requests(count=8, length=40)
+    told.sim.after(0.02, lambda: told.kill(1))
+    comes_back(told, 1, 0.06)
+    told.run()
+    assert members(told) == ["0.0", "1.1", "2.0"]
+    felt = [(m, a) for m, a in told.cluster.adoptions if 1 in a.joined or m.incarnation]
+    assert any(m.incarnation and a.bytes_restored for m, a in felt)
+    assert all(a.seconds.restore < LIMITS.roll_call_s for _, a in felt), [a.seconds for _, a in felt]
