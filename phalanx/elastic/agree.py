@@ -276,12 +276,17 @@ class RollCall:
         """What is to be done for `tidy`, in this order: a newcomer that starts from `latest` must find its plan."""
         epoch = meeting.epoch
         members = (*meeting.members, *meeting.newcomers, *meeting.left)
-        self._chores.append(lambda: self._store.set("latest", str(epoch).encode()))
+        self._chores.append(lambda: self._move_latest(epoch))
         names = [f"{key}/{epoch - 1}/{m}" for m in members for key in ("entry", "ahead", "standing")]
         names += [f"plan/{epoch - 3}/{m}" for m in members]
         names += [f"wish/{m}" for m in meeting.newcomers]
         self._chores.extend(partial(self._store.delete, name) for name in names)
         self._chores.append(lambda: self._delete_plan(epoch - 3))
+
+    def _move_latest(self, epoch: int) -> None:
+        """Never back: this rank may come to it long after others made later Worlds, whose chores are done."""
+        while not (before := (self._store.get("latest") or b"").decode()) or int(before) < epoch:
+            self._store.compare_set("latest", before, str(epoch))
 
     def _delete_plan(self, epoch: int) -> None:
         """Whose plan it was may have left long since."""

@@ -266,6 +266,23 @@ def test_the_store_does_not_grow_with_every_epoch(table: Table) -> None:
     assert sizes[-1] - sizes[5] < 200 * (len(sizes) - 6), "only a few bytes a World may stay"
 
 
+def test_a_newcomer_finds_its_way_in_though_an_earlier_leader_tidies_up_late(table: Table) -> None:
+    base = table.first_world()
+    table.answers(2, 1, 2, 3)
+    late, now = table.rank(0), table.rank(1)
+    last = late.hold(base, "rebalance", answer(member(0)))
+    table.notices.announce(0, 0)  # one that others lead from then on
+    for epoch in range(3, 8):
+        table.answers(epoch, 2, 3)
+        last = now.hold(last, "failure", answer(member(1)))
+    for calls in (now, late):
+        while calls.tidy():
+            pass
+    found = table.rank(0, 1).follow(None)
+    assert found is not None
+    assert found.epoch == last.epoch == 7
+
+
 # --- the store
 
 
