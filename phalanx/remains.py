@@ -12,7 +12,7 @@ KEPT_EPOCHS = 3
 """What was written under an epoch is of use to somebody until so many epochs later: `elastic.agree` has a rank that
 follows later than that evicted."""
 
-_OF_AN_EPOCH = ("entry", "plan", "open", "balance")
+_OF_AN_EPOCH = ("entry", "ahead", "standing", "plan", "open", "balance")
 _OF_AN_IDENTITY = ("wish", "digests")
 
 

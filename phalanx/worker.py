@@ -300,8 +300,8 @@ class Worker:
         if result.proposal:
             self._recovery.begin(PROPOSALS[result.proposal - 1])
         until = time.monotonic() + BESIDE_S
-        while self._recovery.work() and time.monotonic() < until:
-            pass
+        while self._recovery.work() and self._recovery.ahead.under_way and time.monotonic() < until:
+            pass  # what can wait until later is done one bit a step
         if not self._recovery.ahead.under_way:
             self._balancer.work(result.step)
         self._report_balance()

@@ -270,18 +270,24 @@ class RollCall:
         if meeting.newcomers:  # now, because those whom this World leaves out ask again as soon as they see it
             self._forget_joiners(meeting.newcomers)
         if self._store.compare_set(f"world/{view.epoch}", "", str(self.me)) == str(self.me):
+            self._move_latest(meeting.epoch)
             self._leave_chores(meeting)
 
     def _leave_chores(self, meeting: Meeting) -> None:
-        """What is to be done for `tidy`, in this order: a newcomer that starts from `latest` must find its plan."""
+        """What `tidy` is to do. The launcher does it instead when this rank dies before."""
         epoch = meeting.epoch
         members = (*meeting.members, *meeting.newcomers, *meeting.left)
-        self._chores.append(lambda: self._store.set("latest", str(epoch).encode()))
         names = [f"{key}/{epoch - 1}/{m}" for m in members for key in ("entry", "ahead", "standing")]
         names += [f"plan/{epoch - 3}/{m}" for m in members]
         names += [f"wish/{m}" for m in meeting.newcomers]
         self._chores.extend(partial(self._store.delete, name) for name in names)
         self._chores.append(lambda: self._delete_plan(epoch - 3))
+
+    def _move_latest(self, epoch: int) -> None:
+        """A newcomer that starts from there must find its plan: so this is no chore that may wait while one change
+        follows the other, and never goes back, should others have made later Worlds meanwhile."""
+        while not (before := (self._store.get("latest") or b"").decode()) or int(before) < epoch:
+            self._store.compare_set("latest", before, str(epoch))
 
     def _delete_plan(self, epoch: int) -> None:
         """Whose plan it was may have left long since."""

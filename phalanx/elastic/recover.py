@@ -205,10 +205,10 @@ class Recovery:
         assert agreed is not None
         began = self._clock.now()
         self._comm.adopt(agreed.view)
-        if not self._let_in and not set(agreed.view.members) <= set(self._served.members if self._served else ()):
-            self._comm.ring()  # newcomers sleep until then
         self._add(mask=self._clock.now() - began)
         self._check_capacity(agreed)
+        if not self._let_in and not set(agreed.view.members) <= set(self._served.members if self._served else ()):
+            self._comm.ring()  # newcomers sleep until then; a ring that no meeting follows would let nobody sleep
         routes_LEW = self._restore(agreed, routes_LEW)
         adoption = self._adoption(change, agreed, routes_LEW)
         self._unfinished, self._served = None, agreed.view
@@ -219,6 +219,7 @@ class Recovery:
 
     def _agree(self, change: Change) -> None:
         began = self._clock.now()
+        self._let_in = False  # by an earlier World: its newcomers are members now, and nobody else would ring
         base = self._calls.follow(self._agreed)
         if change.trigger == "join" and self._agreed is None:
             agreed, self._let_in = self._calls.join(self._answer())
@@ -268,6 +269,7 @@ class Recovery:
                         job.learned, self._said_what_it_holds = 0, True
                         if self._let_in:
                             self._stand_by(agreed)
+                    self._let_in = False  # all come to the first meeting, and nobody rings for a later one
                     remaining, lost = self._meet(job)
         finally:
             self._add(restore=self._clock.now() - planned)
@@ -279,7 +281,6 @@ class Recovery:
 
     def _stand_by(self, agreed: Agreed) -> None:
         """A newcomer's sleep until one who lets it in has come to the World that both have in hand. LOCAL."""
-        self._let_in = False
         self._calls.stand(agreed.epoch)
         self._comm.sleep(self._limits.restore_s)
 

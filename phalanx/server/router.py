@@ -419,9 +419,10 @@ class Router:
             self._close_tally("complete")
 
     def _pass_on(self, knock: m.Knock) -> None:
-        """A newcomer cannot reach the members of other hosts by itself."""
-        for record in self.roster.serving():
-            if record.identity.rank != knock.rank:
+        """A newcomer cannot reach the members of other hosts by itself. Which of the living are members of a view that
+        cannot be served is not known here, and these, too, wait for it."""
+        for record in self.roster.records.values():
+            if not record.dead and record.identity.rank != knock.rank:
                 self._effects.append(ToRank(record.identity, knock))
 
     def _reported(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -30,13 +31,16 @@ class Tally:
     """Ranks that came in because the service was scaled up."""
     left: int = 0
     """Ranks that left because it was scaled down."""
+    cannot_serve: int = 0
+    """Trials in which ranks were too few for a while."""
     kinds: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         return (
             f"{self.trials} trials: {self.deaths} deaths, {self.evictions} evictions, {self.recoveries} worlds, "
             f"{self.joins} joins, {self.moved} requests moved, {self.staged} experts staged, "
-            f"{self.rebalances} rebalances, {self.scaled_up} ranks added, {self.left} ranks left; "
+            f"{self.rebalances} rebalances, {self.scaled_up} ranks added, {self.left} ranks left, "
+            f"{self.cannot_serve} trials with too few ranks; "
             + ", ".join(f"{n} x {kind}" for kind, n in sorted(self.kinds.items()))
         )
 
@@ -55,9 +59,14 @@ class Trial:
         experts = rng.choice((3, 4, 6))
         redundant = rng.choice((0, 1, experts))
         starting = rng.choice((ranks, rng.randrange(1, ranks + 1)))
+        self._min_ranks = rng.choice((1, 1, 1, min(2, starting), starting))
+        restore_s = rng.choice((LIMITS.restore_s, 3.0))
         self.cluster = Cluster(
             self.sim,
             Shape(rng.choice((1, 2)), experts, ranks, experts, redundant, starting),
+            limits=dataclasses.replace(
+                LIMITS, min_ranks=self._min_ranks, restore_s=restore_s, start_s=LIMITS.start_s + 2 * restore_s
+            ),
             balance=Rules(window=4, interval=rng.choice((0, 2, 5)), min_gain=0.0, num_redundant=redundant),
             garbage=rng.choice((0.0, 0.1)),
             disk_read_s=rng.choice((0.0, 0.002, 0.008)),
@@ -66,7 +75,7 @@ class Trial:
         self.spared = rng.randrange(starting)
         self._in_use = set(range(starting))
         """The places that are wanted. Nobody is started again elsewhere."""
-        self._scalings_left = rng.choice((0, 0, 1, 2, 3))
+        self._scalings_left = rng.choice((0, 0, 1, 2, 3)) if self._min_ranks == 1 else 0
         self._returns = rng.random() < 0.5
         self._notice = rng.choice(("early", "late", "never", "mixed"))
         self._named = {rng.choice(NAMED_POINTS): rng.choice((0.05, 0.2, 0.6)) for _ in range(rng.choice((0, 1, 2)))}
@@ -208,6 +217,12 @@ class Trial:
             self.sim.stop()
         else:
             self._named.clear()
+            if self._min_ranks > 1:  # none that are needed stay dead for ever
+                for rank in sorted(self._in_use):
+                    if not any(p.alive for p in self.cluster.processes if p.member.rank == rank):
+                        self._start(
+                            rank, 1 + max(p.member.incarnation for p in self.cluster.processes if p.member.rank == rank)
+                        )
             self.sim.after(0.02, self._end_when_done)
 
     # --- what must hold
@@ -217,8 +232,9 @@ class Trial:
         spared = next(p for p in self.cluster.processes if p.member.rank == self.spared)
         assert not spared.evicted, f"{spared.member} did nothing wrong and was evicted"
         assert spared.epochs, "the spared rank never served"
-        assert not self.cluster.cannot_serve, self.cluster.cannot_serve
         tally = self.tally
+        tally.cannot_serve += bool(self.cluster.cannot_serve)
+        assert self._min_ranks > 1 or not self.cluster.cannot_serve, self.cluster.cannot_serve
         tally.trials += 1
         tally.evictions += sum(p.evicted for p in self.cluster.processes)
         tally.recoveries += len(self.cluster.worlds)

@@ -287,7 +287,12 @@ class Cluster:
     def _run(self, process: Process) -> None:
         me = process.member
         comm = SimComm(self.wires, me, self.shape.ep_size, PEER_TIMEOUT_S).sized(self.shape.slots_per_rank)
-        bank = process.bank = SimBank(self.sim, self.shape.num_layers, self.shape.slots_per_rank)
+        bank = process.bank = SimBank(
+            self.sim,
+            self.shape.num_layers,
+            self.shape.slots_per_rank,
+            lambda: process.recovery is not None and process.recovery.ahead.under_way,
+        )
         self.wires.banks[me.weights_address] = bank
         engine = Engine(self, me, comm, bank)
         sources = (PeerSource(me, self._open_bank), DiskSource(self.disk, None))

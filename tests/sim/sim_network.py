@@ -277,8 +277,15 @@ def true_bytes(layer: int, expert: int) -> npt.NDArray[np.uint8]:
 class SimBank:
     """Expert slots; peers read them for as long as they have them mapped, also after their owner's death."""
 
-    def __init__(self, sim: Scheduler, num_layers: int, slots_per_rank: int) -> None:
-        self._sim = sim
+    def __init__(
+        self,
+        sim: Scheduler,
+        num_layers: int,
+        slots_per_rank: int,
+        promised: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """promised: whether others count on what is held, so that no slot may change."""
+        self._sim, self._promised = sim, promised
         self._held_LS = np.full((num_layers, slots_per_rank), -1, np.int32)
         self._digest_LS = np.zeros((num_layers, slots_per_rank), np.uint64)
         self._bytes = np.zeros((num_layers, slots_per_rank, EXPERT_BYTES), np.uint8)
@@ -295,11 +302,13 @@ class SimBank:
         return self._bytes[layer, slot]
 
     def clear(self, layer: int, slot: int) -> None:
+        assert not self._promised(), "a slot is cleared while a World is agreed on that counts on it"
         self._sim.point()
         self._held_LS[layer, slot], self._digest_LS[layer, slot] = -1, 0
         self._bytes[layer, slot] = 0
 
     def mark(self, layer: int, slot: int, expert: int, digest: int) -> None:
+        assert not self._promised(), "a slot is filled while a World is agreed on that counts on it"
         self._sim.point()
         self._held_LS[layer, slot], self._digest_LS[layer, slot] = expert, digest
 

@@ -191,6 +191,32 @@ def test_a_join_that_makes_enough_ranks_serves_what_was_held_meanwhile() -> None
     assert members(told) == ["0.0", "1.1", "2.0", "3.0"]
 
 
+def test_ranks_that_are_still_too_few_with_a_newcomer_wait_for_the_next_one_without_a_busy_moment() -> None:
+    told = Story(FOUR, limits=dataclasses.replace(LIMITS, min_ranks=4))
+    told.requests(count=4, length=20)
+    for rank, back_s in ((1, 0.2), (2, 0.4)):
+        told.sim.after(0.02, lambda rank=rank: told.kill(rank))
+        comes_back(told, rank, back_s)
+    told.run()  # who never sleeps never lets the clock go on
+    assert {m.rank for m, epoch, _ in told.cluster.cannot_serve if epoch == 3} == {0, 1, 3}
+    assert members(told) == ["0.0", "1.1", "2.1", "3.0"]
+
+
+def test_newcomers_meet_at_once_though_whoever_let_the_first_one_in_is_dead() -> None:
+    limits = dataclasses.replace(LIMITS, min_ranks=3, restore_s=10.0)
+    told = Story(FOUR, limits=limits)
+    told.requests(count=4, length=20)
+    for rank in (1, 2, 3):
+        told.sim.after(0.05, lambda rank=rank: told.kill(rank))
+    comes_back(told, 1, 0.2)
+    told.sim.after(0.3, lambda: told.kill(0))
+    for rank in (2, 3):
+        comes_back(told, rank, 0.4)
+    told.run(2.0)
+    assert members(told) == ["1.1", "2.1", "3.1"]
+    assert told.cluster.router.done
+
+
 def test_experts_beyond_the_living_slots_are_served_again_by_the_one_who_comes_back() -> None:
     told = Story(Shape(num_layers=1, num_experts=6, ep_size=3, slots_per_rank=2))
     told.requests(count=4, length=20)
@@ -199,3 +225,25 @@ def test_experts_beyond_the_living_slots_are_served_again_by_the_one_who_comes_b
     told.run()
     assert {m.rank for m, _, why in told.cluster.cannot_serve if "cannot hold" in why} == {0, 2}
     assert members(told) == ["0.0", "1.1", "2.0"]
+
+
+class LostMeanwhile(Story):
+    """When the first newcomer asks to be let in, another rank dies."""
+
+    def _passed(self, process: Process, name: str) -> None:
+        if name == "join" and self.ranks[3].alive:
+            self.kill(3)
+        super()._passed(process, name)
+
+
+def test_a_newcomer_that_has_much_to_restore_in_its_first_world_lets_nobody_wait_in_vain() -> None:
+    limits = dataclasses.replace(LIMITS, restore_s=10.0, slice_s=0.0001)  # an expert a slice
+    told = LostMeanwhile(dataclasses.replace(FOUR, num_redundant=0), limits)
+    told.requests(count=8, length=40)
+    told.sim.after(0.02, lambda: told.kill(1))
+    comes_back(told, 1, 0.06)
+    told.run()
+    assert members(told) == ["0.0", "1.1", "2.0"]
+    felt = [(m, a) for m, a in told.cluster.adoptions if 1 in a.joined or m.incarnation]
+    assert any(m.incarnation and a.bytes_restored for m, a in felt)
+    assert all(a.seconds.restore < LIMITS.roll_call_s for _, a in felt), [a.seconds for _, a in felt]

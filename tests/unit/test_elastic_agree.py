@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 from phalanx.elastic.agree import Agreed, FakeClock, Limits, MemoryStore, RollCall, Store, TcpStore
 from phalanx.elastic.store import MonotonicClock
 from phalanx.errors import Evicted, StoreLost
+from phalanx.remains import stale_keys
 from phalanx.world import View
 
 LIMITS = Limits(roll_call_s=5.0, start_s=30.0, join_s=1.0, succession_s=0.5)
@@ -264,6 +265,42 @@ def test_the_store_does_not_grow_with_every_epoch(table: Table) -> None:
             pass
         sizes.append(table.store.size())
     assert sizes[-1] - sizes[5] < 200 * (len(sizes) - 6), "only a few bytes a World may stay"
+
+
+def test_a_newcomer_finds_its_way_in_while_one_change_follows_the_other_and_nobody_tidies_up(table: Table) -> None:
+    last, calls = table.first_world(), table.rank(0)
+    for epoch in range(2, 8):
+        table.answers(epoch, 1, 2, 3)
+        last = calls.hold(last, "rebalance", answer(member(0)))
+        for key in stale_keys([f"plan/{n}/{member(0)}" for n in range(1, epoch + 1)], epoch, {}):
+            table.store.delete(key)  # as the launcher does
+    found = table.rank(2, 1).follow(None)
+    assert found is not None
+    assert found.epoch == last.epoch == 7
+
+
+def test_where_newcomers_start_never_goes_back(table: Table) -> None:
+    """A leader that is stopped just when its World is published wakes up long after."""
+    base, asleep = table.first_world(), table.rank(0)
+    table.answers(2, 1, 2, 3)
+
+    def others_go_on(key: str) -> None:
+        if key == "latest" and table.store.get("world/2"):
+            table.store.before_get = None
+            table.notices.announce(0, 0)
+            last, calls = table.rank(1).follow(base), table.rank(1)
+            for epoch in range(3, 8):
+                table.answers(epoch, 2, 3)
+                last = calls.hold(last, "failure", answer(member(1)))
+            while calls.tidy():
+                pass
+
+    table.store.before_get = others_go_on
+    with pytest.raises(Evicted):
+        asleep.hold(base, "rebalance", answer(member(0)))
+    found = table.rank(0, 1).follow(None)
+    assert found is not None
+    assert found.epoch == 7
 
 
 # --- the store

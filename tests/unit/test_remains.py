@@ -15,6 +15,7 @@ from phalanx.remains import reap_strangers, remove_files, stale_keys
 KEYS = {
     "world/1": False, "world/9": False, "latest": False, "joiners": False, "coming/2": False,
     "entry/7/1.0": True, "entry/8/1.0": False, "entry/10/1.0": False,
+    "ahead/7/1.0": True, "ahead/11/1.0": False, "standing/7/1.2": True, "standing/10/1.2": False,
     "plan/7/0.0": True, "plan/8/0.0": False, "open/7": True, "open/11": False,
     "balance/3/load/1.0": True, "balance/10/plan/4": False,
     "wish/2.3": True, "wish/2.4": False, "wish/2.5": False, "wish/1.0": False,

@@ -93,3 +93,16 @@ def test_a_knock_goes_to_all_members_but_the_newcomers_own_place(desk: Desk) -> 
     desk.hear(m.Knock(rank=2, incarnation=1))
     assert [m.Knock(rank=2, incarnation=1)] == desk.to(0) == desk.to(1)
     assert not any(isinstance(message, m.Knock) for message in desk.to(2, 1))
+
+
+def test_a_knock_goes_to_members_that_wait_because_they_cannot_serve(desk: Desk) -> None:
+    lose_host_1(desk)
+    for rank in (0, 1):
+        desk.hear(m.CannotServe(rank=rank, incarnation=0, epoch=2, reason="--min-ranks is 4"))
+    desk.hear(m.Spawned(rank=2, incarnation=1, pid=202))
+    desk.hear(m.Knock(rank=2, incarnation=1))
+    assert [m.Knock(rank=2, incarnation=1)] == desk.to(0) == desk.to(1)
+    desk.hear(m.CannotServe(rank=2, incarnation=1, epoch=3, reason="--min-ranks is 4"))  # it was let in
+    desk.hear(m.Spawned(rank=3, incarnation=1, pid=203))
+    desk.hear(m.Knock(rank=3, incarnation=1))
+    assert desk.to(2, 1)[-1] == m.Knock(rank=3, incarnation=1)
