@@ -12,6 +12,7 @@ import pytest
 from asking import becomes, eventually, get, instruct, metric, post, problem, states
 from standing import Standing, incarnations
 from streams import PROMPTS, SAMPLING, Streams
+from traced import traced
 
 from phalanx.testing.service import Service
 
@@ -123,6 +124,16 @@ def test_an_evicted_rank_that_stays_stopped_is_replaced(quick: Standing, unfaile
         service.signal(1, signal.SIGSTOP)
         service.wait_for_line(r"killing rank 1\.\d+ .* it was evicted and does not end", after=seen)
         back(service, 1, after=seen)
+        check(running, unfailed)
+
+
+def test_a_rank_that_is_killed_under_a_debugger_is_replaced(standing: Standing, unfailed: Unfailed) -> None:
+    with standing.losing(1) as service:
+        running = both_kinds(service.url)
+        seen = service.lines
+        with traced(service.pid(1)):
+            service.signal(1, signal.SIGKILL)
+            back(service, 1, after=seen)
         check(running, unfailed)
 
 
