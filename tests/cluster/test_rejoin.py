@@ -102,8 +102,10 @@ def test_newcomers_that_die_on_their_way_in_are_followed_by_the_next_ones_and_a_
 
 
 def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_operator_tries_again(serve: Serve) -> None:
+    """And one that is stopped while it starts is replaced, long before the time for a start is over."""
     faults = ",".join(f"raise@start:rank=1:incarnation={number}" for number in range(3))
-    service = serve(ep_size=2, max_restarts=2, faults=faults)
+    faults += ",stop@start:rank=1:incarnation=3"
+    service = serve(ep_size=2, max_restarts=2, peer_timeout=1, roll_call_timeout=2, faults=faults)
     service.wait_for_line(r"rank 1 is not started again: given up after 2 restarts")
     eventually(lambda: "given up after 2 restarts" in problem(service, 1))
     assert "InjectedFault" in problem(service, 1)
@@ -112,8 +114,9 @@ def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_ope
     assert get(service, "/ready").status_code == 200
     seen = service.lines
     assert instruct(service, "rejoin", rank=1).status_code == 202
+    service.wait_for_line(r"rank 1\.3 has been stopped for", after=seen)
     back(service, 1, after=seen)
-    assert incarnations(service) == [0, 3]
+    assert incarnations(service) == [0, 4]
     becomes(lambda: problem(service, 1), "")
 
 
