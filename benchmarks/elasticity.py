@@ -18,7 +18,7 @@ import click
 import httpx
 from rich.progress import track
 
-from phalanx.testing.service import Service
+from phalanx.testing.service import Service, ends_on_sigterm
 
 
 def burst(client: httpx.Client, url: str, model: str, streams: int, tokens: int) -> float:
@@ -44,6 +44,7 @@ def main(model: str, ep_size: int, streams: int, tokens: int, rounds: int, as_js
     flags = ("--ep-size", str(ep_size), "--heartbeat-interval", "600")
     name = Path(model).name
     with (
+        ends_on_sigterm(),
         Service(model, *flags) as on,
         Service(model, *flags, "--no-elastic") as off,
         httpx.Client(timeout=600) as client,

@@ -26,7 +26,7 @@ import click
 import httpx
 from rich.progress import track
 
-from phalanx.testing.service import Service
+from phalanx.testing.service import Service, ends_on_sigterm
 
 
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -> list[float]:
@@ -85,6 +85,7 @@ def main(
     often = ("--eplb-interval", str(interval), "--eplb-window", str(interval), "--eplb-min-gain", "0")
     name = Path(model).name
     with (
+        ends_on_sigterm(),
         Service(model, *same) as off,
         Service(model, *same, "--enable-eplb", "--eplb-interval", "0") as counting,
         Service(model, *same, "--enable-eplb", *often) as moving,

@@ -44,7 +44,7 @@ from phalanx.cli.bench_round import Blow, Load, Target, count_healthy, one_round
 from phalanx.cli.errors import ServiceError
 from phalanx.cli.figures import cells, machine, percentiles, served_model
 from phalanx.testing import netns
-from phalanx.testing.service import Service, ServiceEnded, flags_of
+from phalanx.testing.service import Service, ServiceEnded, ends_on_sigterm, flags_of
 from phalanx.testing.streams import Stream
 from phalanx.testing.tiny import make_tiny
 
@@ -217,7 +217,8 @@ def main(model: str | None, rounds: int, as_json: bool, **load: Any) -> None:
     if reason := netns.why_not():
         raise click.ClickException(f"two hosts are two network namespaces, for which this must run as root: {reason}")
     try:
-        result = measure(model, rounds, Load(**load))
+        with ends_on_sigterm():
+            result = measure(model, rounds, Load(**load))
     except (ServiceError, ServiceEnded, TimeoutError) as error:
         raise click.ClickException(str(error)) from None
     result = {"rounds": rounds, **load, "load_average": os.getloadavg()[0], **machine(), **result}

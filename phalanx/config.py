@@ -6,6 +6,7 @@ Seconds end in `_s`. How the time-outs relate is in docs/assumptions.md and chec
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -29,6 +30,12 @@ USUAL_KV_MB = 512
 
 MAX_DEVICE_PLACES = 62
 """Ranks on devices are told by the bits of one word (`comm.cuda`)."""
+
+MAX_SECONDS = 10_000_000
+"""The longest time-out, 116 days: no clock and no wait of the system overflows."""
+
+MAX_COUNT = (1 << 63) - 1
+"""The largest number that every process can be told."""
 
 MAX_PLACES = 1024
 """Places for ranks: with a hundred times as many a single plan is more than the store takes."""
@@ -219,8 +226,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
             if getattr(self, field) < 0:
                 raise BadConfig(f"{_flag(field)} must not be negative, it is {getattr(self, field)}")
         for field in self.__struct_fields__:
-            if field.endswith("_s") and getattr(self, field) <= 0:
-                raise BadConfig(f"{_flag(field)} must be more than 0 seconds, not {getattr(self, field)}")
+            value = getattr(self, field)
+            if field.endswith("_s") and not 0 < value <= MAX_SECONDS:
+                raise BadConfig(f"{_flag(field)} must be more than 0 seconds, {MAX_SECONDS} at most, not {value}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise BadConfig(f"{_flag(field)} must be a finite number, not {value}")
+            if isinstance(value, int) and abs(value) > MAX_COUNT:
+                raise BadConfig(f"{_flag(field)} must be {MAX_COUNT} at most, not {value}")
         self._check_device()
         if self.min_ranks > self.ep_size:
             raise BadConfig(f"--min-ranks {self.min_ranks} is more than --ep-size {self.ep_size}")

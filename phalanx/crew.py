@@ -22,6 +22,7 @@ from phalanx import messages as m
 from phalanx.comm.notices import Cause, NoticeBoard
 from phalanx.config import ServeConfig
 from phalanx.custodian import Custodian
+from phalanx.endings import wait_status
 from phalanx.halts import LOOK_S, Halt
 from phalanx.hosts.talk import Halted, Report
 from phalanx.model.known import described
@@ -282,10 +283,9 @@ class Crew:
         )  # fmt: skip
 
     def _autopsy(self, process: Process) -> tuple[str, str]:
-        try:
-            _, status = os.waitpid(process.pid, 0)
-        except ChildProcessError:
-            return "exit", "its exit status is unknown"
+        status = wait_status(process.pid)
+        if status is None:
+            return "exit", "its exit status is unknown: a debugger may have it"
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
             return "signal", f"killed by {_signal_name(-code)}"

@@ -15,6 +15,7 @@ from phalanx.config import ServeConfig
 from phalanx.elastic.vault.memory import VaultMemory
 from phalanx.elastic.vault.room import room_for
 from phalanx.elastic.vault.shares import EVERYTHING, Share
+from phalanx.endings import DEATH_S, has_ended, wait_status
 from phalanx.halts import HELPER_HALT_S, Halt
 from phalanx.model.loader import Checkpoint
 from phalanx.process import VaultSpec
@@ -103,9 +104,10 @@ class Custodian:
         """The keeper has ended: start another one, unless several ended one after the other to no effect. LOCAL."""
         os.close(self.pidfd)
         self.pidfd = -1
-        _, status = os.waitpid(self._pid, 0)
-        code = os.waitstatus_to_exitcode(status)
+        status = wait_status(self._pid)
+        code = os.waitstatus_to_exitcode(status) if status is not None else 0
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = "its exit status is unknown" if status is None else how
         progress = self._memory.progress if self._memory is not None else (0, 0)
         self._failures = 1 if progress != self._progress else self._failures + 1
         self._progress = progress
@@ -120,7 +122,8 @@ class Custodian:
         """End the keeper and let go of the memory. LOCAL."""
         if self.pidfd >= 0:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)  # there is nothing that it would have to put in order
-            os.waitpid(self._pid, 0)
+            has_ended(self.pidfd, DEATH_S)
+            wait_status(self._pid)
             os.close(self.pidfd)
             self.pidfd = -1
         if self._memory is not None:

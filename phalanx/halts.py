@@ -7,11 +7,12 @@ from what is slow, exactly and by two reads, and somebody who does not wait for 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import time
 from collections.abc import Collection
 from contextlib import suppress
+
+from phalanx.endings import has_ended, wait_status
 
 LOOK_S = 0.5
 """How often the launcher looks at each process of its host."""
@@ -89,20 +90,19 @@ class Halts:
 
 
 def wait_for_child(pid: int, limit_s: float, look_s: float = LOOK_S) -> int:
-    """The wait status of a child that has ended; one that is stopped for longer than `limit_s` is killed. LOCAL,
-    blocks."""
+    """The wait status of a child that has ended, -1 when a debugger has it; one that is stopped for longer than
+    `limit_s` is killed. LOCAL, blocks."""
     halt = Halt(pid, look_s)
     pidfd = os.pidfd_open(pid)
     try:
-        poller = select.poll()
-        poller.register(pidfd, select.POLLIN)
-        while not poller.poll(1000 * look_s):
+        while not has_ended(pidfd, look_s):
             halt.look(time.monotonic())
             if halt.total_s > limit_s:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     finally:
         os.close(pidfd)
-    return os.waitpid(pid, 0)[1]
+    status = wait_status(pid)
+    return -1 if status is None else status
 
 
 def _read(pid: int, name: str) -> bytes:

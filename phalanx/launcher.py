@@ -269,6 +269,10 @@ class Launcher:
     def _halted(self, report: Halted) -> None:
         """A worker is stopped, or was. The others need not wait for it any longer than a roll call would."""
         living = {name for name in self._members if (worker := self._current(*name)) is not None and not worker.masked}
+        worker = self._current(report.rank, report.incarnation)
+        coming = worker is not None and not worker.member and not worker.masked
+        if coming:  # nobody waits for it but a scaling, say, and whoever wants its place filled
+            living.add((report.rank, report.incarnation))
         seconds = self._halts.heard(report.rank, report.incarnation, report.seconds, living)
         if seconds is not None and self.config.elastic:
             log.warning(
@@ -276,6 +280,8 @@ class Launcher:
                 report.rank, report.incarnation, seconds,
             )  # fmt: skip
             self._notice(report.rank, report.incarnation, "halted")
+            if worker is not None and coming:  # nobody evicts it
+                worker.doomed_s = time.monotonic()
 
     def _unborn(self, report: m.Died) -> None:
         """A process that was asked for cannot be forked: nobody ever had this name, so the next one may."""

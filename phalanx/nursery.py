@@ -24,7 +24,6 @@ import contextlib
 import gc
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -36,6 +35,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from phalanx.endings import DEATH_S, has_ended
 from phalanx.process import EXIT_FAILED, SpareSpec, Spec, VaultSpec, WorkerSpec, die_with_parent
 
 log = logging.getLogger("phalanx.launcher")
@@ -71,7 +71,7 @@ class _Warm:
 
     @property
     def alive(self) -> bool:
-        return not select.select([self._pidfd], [], [], 0)[0]
+        return not has_ended(self._pidfd)
 
     def end(self) -> None:
         """End it, also when it is stopped or dead, or was ended before. LOCAL."""
@@ -80,11 +80,12 @@ class _Warm:
         self.socket.close()
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        has_ended(self._pidfd, DEATH_S)
         if self._started is not None:
-            self._started.wait()
+            self._started.poll()
         else:
             with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         os.close(self._pidfd)
         self._pidfd = -1
 

@@ -13,6 +13,7 @@ import msgspec
 
 from phalanx.config import ServeConfig
 from phalanx.crew import wait_until
+from phalanx.endings import DEATH_S, has_ended
 from phalanx.errors import BadConfig
 
 log = logging.getLogger("phalanx.launcher")
@@ -52,8 +53,9 @@ class ServerProcess:
         """Readable when it has ended."""
 
     def wait(self) -> int:
-        """Its exit code, once it has ended. LOCAL."""
-        return self._process.wait()
+        """Its exit code, once it has ended; -1 when a debugger has it. LOCAL."""
+        code = self._process.poll()
+        return -1 if code is None else code
 
     def end(self, turn: Callable[[float], bool], patience_s: float) -> None:
         """Ask it to finish its streams and end, if it still runs, and kill it when it does not. turn: see
@@ -64,4 +66,5 @@ class ServerProcess:
         if not wait_until(lambda: self._process.poll() is not None, turn, patience_s):
             log.error("the HTTP server did not end in time: killing it")
             self._process.kill()
-            self._process.wait()
+            has_ended(self.pidfd, DEATH_S)
+            self._process.poll()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from phalanx.testing.service import Service
+from phalanx.testing.service import Service, ends_on_sigterm
 from phalanx.testing.tiny import make_tiny
 
 TASKS = Path(__file__).parent.parent / "tests" / "api" / "lm_eval"
@@ -31,7 +31,7 @@ def main(bin_dir: Path, model: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         make_tiny(path, "mixtral")
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    with Service(str(path), "--ep-size", "2") as service:
+    with ends_on_sigterm(), Service(str(path), "--ep-size", "2") as service:
         settings = (
             f"model={path.name},base_url={service.url}/v1/completions,tokenizer={path},"
             "num_concurrent=4,tokenized_requests=True"

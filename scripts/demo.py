@@ -32,7 +32,7 @@ from phalanx.cli.errors import talking_to
 from phalanx.cli.make_model import progress_bar
 from phalanx.cli.status import ranks_table, recovery_table
 from phalanx.errors import PhalanxError
-from phalanx.testing.service import Service, ServiceEnded
+from phalanx.testing.service import Service, ServiceEnded, ends_on_sigterm
 from phalanx.testing.streams import Stream, client, run_and_hurt, run_streams
 
 SETTLED_S = 30.0
@@ -67,7 +67,7 @@ def main(model: Path, ep_size: int, chats: int, max_tokens: int, kill_rank: int,
         if kill_rank >= ep_size:
             raise DemoFailed(f"--kill-rank {kill_rank}: the ranks are 0 to {ep_size - 1}")
         build(console, model)
-        with served(console, model, ep_size) as service:
+        with ends_on_sigterm(), served(console, model, ep_size) as service:
             Demo(console, service, chats, max_tokens, kill_rank, live=console.is_terminal and not plain).run()
     except (PhalanxError, ServiceEnded, TimeoutError) as error:
         console.print(Text(f"demo: {error}", style="bold red"), soft_wrap=True)

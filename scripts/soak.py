@@ -39,7 +39,7 @@ from phalanx.cli.serve import serve
 from phalanx.testing.census import Census, listening_ports, take_census
 from phalanx.testing.crowd import Crowd, calls
 from phalanx.testing.ordeals import Deed, Ground, Ordeal, OrdealFailed, ordeals_for
-from phalanx.testing.service import Service, ServiceEnded, flags_of
+from phalanx.testing.service import Service, ServiceEnded, ends_on_sigterm, flags_of
 from phalanx.testing.tiny import make_tiny
 
 WARM_UP = 0.25
@@ -371,7 +371,7 @@ def soaked(console: Console, run_dir: Path, log: Path, options: dict[str, Any]) 
     service = Service(options["model"], *flags(options), env={"TMPDIR": str(run_dir), "OMP_WAIT_POLICY": "passive"})
     soak, fine = None, True
     try:
-        with service:
+        with ends_on_sigterm(), service:
             soak = Soak(service, run_dir, options, console)
             asyncio.run(soak.run())
             family = {process.pid for process in take_census(service.process.pid, {}).processes}

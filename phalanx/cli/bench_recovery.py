@@ -127,11 +127,11 @@ def _victims(ranks: str) -> list[int]:
 
 @contextmanager
 def _own_service(model: str, flags: Sequence[str], api_key: str) -> Iterator[Target]:
-    from phalanx.testing.service import Service, ServiceEnded
+    from phalanx.testing.service import Service, ServiceEnded, ends_on_sigterm
 
     keyed = ["--api-key", api_key] if api_key else []
     try:
-        with Service(model, *flags, *keyed) as service:
+        with ends_on_sigterm(), Service(model, *flags, *keyed) as service:
             target = Target(service.url, api_key, service)
             try:
                 yield target

@@ -16,6 +16,7 @@ num_max_dispatch_tokens_per_rank, the rows that an expert has room for.
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import torch
@@ -25,8 +26,18 @@ from torch.distributed import ProcessGroup
 
 from phalanx.comm.base import Communicator
 from phalanx.comm.cuda import CudaCommunicator
-from phalanx.comm.deep_ep_calls import EventOverlap, Handle, Hook, Sent, check, check_tokens, check_ways
-from phalanx.comm.deep_ep_layout import Packed, Places, weigh
+from phalanx.comm.deep_ep_calls import (
+    EventOverlap,
+    Handle,
+    Hook,
+    Sent,
+    check,
+    check_count,
+    check_handle,
+    check_tokens,
+    check_ways,
+)
+from phalanx.comm.deep_ep_layout import GROUP, Packed, Places, weigh
 from phalanx.comm.deep_ep_meeting import GroupMeeting, Meeting, Shape, StoreMeeting, make
 from phalanx.comm.launch import LaunchShape
 from phalanx.comm.notices import NoticeBoard
@@ -113,6 +124,8 @@ class Buffer:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if fp8_wire and self._device.type != "cuda":
             raise BadConfig(f"fp8_wire: the communicator of {self._device} sends bf16; leave it out")
+        if not 0 < peer_timeout_s < math.inf:
+            raise BadConfig(f"peer_timeout_s: seconds, more than 0 of them, are wanted, not {peer_timeout_s}")
         self._fp8_wire, self._timeout_s, self._notices = fp8_wire, peer_timeout_s, notices
         self._communicator = communicator
         self._meeting: Meeting | None = None
@@ -166,19 +179,19 @@ class Buffer:
         if dispatch_wait_recv_cost_stats is not None:
             raise BadConfig("dispatch_wait_recv_cost_stats: waiting is not counted by source; leave it out")
         check_ways(async_finish, return_recv_hook)
-        num_max, ranks, experts = num_max_dispatch_tokens_per_rank, self.group_size, num_experts // self.group_size
-        check_tokens(x, topk_idx, num_max, num_experts, ranks)
-        stats = cumulative_local_expert_recv_stats
+        num_max, ranks, stats = num_max_dispatch_tokens_per_rank, self.group_size, cumulative_local_expert_recv_stats
+        check_tokens(x, topk_idx, num_max, num_experts, ranks, self._device if self._meeting is not None else None)
+        experts = num_experts // ranks
         if stats is not None:
-            check("cumulative_local_expert_recv_stats", stats, (experts,), torch.int32)
+            check("cumulative_local_expert_recv_stats", stats, (experts,), torch.int32, device=x.device)
         self._settle()
         communicator = self._opened_for(Shape(num_max, x.shape[1], topk_idx.shape[1], num_experts))
         if _sends_fp8(communicator) and (round_scale or not use_fp8):
             raise BadConfig("fp8_wire: tokens travel as e4m3 with plain scales: dispatch with use_fp8, no round_scale")
         packed = Packed.empty(experts, num_max * ranks, x.shape[1], ranks, use_fp8, x.device)
-        sent = Sent(*topk_idx.shape)
+        sent = Sent(communicator, *topk_idx.shape)
         # The caller may write over x before the hook reads this rank's own tokens from it.
-        x = x.clone() if return_recv_hook else x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format) if return_recv_hook else x.contiguous()
         receive = communicator.dispatch_later(x, topk_idx.clamp_min(-1).to(torch.int32).contiguous())
         event = EventOverlap.of(x.device, async_finish or return_recv_hook)
 
@@ -226,21 +239,27 @@ class Buffer:
         if combine_wait_recv_cost_stats is not None:
             raise BadConfig("combine_wait_recv_cost_stats: waiting is not counted by source; leave it out")
         check_ways(async_finish, return_recv_hook)
-        self._settle()  # it may be this handle's dispatch
-        _, _, num_max, hidden, num_experts = handle
+        check_handle(handle)
         communicator, sent = self.communicator, handle.sent
+        if sent.communicator is not communicator:
+            raise BadRequest("handle: another buffer's dispatch gave it; combine there", "handle")
+        self._settle()  # it may be this handle's dispatch
+        src_info, _, num_max, hidden, num_experts = handle
+        device = src_info.device
         if sent.got is None or sent.places is None:
             raise BadRequest("handle: its dispatch did not come to an end", "handle")
-        check("x", x, (num_experts // self.group_size, num_max * self.group_size, hidden), torch.bfloat16)
-        check("topk_idx", topk_idx, (sent.tokens, sent.top_k), torch.int64, torch.int32)
-        check("topk_weights", topk_weights, (sent.tokens, sent.top_k), torch.float32)
-        out = torch.empty(sent.tokens, hidden, dtype=torch.bfloat16, device=x.device) if out is None else out
-        check("out", out, (sent.tokens, hidden), torch.bfloat16)
+        check(
+            "x", x, (num_experts // self.group_size, num_max * self.group_size, hidden), torch.bfloat16, device=device
+        )
+        check("topk_idx", topk_idx, (sent.tokens, sent.top_k), torch.int64, torch.int32, device=device)
+        check("topk_weights", topk_weights, (sent.tokens, sent.top_k), torch.float32, device=device)
+        out = torch.empty(sent.tokens, hidden, dtype=torch.bfloat16, device=device) if out is None else out
+        check("out", out, (sent.tokens, hidden), torch.bfloat16, device=device)
         if zero_copy:
             if self._staging is None or self._staging.shape != x.shape:
                 raise BadRequest("zero_copy: fill get_next_low_latency_combine_buffer(handle) first", "zero_copy")
             x = self._staging
-        weights_TK = topk_weights.masked_fill(topk_idx < 0, 0.0)
+        weights_TK = topk_weights.contiguous().masked_fill(topk_idx < 0, 0.0)
         y_MD = sent.places.gather(x)
         combined: Tensor | None = None
         if isinstance(communicator, CudaCommunicator):
@@ -260,6 +279,7 @@ class Buffer:
 
         The same memory each time for a shape, valid until that combine. Here it spares a caller an allocation, not a
         copy: the rows that go back are gathered from it as they would be from any tensor."""
+        check_handle(handle)
         src_info, _, num_max, hidden, num_experts = handle
         shape = (num_experts // self.group_size, num_max * self.group_size, hidden)
         if self._staging is None or self._staging.shape != shape:
@@ -282,7 +302,7 @@ class Buffer:
         without enable_shrink, for this rank itself, and before there is a communicator. A rank that is dead is masked
         again by the next collective."""
         self._check_shrink()
-        if not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
+        if not isinstance(rank_to_mask, int) or not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
             raise BadRequest(f"rank_to_mask: {rank_to_mask} is no other rank of {self.group_size}", "rank_to_mask")
         self.communicator.update_mask(rank_to_mask, not mask)
 
@@ -311,7 +331,14 @@ class Buffer:
         """How many bytes of each device's memory peers write to: at most this, for any top-k up to 16. LOCAL.
 
         For information: nothing is sized by what is given to the constructor. It does not grow with num_experts."""
-        if num_ranks < 1 or num_experts % num_ranks:
+        for name, value in (
+            ("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank), ("hidden", hidden),
+            ("num_ranks", num_ranks), ("num_experts", num_experts),
+        ):  # fmt: skip
+            check_count(name, value)
+        if hidden % GROUP:
+            raise BadRequest(f"hidden: {hidden} is no multiple of {GROUP}", "hidden")
+        if num_experts % num_ranks:
             raise BadRequest(f"num_experts: {num_experts} do not divide among {num_ranks} ranks", "num_experts")
         launch = LaunchShape.of(hidden)
         chunks = launch.chunks(hidden)

@@ -7,7 +7,7 @@ travels is text of fixed length, never a pickle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -76,11 +76,13 @@ class StoreMeeting:
     """Over a store that all ranks reach. `HOST:PORT`: rank 0 holds it there, until everybody has read."""
 
     def __init__(self, store: Store | str, rank: int, size: int, timeout_s: float = 300.0) -> None:
-        """Raises BadConfig when the address is none."""
+        """Raises BadConfig when the address is none, or the rank is none of these."""
+        if not 0 <= rank < size:
+            raise BadConfig(f"rank, size: {rank} is no rank of {size}, counted from 0 on")
         self.rank, self.size = rank, size
         if isinstance(store, str):
             host, colon, port = store.removeprefix("tcp://").rpartition(":")
-            if not colon or not port.isdecimal():
+            if not colon or not port.isdecimal() or int(port) > 65535:
                 raise BadConfig(f"store: {store!r} is no HOST:PORT")
             store = TCPStore(host, int(port), size, rank == 0, timedelta(seconds=timeout_s), False)
         self._store = store
@@ -115,6 +117,9 @@ def make(
 ) -> Communicator:
     """A communicator of all ranks, under its first view. COLLECTIVE. Raises BadConfig when ranks differ in what they
     want, or in their host."""
+    for field, value in asdict(shape).items():
+        if value < 1:
+            raise BadConfig(f"{field}: a whole number from 1 on is wanted, not {value}")
     if shape.num_experts % meeting.size:
         raise BadConfig(f"num_experts: {shape.num_experts} do not divide among {meeting.size} ranks")
     made: Communicator

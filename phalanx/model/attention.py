@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from phalanx.errors import BadConfig
 from phalanx.model.config import ModelConfig
 
 _TILE_ROWS = 8
@@ -59,12 +60,20 @@ class KVStore:
     sequences."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+        """Raises BadConfig when there is not so much address space."""
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         shape = (config.num_layers, num_blocks + 1, block_size, 2, config.num_kv_heads, config.head_dim)
         # Zeros from the system, page by page as they are touched: neither start nor memory pays for unused blocks, and
         # a newcomer need not wait for them. Not from numpy, which asks for huge pages: a step that touches a new one in
         # each of 30 layers waits 0.2 s for them to be zeroed.
-        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError):
+            raise BadConfig(
+                f"a KV cache of {num_blocks} blocks takes {size / 1e9:.1f} GB, which this host does not give: lower "
+                "--num-kv-blocks or --kv-cache-memory-mb"
+            ) from None
         self.data = torch.frombuffer(pages, dtype=dtype).view(shape)
         self._rows = self.data.view(config.num_layers, (num_blocks + 1) * block_size, -1)
         self._blocks = self.data.view(config.num_layers, num_blocks + 1, -1)

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from comm_ranks import Hosts
@@ -13,7 +12,7 @@ from streams import PROMPTS, SAMPLING, Streams
 from two_hosts import TwoHosts
 
 from phalanx.testing import netns
-from phalanx.testing.service import Service, flags_of
+from phalanx.testing.service import Service, ends_on_sigterm, flags_of
 from phalanx.testing.tiny import make_tiny
 
 Result = tuple[str, str | None, str, bool]
@@ -40,13 +39,8 @@ def pair_hosts(request: pytest.FixtureRequest) -> Hosts | None:
 @pytest.fixture(scope="session", autouse=True)
 def end_services_when_asked_to_end() -> Iterator[None]:
     """A test run that is told to end (by `timeout`, say) ends the services that stand, too."""
-
-    def end(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    yield
-    signal.signal(signal.SIGTERM, before)
+    with ends_on_sigterm():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 from asking import becomes, eventually, get, instruct, metric, post, problem, states
 from standing import Standing, incarnations
 from streams import PROMPTS, SAMPLING, Streams
+from traced import traced
 
 from phalanx.testing.service import Service
 
@@ -101,8 +102,10 @@ def test_newcomers_that_die_on_their_way_in_are_followed_by_the_next_ones_and_a_
 
 
 def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_operator_tries_again(serve: Serve) -> None:
+    """And one that is stopped while it starts is replaced, long before the time for a start is over."""
     faults = ",".join(f"raise@start:rank=1:incarnation={number}" for number in range(3))
-    service = serve(ep_size=2, max_restarts=2, faults=faults)
+    faults += ",stop@start:rank=1:incarnation=3"
+    service = serve(ep_size=2, max_restarts=2, peer_timeout=1, roll_call_timeout=2, faults=faults)
     service.wait_for_line(r"rank 1 is not started again: given up after 2 restarts")
     eventually(lambda: "given up after 2 restarts" in problem(service, 1))
     assert "InjectedFault" in problem(service, 1)
@@ -111,8 +114,9 @@ def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_ope
     assert get(service, "/ready").status_code == 200
     seen = service.lines
     assert instruct(service, "rejoin", rank=1).status_code == 202
+    service.wait_for_line(r"rank 1\.3 has been stopped for", after=seen)
     back(service, 1, after=seen)
-    assert incarnations(service) == [0, 3]
+    assert incarnations(service) == [0, 4]
     becomes(lambda: problem(service, 1), "")
 
 
@@ -123,6 +127,16 @@ def test_an_evicted_rank_that_stays_stopped_is_replaced(quick: Standing, unfaile
         service.signal(1, signal.SIGSTOP)
         service.wait_for_line(r"killing rank 1\.\d+ .* it was evicted and does not end", after=seen)
         back(service, 1, after=seen)
+        check(running, unfailed)
+
+
+def test_a_rank_that_is_killed_under_a_debugger_is_replaced(standing: Standing, unfailed: Unfailed) -> None:
+    with standing.losing(1) as service:
+        running = both_kinds(service.url)
+        seen = service.lines
+        with traced(service.pid(1)):
+            service.signal(1, signal.SIGKILL)
+            back(service, 1, after=seen)
         check(running, unfailed)
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
+import torch
 
 from phalanx.config import ServeConfig
 from phalanx.engine.kv_room import MOST_BLOCKS, DeviceMemory, blocks_that_fit, check_fit
+from phalanx.errors import BadConfig
+from phalanx.model.attention import KVStore
+from phalanx.model.config import ModelConfig
 from phalanx.moe.cuda import DeviceMemoryShort
+from phalanx.testing.tiny import make_tiny
 
 GB = 10**9
 BLOCK = 1_572_864  # 16 tokens of 48 layers with 4 KV heads of 128 in bfloat16
@@ -70,3 +76,10 @@ def test_what_an_operator_says_of_the_kv_cache_counts_more_than_what_is_free() -
     ):
         assert not said.kv_is_unsaid
         assert said.kv_blocks(1 << 20) == blocks
+
+
+@pytest.mark.parametrize("blocks", [1 << 36, 1 << 62])
+def test_a_kv_cache_beyond_a_host_s_address_space_is_refused_by_its_flag(tmp_path: Path, blocks: int) -> None:
+    model = ModelConfig.read(make_tiny(tmp_path / "model", "qwen3-moe"))
+    with pytest.raises(BadConfig, match="which this host does not give: lower --num-kv-blocks"):
+        KVStore(model, blocks, 16, torch.bfloat16)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from traced import traced
 
+from phalanx.endings import has_ended, wait_status
 from phalanx.process import last_words, worker_endpoint
 from phalanx.remains import reap_strangers, remove_files, stale_keys
 
@@ -47,6 +50,26 @@ def test_strangers_are_waited_for_and_known_ones_are_not() -> None:
     reap_strangers({known})
     assert os.waitpid(known, 0) == (known, 0)
     reap_strangers(set())  # nobody is left
+
+
+def test_a_child_that_a_debugger_holds_makes_nobody_wait_and_is_waited_for_when_that_lets_go() -> None:
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        pidfd = os.pidfd_open(process.pid)
+        assert not has_ended(pidfd)
+        with traced(process.pid):
+            process.kill()
+            assert has_ended(pidfd, 60)
+            assert wait_status(process.pid) is None
+        reap_strangers(set())
+        assert wait_status(process.pid) is None, "it was waited for"
+        os.close(pidfd)
+        process.returncode = -signal.SIGKILL
+
+
+def test_the_end_of_a_child_is_told_once() -> None:
+    pid = ended()
+    assert [wait_status(pid), wait_status(pid)] == [0, None]
 
 
 def test_the_files_of_a_worker_go_and_those_of_its_successor_stay(tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ FLAGS = [
     (("--block-size", "99999999"), "--kv-cache-memory-mb 512 is less than one KV block"),
     (("--kv-cache-memory-mb", "-1"), "--kv-cache-memory-mb must not be negative"),
     (("--mem-fraction-static", "90"), "--mem-fraction-static must lie between 0 and 1, not 90"),
+    (("--mem-fraction-static", "nan"), "--mem-fraction-static must be a finite number, not nan"),
+    (("--peer-timeout", "nan"), "--peer-timeout must be more than 0 seconds, 10000000 at most, not nan"),
+    (("--drain-timeout", "inf"), "--drain-timeout must be more than 0 seconds, 10000000 at most, not inf"),
+    (("--eplb-min-gain", "nan"), "--eplb-min-gain must be a finite number, not nan"),
+    (("--kv-cache-memory-mb", "9999999999999999999999"), "--kv-cache-memory-mb must be 9223372036854775807 at most"),
     (("--num-redundant-experts", "9"), "--num-redundant-experts 9"),
 ]
 
