@@ -268,8 +268,8 @@ def compare(before: Rest, after: Rest, ranks: int) -> list[Growth]:
 # --- the report
 
 
-def report(console: Console, story: Story, crowd: Crowd) -> bool:
-    """Say what came of it; whether all is well. LOCAL."""
+def report(console: Console, story: Story, crowd: Crowd, finished: bool) -> bool:
+    """Say what came of it; whether all is well. finished: it was not broken off. LOCAL."""
     console.print(_ordeals_table(story.events))
     growths = Table(title="At rest, after the warm-up and at the end")
     for column in ("", "before", "after", "allowed growth", ""):
@@ -288,6 +288,8 @@ def report(console: Console, story: Story, crowd: Crowd) -> bool:
         f"{each.name} grows from {each.before:.1f} to {each.after:.1f}" for each in story.growths if not each.fine
     ]
     wrong += story.problems
+    if not finished:
+        wrong.append("the soak was broken off before its end")
     for line in wrong[:20]:
         console.print(f"[red]{escape(line[:600])}", soft_wrap=True)
     verdict = (
@@ -357,7 +359,7 @@ def main(out: Path, **options: Any) -> None:
         soak, fine = soaked(console, run_dir, out / "service.log", options)
         if soak is None:
             sys.exit(2)
-    fine &= report(console, soak.story, soak.crowd)
+    fine = report(console, soak.story, soak.crowd, finished=fine)
     figures = {"options": options, "story": asdict(soak.story), "clients": asdict(soak.crowd.tally), "passed": fine}
     (out / "soak.json").write_text(json.dumps(figures, indent=1))
     with suppress(ImportError):

@@ -59,7 +59,13 @@ class Ground:
 
     async def healthy(self) -> list[dict[str, Any]]:
         """The ranks that serve."""
-        return [rank for rank in (await self.status())["ranks"] if rank["state"] == "healthy"]
+        return _healthy(await self.status())
+
+    async def some(self, count: int) -> list[dict[str, Any]]:
+        """So many of the ranks that serve, by chance; a rank is not healthy for a moment in any change of membership,
+        and a rebalance may be under way."""
+        status = await self.until(f"{count} healthy ranks", lambda status: len(_healthy(status)) >= count)
+        return self.rng.sample(_healthy(status), count)
 
     async def order(self, path: str, **body: Any) -> None:
         """POST an operator's order; OrdealFailed when it is refused."""
@@ -96,11 +102,11 @@ Ordeal = Callable[[Ground], Awaitable[Deed]]
 
 
 async def kill_one(ground: Ground) -> Deed:
-    return _kill(ground.rng.sample(await ground.healthy(), 1))
+    return _kill(await ground.some(1))
 
 
 async def kill_two(ground: Ground) -> Deed:
-    return _kill(ground.rng.sample(await ground.healthy(), 2))
+    return _kill(await ground.some(2))
 
 
 async def kill_all(ground: Ground) -> Deed:
@@ -117,7 +123,7 @@ async def raise_in_a_step(ground: Ground) -> Deed:
 
 async def kill_in_a_recovery(ground: Ground) -> Deed:
     """One rank is killed, and another one dies while the others recover from that."""
-    first, second = ground.rng.sample(await ground.healthy(), 2)
+    first, second = await ground.some(2)
     where = ground.rng.choice(RECOVERY_POINTS)
     await ground.order("/chaos", kind="kill", rank=second["rank"], where=where)
     deed = _kill([first])
@@ -126,7 +132,7 @@ async def kill_in_a_recovery(ground: Ground) -> Deed:
 
 async def kill_in_a_join(ground: Ground) -> Deed:
     """A rank is killed, and its successor as soon as it is there, or somebody else at that moment."""
-    victim, witness = ground.rng.sample(await ground.healthy(), 2)
+    victim, witness = await ground.some(2)
     itself = ground.rng.random() < 0.5
     _kill([victim])
     status = await ground.until(
@@ -143,7 +149,7 @@ async def kill_in_a_join(ground: Ground) -> Deed:
 
 async def stop_for_a_moment(ground: Ground) -> Deed:
     """Too short a stop for an eviction."""
-    (rank,) = ground.rng.sample(await ground.healthy(), 1)
+    (rank,) = await ground.some(1)
     seconds = ground.rng.uniform(0.05, ground.pause_s)
     os.kill(rank["pid"], signal.SIGSTOP)
     try:
@@ -155,13 +161,13 @@ async def stop_for_a_moment(ground: Ground) -> Deed:
 
 
 async def stop_for_good(ground: Ground) -> Deed:
-    (rank,) = ground.rng.sample(await ground.healthy(), 1)
+    (rank,) = await ground.some(1)
     os.kill(rank["pid"], signal.SIGSTOP)
     return Deed(f"SIGSTOP rank {rank['rank']}", _identity(rank))
 
 
 async def mask_and_rejoin(ground: Ground) -> Deed:
-    (rank,) = ground.rng.sample(await ground.healthy(), 1)
+    (rank,) = await ground.some(1)
     await ground.order("/fault_tolerance/apply", instruction="mask_rank", params={"rank": rank["rank"]})
     await ground.until(
         f"the death of rank {rank['rank']}",
@@ -204,7 +210,7 @@ async def scale_there_and_back(ground: Ground) -> Deed:
     """One rank less, then as many as before; with a killed rank in between from time to time."""
     before = len((await ground.status())["ranks"])
     await ground.order("/scale_elastic_ep", new_ep_size=before - 1, drain_timeout=1)
-    fallen = _kill(ground.rng.sample(await ground.healthy(), 1)) if ground.rng.random() < 0.3 else Deed("")
+    fallen = _kill(await ground.some(1)) if ground.rng.random() < 0.3 else Deed("")
     if fallen.fallen:
         await ground.full_strength(before - 1, fallen.fallen)
     await ground.order("/scale_elastic_ep", new_ep_size=before, drain_timeout=1)
@@ -238,6 +244,10 @@ async def ordeals_for(http: httpx.AsyncClient) -> dict[str, Ordeal]:
     return {**ALWAYS, **(SCALING if "/scale_elastic_ep" in paths else {})}
 
 
+def _healthy(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [rank for rank in status["ranks"] if rank["state"] == "healthy"]
+
+
 def _kill(ranks: list[dict[str, Any]]) -> Deed:
     for rank in ranks:
         with suppress(ProcessLookupError):
@@ -247,7 +257,7 @@ def _kill(ranks: list[dict[str, Any]]) -> Deed:
 
 
 async def _arm(ground: Ground, kind: str, where: str) -> Deed:
-    (rank,) = ground.rng.sample(await ground.healthy(), 1)
+    (rank,) = await ground.some(1)
     await ground.order("/chaos", kind=kind, rank=rank["rank"], where=where)
     return Deed(f"{kind} in rank {rank['rank']} at {where}", _identity(rank))
 
