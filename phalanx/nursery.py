@@ -45,6 +45,9 @@ MAX_PACKET = 1 << 17
 PATIENCE_S = 30.0
 """How long a birth may take, imports included, before the nursery counts as hung and is replaced."""
 
+IMPORTS_S = 10.0
+"""After so long a nursery is asked for a spare one though nobody was born yet; earlier, a birth might wait for that."""
+
 MAX_BARREN = 3
 """Nurseries that may end in a row, without a single birth, before there is no other one until `revive`."""
 
@@ -67,6 +70,7 @@ class _Warm:
         self.ready = started is None
         """Whether it has imported everything, as far as is known."""
         self.pid, self.socket, self._started = pid, channel, started
+        self.since_s = time.monotonic()
         self._pidfd = os.pidfd_open(pid)  # nobody but us reaps it as long as its birth is awaited
 
     @property
@@ -166,10 +170,14 @@ class Nursery:
         return born
 
     def keep_a_spare(self) -> None:
-        """Have another spare nursery forked when the one that stood by has died. LOCAL."""
+        """Have another spare nursery forked when the one that stood by has died, or when a new nursery, of which nobody
+        has wanted anybody, has had time enough for its imports. LOCAL."""
         if self._spare is not None and not self._spare.alive:
             self._spare.end()
             self._spare = None
+            self._ask_next()
+        elif not self._current.ready and time.monotonic() - self._current.since_s > IMPORTS_S:
+            self._current.ready = True
             self._ask_next()
 
     def forsake(self) -> list[WorkerSpec]:
