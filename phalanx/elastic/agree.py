@@ -271,15 +271,15 @@ class RollCall:
             self._forget_joiners(meeting.newcomers)
         if self._store.compare_set(f"world/{view.epoch}", "", str(self.me)) == str(self.me):
             self._move_latest(meeting.epoch)
-            self._leave_chores(meeting)
+            self._leave_chores(meeting, view)
 
-    def _leave_chores(self, meeting: Meeting) -> None:
+    def _leave_chores(self, meeting: Meeting, view: View) -> None:
         """What `tidy` is to do. The launcher does it instead when this rank dies before."""
         epoch = meeting.epoch
         members = (*meeting.members, *meeting.newcomers, *meeting.left)
         names = [f"{key}/{epoch - 1}/{m}" for m in members for key in ("entry", "ahead", "standing")]
         names += [f"plan/{epoch - 3}/{m}" for m in members]
-        names += [f"wish/{m}" for m in meeting.newcomers]
+        names += [f"wish/{m}" for m in meeting.newcomers if m in view]  # who did not answer in time may come next
         self._chores.extend(partial(self._store.delete, name) for name in names)
         self._chores.append(lambda: self._delete_plan(epoch - 3))
 

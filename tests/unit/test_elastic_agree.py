@@ -279,6 +279,24 @@ def test_a_newcomer_finds_its_way_in_while_one_change_follows_the_other_and_nobo
     assert found.epoch == last.epoch == 7
 
 
+def test_what_a_newcomer_prepared_for_is_kept_until_it_is_in(table: Table) -> None:
+    base, calls = table.first_world(), table.rank(0)
+    table.notices.announce(2, 0)
+    newcomer = table.rank(2, 1)
+    newcomer.wish(base.placement)
+    kept = []
+    for epoch, answers in ((2, False), (3, True)):
+        table.store.compare_set("joiners", "", "2.1")
+        table.answers(epoch, 1, 3)
+        if answers:
+            newcomer.post(f"entry/{epoch}/{member(2, 1)}", answer(member(2, 1)))
+        base = calls.hold(base, "join", answer(member(0)))
+        while calls.tidy():
+            pass
+        kept.append((member(2, 1) in base.view, calls.wish_of(member(2, 1)) is not None))
+    assert kept == [(False, True), (True, False)]
+
+
 def test_where_newcomers_start_never_goes_back(table: Table) -> None:
     """A leader that is stopped just when its World is published wakes up long after."""
     base, asleep = table.first_world(), table.rank(0)
