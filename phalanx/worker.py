@@ -389,7 +389,8 @@ class Worker:
             if any(isinstance(message, m.Pause | m.Resume) for message in messages):
                 self._mail.send(m.Paused(**self._name, paused=self._engine.paused))
             status = self._comm.status()
-            if not status.clean:  # a peer that heard of the same retry sooner is answered by the same roll call
+            if self._comm.failed or not status.clean:
+                # a peer that heard of the same retry sooner is answered by the same roll call
                 return self._suspect(PeerLost(status.lost, status.interrupted))
             if any(isinstance(message, m.Resume) for message in messages):
                 return Change("operator")
