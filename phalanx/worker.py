@@ -22,7 +22,7 @@ from phalanx import messages as m
 from phalanx.backend import Place, backend
 from phalanx.comm.notices import NoticeBoard
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
-from phalanx.elastic.ahead import LOOK_S
+from phalanx.elastic.ahead import FORESEEN, LOOK_S
 from phalanx.elastic.balance import Balancer, Rules
 from phalanx.elastic.once import once
 from phalanx.elastic.planning import PlanProcess
@@ -65,9 +65,6 @@ JOIN_S = 0.25
 CHECK_PATIENCE_S = 5.0
 """How long a rank waits for another one of its host to check the products, before it does so itself."""
 
-
-PROPOSALS: tuple[m.Trigger, ...] = ("rebalance", "join", "scale")
-"""What stands in a step's header, counted from 1, for a change that is agreed on beside the steps; 0: nothing."""
 
 BESIDE_S = 0.002
 """How long a rank goes on after a step with what moves such a change, when one bit of it leads to the next."""
@@ -237,7 +234,7 @@ class Worker:
         """One step. Its header says which change this rank knows of that all could make, and whether it is ready."""
         if not self._recovery.ahead.under_way:
             self._begin_what_is_due()
-        self._said = self._to_say
+        self._said = self._recovery.ahead.to_say
         return self._engine.step(*self._said)
 
     def _begin_what_is_due(self) -> None:
@@ -249,11 +246,6 @@ class Worker:
         elif self._balancer.staged:
             self._recovery.begin("rebalance")
         self._knocked = False
-
-    @property
-    def _to_say(self) -> tuple[int, bool]:
-        ahead = self._recovery.ahead
-        return (PROPOSALS.index(ahead.trigger) + 1 if ahead.trigger in PROPOSALS else 0, ahead.ready)
 
     def _accept(self) -> None:
         """Take the mail in: requests for the engine, the rest for this rank itself."""
@@ -295,10 +287,10 @@ class Worker:
             self._mail.send(recovered)
         if result.boundary:
             self._timeline.boundary()
-            self._change = Change(PROPOSALS[result.proposal - 1])
+            self._change = Change(FORESEEN[result.proposal - 1])
             return
         if result.proposal:
-            self._recovery.begin(PROPOSALS[result.proposal - 1])
+            self._recovery.begin(FORESEEN[result.proposal - 1])
         until = time.monotonic() + BESIDE_S
         while self._recovery.work() and self._recovery.ahead.under_way and time.monotonic() < until:
             pass  # what can wait until later is done one bit a step
@@ -331,7 +323,7 @@ class Worker:
             news = not self._recovery.ahead.under_way and (
                 self._knocked or self._told_to_leave or self._balancer.staged
             )
-            wanted = self._engine.has_work or self._said != self._to_say or news
+            wanted = self._engine.has_work or self._said != self._recovery.ahead.to_say or news
             if wanted or time.monotonic() >= deadline:
                 self._comm.ring()
                 return

@@ -1,7 +1,7 @@
 """The next World, agreed on beside the steps, so that those who serve feel only the switch to it.
 
     recovery.begin("join")           a newcomer asks to be let in, all is staged that evens the load out, a rank leaves
-    engine.step(proposal, ready)     the header of every step carries it: who hears of it begins, too
+    engine.step(*ahead.to_say)       the header of every step carries it: who hears of it begins, too
     recovery.work()                  after each step: the next bit of the roll call, which waits for nobody
     recovery.run(Change("join"))     when all are ready all leave the same step boundary, with the World in hand
 
@@ -27,6 +27,9 @@ from phalanx.elastic.store import Clock
 from phalanx.errors import PeerLost
 from phalanx.messages import Trigger
 from phalanx.world import IntArray, Member
+
+FORESEEN: tuple[Trigger, ...] = ("rebalance", "join", "scale")
+"""The changes that are agreed on so; in a step's header they are counted from 1, and 0 is none."""
 
 LOOK_S = 0.002
 """How often the store is asked for what others have to do first."""
@@ -67,6 +70,11 @@ class Ahead:
     def under_way(self) -> bool:
         """Whether this rank's slots must stay as they are."""
         return self.trigger is not None
+
+    @property
+    def to_say(self) -> tuple[int, bool]:
+        """(proposal, ready) for the next step's header. LOCAL."""
+        return (0 if self.trigger is None else FORESEEN.index(self.trigger) + 1, self.ready)
 
     def begin(self, base: Agreed, trigger: Trigger) -> None:
         """Begin, or hear that others have begun, with the World after `base`, which is served. Does nothing when
@@ -115,8 +123,7 @@ class Ahead:
         if self._routes_LEW is None:
             self._routes_LEW = self._routes(self._agreed)
         if self._not_standing and not self._late:
-            newcomer = self._not_standing[-1]
-            if newcomer in self._agreed.view and not self._calls.is_standing(self._agreed.epoch, newcomer):
+            if not self._calls.is_standing(self._agreed.epoch, self._not_standing[-1]):
                 return False
             self._not_standing.pop()
             return True
@@ -143,8 +150,10 @@ class Ahead:
         meeting.look_for_newcomers()
         if meeting.newcomers == known or self._late:
             self._calls.publish(meeting)
-            self._agreed = self._calls.read(meeting.epoch)
-            self._not_standing, self._since = list(meeting.newcomers), self._clock.now()
+            agreed = self._agreed = self._calls.read(meeting.epoch)
+            assert agreed is not None, "somebody has published it"
+            self._not_standing = [newcomer for newcomer in meeting.newcomers if newcomer in agreed.view]
+            self._since = self._clock.now()
         return True
 
     @property

@@ -19,7 +19,7 @@ import torch
 
 from phalanx.comm.base import Communicator, empty_view
 from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
-from phalanx.elastic.ahead import Ahead
+from phalanx.elastic.ahead import FORESEEN, Ahead
 from phalanx.elastic.detect import certainly_dead, change_after, merged
 from phalanx.elastic.leave import within
 from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
@@ -34,9 +34,6 @@ from phalanx.world import EMPTY, IntArray, Member, Placement, View, World
 
 _PREPARATIONS = 3
 """How often a newcomer looks again whether the World that it prepared for has changed meanwhile."""
-
-FORESEEN: frozenset[Trigger] = frozenset({"join", "rebalance", "scale"})
-"""Changes that are agreed on beside the steps."""
 
 _REPORTED = 30
 """How many lost experts a rank can name to the others: a row of an all_gather has room for 64 numbers."""

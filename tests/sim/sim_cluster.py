@@ -15,19 +15,17 @@ from sim_network import SimBank, SimComm, SimDisk, SimNotices, SimPeer, SimStore
 from sim_scheduler import Killed, Scheduler, Task
 
 from phalanx.elastic.agree import Change, Limits, Shape
-from phalanx.elastic.ahead import LOOK_S
+from phalanx.elastic.ahead import FORESEEN, LOOK_S
 from phalanx.elastic.balance import Balancer, Rules
 from phalanx.elastic.planning import PlanHere
 from phalanx.elastic.recover import Adoption, Recovery
 from phalanx.elastic.restore import DiskSource, PeerSource
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, TooFewRanks, TooFewSlots
-from phalanx.messages import Trigger
 from phalanx.testing.faults import Faults
 from phalanx.world import Member, World
 
 TOP_K = 2
 PRIME = 1_000_003
-PROPOSALS: tuple[Trigger, ...] = ("rebalance", "join", "scale")
 PEER_TIMEOUT_S = 0.02
 HEARTBEAT_S = 0.01
 LIMITS = Limits(
@@ -358,13 +356,13 @@ class Cluster:
                     recovery.begin("join")
                 elif balancer.staged:
                     recovery.begin("rebalance")
-                said = self._to_say(recovery)
+                said = recovery.ahead.to_say
                 idle, proposal, boundary = engine.step(*said)
                 if boundary:
-                    change = Change(PROPOSALS[proposal - 1])
+                    change = Change(FORESEEN[proposal - 1])
                     continue
                 if proposal:
-                    recovery.begin(PROPOSALS[proposal - 1])
+                    recovery.begin(FORESEEN[proposal - 1])
                 recovery.work()
                 if not recovery.ahead.under_way:
                     balancer.work(engine.step_number)
@@ -382,7 +380,7 @@ class Cluster:
     ) -> None:
         """As long as there is nothing to tell the others, working on what is done beside the steps."""
         until = self.sim.now() + HEARTBEAT_S
-        while not engine.has_work and self._to_say(recovery) == said and self.sim.now() < until:
+        while not engine.has_work and recovery.ahead.to_say == said and self.sim.now() < until:
             if recovery.work():
                 continue
             pause = LOOK_S if recovery.ahead.under_way else balancer.idle_work()
@@ -392,11 +390,6 @@ class Cluster:
             if balancer.staged and not recovery.ahead.under_way:
                 break
         comm.ring()
-
-    @staticmethod
-    def _to_say(recovery: Recovery) -> tuple[int, bool]:
-        ahead = recovery.ahead
-        return (PROPOSALS.index(ahead.trigger) + 1 if ahead.trigger in PROPOSALS else 0, ahead.ready)
 
     def _reports(self, balancer: Balancer) -> None:
         if (report := balancer.take_report()) is not None:
