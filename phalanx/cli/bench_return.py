@@ -1,12 +1,11 @@
 """What `phalanx bench recovery` measures of a return: how long it took, what others felt of it, and what it brought.
 
 The service says when it let the rank in, and for how long the healthy ranks stood. What that did to a stream is the gap
-between its two tokens around that moment, and a gap without a return is one step: so it is given in steps, too.
+between its two tokens around that moment, and a gap without a return is about one step: so it is given in steps, too.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -29,11 +28,11 @@ class Return:
     """How a victim came back, or several that were let in together.
 
     after_s: from the failure until the service was seen at full strength, with all victims. pause_s: from the step
-    boundary until the end of the first step with the newcomers, by the healthy ranks' own word. step_s: the median gap
-    between two tokens of a stream before the failure. stalls_s: the gap around the return, of each stream that was not
-    over. prepared_s: what a newcomer did by itself, the slowest of several. before_per_s, after_per_s: pieces of all
-    streams a second, before the failure and after the last return, while all ran; 0 when that was for too short a time,
-    and where a further return followed."""
+    boundary until the end of the first step with the newcomers, by the healthy ranks' own word. step_s: what a
+    token took before the failure, on average over a stream (they may come in bursts), of the median stream. stalls_s:
+    the gap around the return, of each stream that was not over. prepared_s: what a newcomer did by itself, the slowest
+    of several. before_per_s, after_per_s: pieces of all streams a second, before the failure and after the last
+    return, while all ran; 0 when that was for too short a time, and where a further return followed."""
 
     after_s: float
     pause_s: float
@@ -65,8 +64,7 @@ class Return:
             words = (phase.split() for phase in came_in["phases"].split(", "))
             mine = {name: float(seconds) for name, seconds in words}
             prepared[at_s] = max(prepared.get(at_s, {}), mine, key=lambda phases: sum(phases.values()))
-        gaps = [gap for stream in streams for gap in itertools.pairwise(stream.arrivals_s) if gap[1] <= hurt_s]
-        step_s = statistics.median(end - start for start, end in gaps) if gaps else 0.0
+        step_s = _step(streams, hurt_s)
         began_s = max((stream.arrivals_s[0] for stream in streams if stream.arrivals_s), default=hurt_s)
         first_end_s = min((stream.arrivals_s[-1] for stream in streams if stream.arrivals_s), default=hurt_s)
         return [
@@ -81,6 +79,16 @@ class Return:
             )
             for at_s, pause_s in sorted(let_in.items())
         ]
+
+
+def _step(streams: Sequence[Stream], until_s: float) -> float:
+    """Seconds a token, of the median stream; 0 when none had two tokens by then."""
+    paces = []
+    for stream in streams:
+        heard = bisect_right(stream.arrivals_s, until_s)
+        if tokens := sum(stream.counts[1:heard]):
+            paces.append((stream.arrivals_s[heard - 1] - stream.arrivals_s[0]) / tokens)
+    return statistics.median(paces) if paces else 0.0
 
 
 def _running(streams: Sequence[Stream], moment_s: float) -> list[Stream]:

@@ -131,8 +131,8 @@ def check_round(
             got = values[i, place].cpu().float() if scale is None else restored(values[i, place].cpu(), scale)
             want = travelled(everybody[source].x[t], way, scale)
             different, values_seen = different + int((got != want).sum()), values_seen + got.numel()
-            assert different <= off * values_seen, where
             y[i, place] = expert(number, got)
+    assert different <= off * values_seen, f"rank {buffer.rank}, seed {seed}: {different} of {values_seen} differ"
     give_back(buffer, y.to(device), topk_idx, weights, handle, way, everybody, off)
 
 

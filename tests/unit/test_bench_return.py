@@ -54,6 +54,15 @@ def test_ranks_that_are_let_in_together_are_one_return_and_the_slowest_tells_wha
     assert back.after_per_s / back.before_per_s == pytest.approx(1, rel=0.1)
 
 
+def test_a_step_is_what_a_token_takes_also_where_a_client_that_lags_reads_several_at_once() -> None:
+    bursts = Stream(
+        "0", arrivals_s=[0.1, 0.5, 0.50001, 0.50002, 1.0, 1.00001, 4.0, 5.0], counts=[1, 2, 1, 1, 3, 2, 1, 1]
+    )
+    log = Log(*OLD_LINES, (4.0, let_in("2, 3", 0.2)), (4.1, came_in(2, 0.5)), (4.1, came_in(3, 0.5)))
+    (back,) = Return.seen(log, [bursts], [(2, 1), (3, 1)], (HURT_S, BACK_S), len(OLD_LINES))  # type: ignore[arg-type]
+    assert back.step_s == pytest.approx(0.1, rel=0.01)
+
+
 def test_ranks_that_are_let_in_one_after_the_other_are_two_returns_to_one_full_strength() -> None:
     first, last = seen(
         (3.0, let_in("3", 0.1)), (3.0, came_in(3, 0.25)), (4.0, let_in("2", 0.2)), (4.1, came_in(2, 0.5)),
