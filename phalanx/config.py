@@ -19,6 +19,7 @@ from phalanx.wire import split_address
 
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
 Backup = Literal["dram", "disk", "none"]
 VaultTransport = Literal["auto", "mooncake", "tcp"]
 
@@ -47,6 +48,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     served_model_name: str = ""
     dtype: Dtype = "bfloat16"
+    load_format: LoadFormat = "auto"
+    """Where the weights come from: the checkpoint, or a generator of random ones (for benchmarks)."""
     device: Device = "cpu"
     deterministic: bool = False
     """On cuda: every sum in one order whatever the batch and the placement, at a price. On cpu it is always so."""

@@ -80,7 +80,7 @@ class Crew:
         that was started early, which this crew then closes; None: one is started here."""
         self._config, self._run_dir, self._poller, self._report = config, run_dir, poller, report
         self._site, self._faults = site, faults
-        self._model = described(config.model)
+        self._model = described(config)
         self._store_port = 0
         self._processes: dict[int, Process] = {}
         """By pidfd, those that run."""

@@ -17,7 +17,7 @@ from phalanx.elastic.vault.room import room_for
 from phalanx.elastic.vault.shares import EVERYTHING, Share
 from phalanx.endings import DEATH_S, has_ended, wait_status
 from phalanx.halts import HELPER_HALT_S, Halt
-from phalanx.model.loader import Checkpoint
+from phalanx.model.known import open_model
 from phalanx.process import VaultSpec
 from phalanx.wire import Site
 
@@ -134,7 +134,7 @@ class Custodian:
 def _make(config: ServeConfig, share: Share) -> VaultMemory | None:
     if config.expert_backup != "dram":
         return None
-    room = room_for(config, Checkpoint.open(config.model), share=share)
+    room = room_for(config, open_model(config), share=share)
     if not room.fits:
         log.warning("--expert-backup dram does not fit: %s; going on with disk", room)
         return None

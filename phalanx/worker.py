@@ -113,7 +113,7 @@ class Worker:
         self._faults.point("start")
         self._config = config
         self._mail = Mail(spec)
-        checkpoint = KnownCheckpoint(config.model, spec.model)
+        checkpoint = KnownCheckpoint(config, spec.model)
         model = checkpoint.config
         notices = NoticeBoard.open(spec.notices)
         place = Place(

@@ -1,9 +1,10 @@
-"""`phalanx make-model OUT`: a small random checkpoint, or one that talks."""
+"""`phalanx make-model OUT`: a small random checkpoint, one that talks, or a well-known shape for benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from phalanx.errors import BadConfig
 @click.command("make-model", context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--arch", type=click.Choice(["qwen3-moe", "mixtral"]), help="Write a random model of this architecture.")
+@click.option("--shape", metavar="NAME", help="For benchmarks: the sizes of qwen3-30b-a3b, qwen3-235b-a22b, ...")
+@click.option("--config-only", is_flag=True, help="No weights: for `phalanx serve OUT --load-format dummy`.")
 @click.option("--upcycle", is_flag=True, help="Write a model that talks: SmolLM2-135M-Instruct, its MLPs as experts.")
 @click.option("--layers", type=int, help="Layers.  [default: 4]")
 @click.option("--experts", type=int, help="Experts a layer.  [default: 8]")
@@ -38,33 +41,53 @@ from phalanx.errors import BadConfig
 @click.option("--gguf", type=click.Path(path_type=Path), help="With --upcycle: the source, instead of the package's.")
 @click.option("--seed", type=int, default=0, help="The same seed gives the same weights.")
 @click.option("--force", is_flag=True, help="Replace a model that is there already.")
-def make_model(out: Path, arch: str | None, upcycle: bool, seed: int, force: bool, **options: Any) -> None:
+def make_model(
+    out: Path, arch: str | None, shape: str | None, upcycle: bool, seed: int, force: bool, config_only: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Write a small model at OUT, in the Hugging Face layout.
 
     \b
     phalanx make-model tiny --arch qwen3-moe --layers 4 --experts 16
     phalanx make-model smol --upcycle
+    phalanx make-model big --shape qwen3-30b-a3b --layers 12 --config-only
     """
     given = {name: value for name, value in options.items() if value is not None}
-    if bool(arch) == upcycle:
-        raise BadConfig("choose --arch qwen3-moe|mixtral (random weights) or --upcycle (a model that talks)")
+    if [bool(arch), bool(shape), upcycle].count(True) != 1:
+        raise BadConfig(
+            "choose one of --arch qwen3-moe|mixtral (random weights), --shape NAME (the sizes of a large model) and "
+            "--upcycle (a model that talks)"
+        )
+    if upcycle and config_only:
+        raise BadConfig("--config-only does not go with --upcycle: random weights have no text to talk with")
     allowed = {"experts", "top_k", "noise", "gguf"} if upcycle else set(options) - {"noise", "gguf"}
     if extra := sorted(set(given) - allowed):
         flags = ", ".join("--" + name.replace("_", "-") for name in extra)
-        raise BadConfig(f"{flags} does not go with {'--upcycle' if upcycle else '--arch'}")
+        raise BadConfig(f"{flags} does not go with {'--upcycle' if upcycle else '--shape' if shape else '--arch'}")
     try:
-        _write(out, arch, seed, force, given)
+        if upcycle:
+            _write_upcycled(out, seed, force, given)
+        else:
+            _write_random(out, arch, shape, seed, force, config_only, given)
     except OSError as error:
         raise BadConfig(f"{out} cannot be written: {error}") from None
 
 
-def _write(out: Path, arch: str | None, seed: int, force: bool, given: dict[str, Any]) -> None:
-    if arch:
-        from phalanx.testing.tiny import make_tiny
+def _write_random(
+    out: Path, arch: str | None, name: str | None, seed: int, force: bool, config_only: bool, given: dict[str, Any]
+) -> None:
+    from phalanx.testing.shapes import SHAPES
+    from phalanx.testing.tiny import Shape, write_random
 
-        make_tiny(out, arch, seed=seed, force=force, **given)  # type: ignore[arg-type]
-        click.echo(f"wrote {out}")
-        return
+    if name is not None and name not in SHAPES:
+        raise BadConfig(f"--shape {name} is not known: choose one of {', '.join(SHAPES)}")
+    storage = {key: given.pop(key) for key in ("dtype", "shards", "spelling") if key in given}
+    shape = replace(SHAPES[name] if name else Shape(arch), **given)  # type: ignore[arg-type]
+    write_random(out, shape, weights=not config_only, seed=seed, force=force, **storage)
+    click.echo(f"wrote {out}" + (" (no weights: serve it with --load-format dummy)" if config_only else ""))
+
+
+def _write_upcycled(out: Path, seed: int, force: bool, given: dict[str, Any]) -> None:
     from phalanx.testing.upcycle import Recipe, is_made, make_upcycled
 
     gguf = given.pop("gguf", None)

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from phalanx.cli import aliases
-from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, ServeConfig, VaultTransport
+from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, LoadFormat, ServeConfig, VaultTransport
 from phalanx.errors import PhalanxError
 
 log = logging.getLogger("phalanx.launcher")
@@ -39,6 +39,11 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @click.argument("model", type=click.Path(), required=False)
 @_option("--served-model-name", "The model's name in the API; by default the directory's.")
 @_option("--dtype", "What weights and activations are computed in.", type=click.Choice(get_args(Dtype)))
+@_option(
+    "--load-format",
+    "auto: the checkpoint's weights. dummy: random ones of its shape, for benchmarks; MODEL needs no weights then.",
+    type=click.Choice(get_args(LoadFormat)),
+)
 @_option("--device", "Where to compute.", type=DEVICE, metavar="|".join(get_args(Device)))
 @click.option("--deterministic", is_flag=True, help="On cuda: the same tokens whatever the batch (on cpu always).")
 @_option("--cuda-graph-max-bs", "Largest batch of decodes with a CUDA graph (0: none).", type=int)
@@ -157,11 +162,11 @@ def _check_model(config: ServeConfig) -> str:
     """Raise for all that ranks and server would find wrong with the model, or with these flags for it; else a digest of
     its shape, which is to be the same on each host. LOCAL."""
     from phalanx.elastic.vault.fabric import check_devices, chosen, rdma_devices
-    from phalanx.model.loader import Checkpoint
+    from phalanx.model.known import open_model
     from phalanx.observe.events import EventLog
     from phalanx.server.text import ModelText
 
-    model = Checkpoint.open(config.model).config
+    model = open_model(config).config
     config.expert_slots(model.num_experts)
     config.context_length(model.max_position)
     config.kv_blocks(model.kv_bytes(config.block_size, ELEMENT_BYTES[config.dtype]))

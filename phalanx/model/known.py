@@ -15,8 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from phalanx.config import ServeConfig
 from phalanx.errors import BadCheckpoint
 from phalanx.model.config import ModelConfig
+from phalanx.model.dummy import draw
 from phalanx.model.loader import Checkpoint
 
 if TYPE_CHECKING:
@@ -26,20 +28,26 @@ if TYPE_CHECKING:
     from phalanx.model.layers import DenseWeights
 
 
-def described(path: str | Path) -> bytes:
-    """What `KnownCheckpoint` is made from, read from a model directory. Raises BadCheckpoint. LOCAL."""
-    return msgspec.msgpack.encode(ModelConfig.read(path))
+def open_model(config: ServeConfig) -> Checkpoint:
+    """The weights that a service with this config serves: what its model directory holds, or random ones of its shape
+    (`--load-format`). Raises BadCheckpoint. LOCAL."""
+    return draw(config.model) if config.load_format == "dummy" else Checkpoint.open(config.model)
+
+
+def described(config: ServeConfig) -> bytes:
+    """What `KnownCheckpoint` is made from: the shape of what is served. Raises BadCheckpoint. LOCAL."""
+    return msgspec.msgpack.encode(ModelConfig.read(config.model))
 
 
 class KnownCheckpoint:
     """What `Checkpoint` offers to a rank and to the vault; each reading method opens the files first, when they are
     not open yet, and raises BadCheckpoint when they are gone or hold another model."""
 
-    def __init__(self, path: str | Path, description: bytes) -> None:
+    def __init__(self, config: ServeConfig, description: bytes) -> None:
         """description: from `described`; empty: what is found when something is first read counts. LOCAL, reads
         nothing."""
-        self.path = Path(path)
-        self._description = description
+        self.path = Path(config.model)
+        self._served, self._description = config, description
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -62,7 +70,7 @@ class KnownCheckpoint:
 
     @cached_property
     def _found(self) -> Checkpoint:
-        found = Checkpoint.open(self.path)
+        found = open_model(self._served)
         if self._description and found.config != self.config:
             raise BadCheckpoint(
                 f"{self.path} holds another model than when the service started: put back the one that was served"

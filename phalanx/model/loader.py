@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -33,14 +33,26 @@ _SINGLE = "model.safetensors"
 _STORED_DTYPES = frozenset({"BF16", "F16", "F32"})
 
 
-class Checkpoint:
-    """A verified model directory: its config, and its tensors by name."""
+class Tensors(Protocol):
+    """A model's tensors by the names of its checkpoint: `Stored` in files, or `dummy.Drawn`."""
 
-    def __init__(self, path: Path, config: ModelConfig, names: Names, files: dict[str, Path]) -> None:
+    def read(self, name: str) -> Tensor:
+        """A tensor, in any type. LOCAL."""
+
+    def fill(self, name: str, out: Tensor, index: int | None = None) -> None:
+        """Write a tensor, or the one at `index` of a stack of them, over `out`, in the type of `out`. LOCAL."""
+
+    def close(self) -> None:
+        """Let go of what is open. LOCAL."""
+
+
+class Checkpoint:
+    """A model: its config, and its tensors by name, in a directory that was verified or drawn (`dummy`)."""
+
+    def __init__(self, path: Path, config: ModelConfig, names: Names, tensors: Tensors) -> None:
         self.path, self.config = path, config
         self._names = names
-        self._files = files
-        self._open: dict[Path, Any] = {}
+        self._tensors = tensors
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -62,7 +74,7 @@ class Checkpoint:
                 raise BadCheckpoint(
                     f"{files[name]}: tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
                 )
-        return cls(directory, config, names, files)
+        return cls(directory, config, names, Stored(files))
 
     def read_expert(self, layer: int, expert: int, out: npt.NDArray[np.uint8], dtype: torch.dtype) -> None:
         """Read one expert into `out`, the bytes of a slot: w13 [2F, D] (gate, then up), then w2 [D, F], in `dtype`.
@@ -77,13 +89,11 @@ class Checkpoint:
         rows = flat[: 2 * width * hidden].view(2, width, hidden)
         w2 = flat[2 * width * hidden :].view(hidden, width)
         if names.fused:
-            rows.copy_(self._slice(names.gate_up(layer), expert).view(2, width, hidden))
-            w2.copy_(self._slice(names.down(layer), expert))
+            self._tensors.fill(names.gate_up(layer), rows.view(2 * width, hidden), expert)
+            self._tensors.fill(names.down(layer), w2, expert)
             return
-        gate, up, down = names.expert(layer, expert)
-        rows[0].copy_(self._tensor(gate))
-        rows[1].copy_(self._tensor(up))
-        w2.copy_(self._tensor(down))
+        for name, part in zip(names.expert(layer, expert), (rows[0], rows[1], w2), strict=True):
+            self._tensors.fill(name, part)
 
     def dense_weights(self, dtype: torch.dtype) -> DenseWeights:
         """All that every rank holds: embeddings, attention, norms, routers, dense MLPs, head, in `dtype`. LOCAL."""
@@ -94,15 +104,15 @@ class Checkpoint:
     def dense_parts(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """The dense weights one by one, as (name, tensor): embed, layers.{i}.{field of LayerWeights}, norm, head (not
         when it is tied). So whoever copies them need not hold them all. LOCAL."""
-        yield "embed", self._tensor("model.embed_tokens.weight").to(dtype)
+        yield "embed", self._tensors.read("model.embed_tokens.weight").to(dtype)
         for i in range(self.config.num_layers):
             layer = self._layer_weights(i, dtype)
             for field in fields(layer):
                 if (tensor := getattr(layer, field.name)) is not None:
                     yield f"layers.{i}.{field.name}", tensor
-        yield "norm", self._tensor("model.norm.weight").to(dtype)
+        yield "norm", self._tensors.read("model.norm.weight").to(dtype)
         if not self.config.tied_embeddings:
-            yield "head", self._tensor("lm_head.weight").to(dtype)
+            yield "head", self._tensors.read("lm_head.weight").to(dtype)
 
     def dense_elements(self) -> list[int]:
         """How many elements each dense tensor on disk has; `dense_parts` joins some of them. LOCAL."""
@@ -110,7 +120,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files. LOCAL."""
-        self._open.clear()
+        self._tensors.close()
 
     def _layer_weights(self, layer: int, dtype: torch.dtype) -> LayerWeights:
         import torch
@@ -120,7 +130,7 @@ class Checkpoint:
         config, prefix = self.config, f"model.layers.{layer}."
 
         def read(name: str) -> Tensor:
-            return self._tensor(prefix + name).to(dtype)
+            return self._tensors.read(prefix + name).to(dtype)
 
         def read_qkv(kind: str) -> Tensor:
             return torch.cat([read(f"self_attn.{p}_proj.{kind}") for p in "qkv"])
@@ -135,24 +145,38 @@ class Checkpoint:
             out=read("self_attn.o_proj.weight"),
             out_bias=read("self_attn.o_proj.bias") if config.attention_bias else None,
             post_norm=read("post_attention_layernorm.weight"),
-            router=self._tensor(self._names.router(layer)).to(dtype) if has_experts else None,
+            router=self._tensors.read(self._names.router(layer)).to(dtype) if has_experts else None,
             w13=None if has_experts else torch.cat([read("mlp.gate_proj.weight"), read("mlp.up_proj.weight")]),
             w2=None if has_experts else read("mlp.down_proj.weight"),
         )
+
+
+class Stored:
+    """Tensors in safetensors files, read when they are asked for."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        """files: where each tensor is."""
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    def read(self, name: str) -> Tensor:
+        """See `Tensors`; in the type that it is stored in."""
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
+
+    def fill(self, name: str, out: Tensor, index: int | None = None) -> None:
+        """See `Tensors`."""
+        out.copy_(self.read(name) if index is None else self._handle(name).get_slice(name)[index])
+
+    def close(self) -> None:
+        """See `Tensors`."""
+        self._open.clear()
 
     def _handle(self, name: str) -> Any:
         file = self._files[name]
         if file not in self._open:
             self._open[file] = _opened(file, framework="pt")
         return self._open[file]
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._handle(name).get_tensor(name)
-        return tensor
-
-    def _slice(self, name: str, index: int) -> Tensor:
-        tensor: Tensor = self._handle(name).get_slice(name)[index]
-        return tensor
 
 
 class Names:
@@ -257,7 +281,10 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         return {name: directory / shard for name, shard in index.weight_map.items()}
     if single.exists():
         return dict.fromkeys(_names_in(single), single)
-    raise BadCheckpoint(f"{directory} has neither {_SINGLE} nor {_INDEX}: Phalanx reads safetensors checkpoints")
+    raise BadCheckpoint(
+        f"{directory} has neither {_SINGLE} nor {_INDEX}: Phalanx reads safetensors checkpoints (--load-format dummy: "
+        "random weights, for benchmarks)"
+    )
 
 
 def _names_in(file: Path) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from phalanx.engine.step import Engine
 from phalanx.messages import ToWorker
 from phalanx.model.attention import KVStore
 from phalanx.model.config import ModelConfig
-from phalanx.model.loader import Checkpoint
+from phalanx.model.known import open_model
 from phalanx.model.transformer import Transformer
 from phalanx.moe.experts import SlotBank, digest
 from phalanx.moe.gate import RouteTable
@@ -49,7 +48,7 @@ class SoloEngine:
         parts: Callable[[ServeConfig, ModelConfig], Backend] | None = None,
     ) -> None:
         """parts: makes the rank's parts, from which communicator, slots and model are then taken, e.g. on a device."""
-        checkpoint = Checkpoint.open(Path(config.model))
+        checkpoint = open_model(config)
         dtype: torch.dtype = getattr(torch, config.dtype)
         model = checkpoint.config
         weights = checkpoint.dense_weights(dtype)

@@ -132,6 +132,24 @@ def make_tiny(
         renormalise=renormalise,
         tied=tied,
     )
+    return write_random(
+        path, shape, seed=seed, dtype=dtype, shards=shards, spelling=spelling, force=force, progress=progress
+    )
+
+
+def write_random(
+    path: str | Path,
+    shape: Shape,
+    *,
+    weights: bool = True,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    shards: int = 2,
+    spelling: Spelling = "hub",
+    force: bool = False,
+    progress: Callable[[int], None] = lambda written_bytes: None,
+) -> Path:
+    """As `make_tiny`, of any shape. weights: False leaves them out, for `phalanx serve --load-format dummy`. LOCAL."""
     shape.check()
     if dtype not in DTYPES:
         raise BadConfig(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype}")
@@ -141,7 +159,7 @@ def make_tiny(
     write_model(
         Path(path),
         _texts(shape, dtype, spelling),
-        _tensors(shape, seed, DTYPES[dtype]),
+        _tensors(shape, seed, DTYPES[dtype]) if weights else None,
         shard_bytes=max(1, -(-size // shards)),
         force=force,
         progress=progress,
@@ -154,10 +172,15 @@ def model_bytes(shape: Shape, dtype: str) -> int:
     return sum(int(np.prod(size)) for _, size, _, _ in _layout(shape)) * DTYPES[dtype].itemsize
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte (ids 0 to 255 in byte order), then the special tokens; any text round-trips. LOCAL."""
-    symbols = _byte_symbols()
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(symbols)}, merges=[]))
+def byte_tokenizer(size: int = BYTE_VOCAB) -> Tokenizer:
+    """One token a byte (ids 0 to 255 in byte order), then the special tokens; any text round-trips. LOCAL.
+
+    size: further ids up to here stand for a space and their number; no text is encoded to them, but a model may choose
+    them."""
+    vocab = {symbol: byte for byte, symbol in enumerate((*_byte_symbols(), *SPECIAL_TOKENS))}
+    space = _byte_symbols()[ord(" ")]
+    vocab |= {f"{space}{number}": number for number in range(BYTE_VOCAB, size)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
@@ -243,7 +266,7 @@ def _texts(shape: Shape, dtype: str, spelling: Spelling) -> Texts:
     return Texts(
         config=_config(shape, dtype, spelling) | ids,
         generation_config={**ids, "eos_token_id": [IM_END_ID, END_OF_TEXT_ID], "do_sample": False},
-        tokenizer=byte_tokenizer(),
+        tokenizer=byte_tokenizer(shape.vocab),
         tokenizer_config={
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": shape.max_positions,

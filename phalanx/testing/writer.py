@@ -68,7 +68,7 @@ def check_target(path: Path, force: bool) -> None:
 def write_model(
     path: Path,
     texts: Texts,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]] | None,
     *,
     shard_bytes: int,
     force: bool = False,
@@ -77,11 +77,13 @@ def write_model(
     """Write a model directory at `path`. LOCAL.
 
     A shard is closed by the tensor that fills it to `shard_bytes`. One shard is named model.safetensors and has no
-    index, more are named model-0000i-of-0000n.safetensors and have one. `progress` is told the bytes of each
-    tensor taken. Raises BadConfig when the place is taken, OSError when the disk is full or not writable."""
+    index, more are named model-0000i-of-0000n.safetensors and have one. tensors: None for a directory without weights.
+    `progress` is told the bytes of each tensor taken. Raises BadConfig when the place is taken, OSError when the disk
+    is full or not writable."""
     check_target(path, force)
     with _replacing(path) as directory:
-        _write_weights(directory, tensors, shard_bytes, progress)
+        if tensors is not None:
+            _write_weights(directory, tensors, shard_bytes, progress)
         _write_texts(directory, texts)
 
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -375,6 +376,9 @@ def test_room_counts_the_vault_the_slots_the_dense_weights_and_the_caches(tiny: 
     assert small.ranks > 2 * (100 << 20)
     assert not room_for(config, checkpoint, available=need).fits, "some must stay free"
     assert room_for(config, checkpoint, available=need + (1 << 30)).fits
+    on_devices = room_for(msgspec.structs.replace(config, device="cuda"), checkpoint, available=0)
+    assert on_devices.shape == small.shape
+    assert on_devices.ranks < small.ranks - 2 * (100 << 20), "slots and caches are in the devices' memory"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from phalanx.config import ServeConfig
 from phalanx.errors import BadCheckpoint
 from phalanx.model.known import KnownCheckpoint, described
 from phalanx.model.loader import Checkpoint
@@ -20,6 +21,10 @@ def model(tmp_path: Path) -> Path:
     return Path(make_tiny(tmp_path / "model", "mixtral", layers=2, experts=4))
 
 
+def served(model: Path) -> ServeConfig:
+    return ServeConfig(model=str(model))
+
+
 def expert_of(checkpoint: Checkpoint | KnownCheckpoint) -> bytes:
     config = checkpoint.config
     out = np.empty(3 * config.hidden * config.expert_width * 2, np.uint8)
@@ -28,7 +33,7 @@ def expert_of(checkpoint: Checkpoint | KnownCheckpoint) -> bytes:
 
 
 def test_it_reads_what_the_checkpoint_itself_reads(model: Path) -> None:
-    known, opened = KnownCheckpoint(model, described(model)), Checkpoint.open(model)
+    known, opened = KnownCheckpoint(served(model), described(served(model))), Checkpoint.open(model)
     assert known.config == opened.config
     assert expert_of(known) == expert_of(opened)
     dense, theirs = dict(known.dense_parts(torch.bfloat16)), dict(opened.dense_parts(torch.bfloat16))
@@ -38,7 +43,7 @@ def test_it_reads_what_the_checkpoint_itself_reads(model: Path) -> None:
 
 def test_when_it_is_gone_its_shapes_are_known_and_reading_says_so_until_it_is_back(model: Path, tmp_path: Path) -> None:
     opened = Checkpoint.open(model)
-    known, config, wanted = KnownCheckpoint(model, described(model)), opened.config, expert_of(opened)
+    known, config, wanted = KnownCheckpoint(served(model), described(served(model))), opened.config, expert_of(opened)
     away = tmp_path / "away"
     shutil.move(model, away)
     assert known.config == config
@@ -51,7 +56,7 @@ def test_when_it_is_gone_its_shapes_are_known_and_reading_says_so_until_it_is_ba
 
 
 def test_another_model_in_its_place_is_refused(model: Path) -> None:
-    known = KnownCheckpoint(model, described(model))
+    known = KnownCheckpoint(served(model), described(served(model)))
     shutil.rmtree(model)
     make_tiny(model, "mixtral", layers=2, experts=8)
     with pytest.raises(BadCheckpoint, match="holds another model than when the service started"):

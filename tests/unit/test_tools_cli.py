@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from phalanx.cli import COMMANDS, main
 from phalanx.cli.figures import percentiles, prompts
+from phalanx.server.text import ModelText
 from phalanx.testing.streams import Stream, client, run_stream
 
 TOKEN_S = 0.002
@@ -240,8 +241,22 @@ def test_make_model_documents_the_defaults_that_make_tiny_has() -> None:
     assert stated == 12
 
 
+def test_make_model_writes_a_well_known_shape_without_weights(tmp_path: Path) -> None:
+    out = tmp_path / "big"
+    done = phalanx("make-model", str(out), "--shape", "qwen3-30b-a3b", "--layers", "12", "--config-only")
+    assert done.exit_code == 0, done.output
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["num_experts"], config["vocab_size"]) == (12, 128, 151936)
+    assert {file.suffix for file in out.iterdir()} == {".json", ".jinja"}
+    text = ModelText(str(out))
+    assert text.decode([*text.encode("Zürich"), 151935]) == "Zürich 151935"
+    unknown = phalanx("make-model", str(tmp_path / "x"), "--shape", "gpt-9")
+    assert unknown.exit_code == 2
+    assert "--shape gpt-9 is not known: choose one of qwen3-30b-a3b" in unknown.stderr
+
+
 def test_make_model_wants_one_kind_of_model() -> None:
-    for arguments in ([], ["--arch", "mixtral", "--upcycle"]):
+    for arguments in ([], ["--arch", "mixtral", "--upcycle"], ["--arch", "mixtral", "--shape", "mixtral-8x7b"]):
         result = phalanx("make-model", "out", *arguments)
         assert result.exit_code == 2
         assert "--arch" in result.stderr

@@ -93,7 +93,7 @@ class Keeper:
         self._faults = faults.armed(spec.faults, -1, spec.incarnation) if chaos else faults.NO_FAULTS
         self._vault = Vault.open_for_writing(spec.vault)
         self._report = Report(spec, self._vault)
-        self._checkpoint = KnownCheckpoint(config.model, spec.model)
+        self._checkpoint = KnownCheckpoint(config, spec.model)
         self._since_look = _LOOK_AT_MEMORY_EVERY
 
     def run(self) -> None:

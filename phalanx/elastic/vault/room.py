@@ -57,6 +57,9 @@ def room_for(
         share,
     )
     copies = 2 if config.dtype == "bfloat16" else 1  # plain, and in the layout that oneDNN computes from
+    if config.device == "cuda":  # a rank's memory is the device's; the dense weights only pass through the host's
+        ranks = -(-config.ep_size // share.nnodes) * (shape.dense_bytes + PROCESS_BYTES)
+        return Room(shape, available_bytes() if available is None else available, ranks)
     experts = model.num_moe_layers * (model.num_experts + config.num_redundant_experts) * shape.stride
     block_bytes = model.kv_bytes(config.block_size, itemsize)
     kv = config.kv_blocks(block_bytes) * block_bytes
