@@ -22,6 +22,7 @@ import mmap
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -203,12 +204,18 @@ class Vault:
         return cls._open(address, os.O_RDONLY, mmap.MAP_PRIVATE | _MAP_NORESERVE)
 
     @classmethod
+    def open_for_device(cls, address: str) -> Vault:
+        """Map it for reading by a device, too. Shared pages: when a device's memory is to be filled from private ones,
+        the system may first make a copy of each, for who knows who will write to it. Raises VaultGone."""
+        return cls._open(address, os.O_RDONLY, mmap.MAP_SHARED | _MAP_NORESERVE, mmap.PROT_READ)
+
+    @classmethod
     def open_for_writing(cls, address: str) -> Vault:
         """Map it to fill it. Raises VaultGone."""
         return cls._open(address, os.O_RDWR, mmap.MAP_SHARED)
 
     @classmethod
-    def _open(cls, address: str, mode: int, flags: int) -> Vault:
+    def _open(cls, address: str, mode: int, flags: int, access: int = mmap.PROT_READ | mmap.PROT_WRITE) -> Vault:
         path, token = address.rsplit(":", 1)
         try:
             fd = os.open(path, mode | os.O_CLOEXEC)
@@ -223,7 +230,7 @@ class Vault:
             layers, experts, expert_bytes, dense_bytes = words[first : first + _FIELDS]
             dense_tensors, *share = words[_TABLE_WORD + 1 : _WORDS]
             shape = VaultShape(layers, experts, expert_bytes, dense_bytes, dense_tensors, Share(*share))
-            memory = mmap.mmap(fd, shape.total_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            memory = mmap.mmap(fd, shape.total_bytes, flags=flags, prot=access)
         except (OSError, ValueError) as error:
             os.close(fd)
             raise VaultGone(f"{path} leads to something that cannot be mapped: {error}") from error
@@ -297,7 +304,10 @@ class Vault:
             data = self.dense_bytes(tensor)
             if digest(data.data) != tensor.digest:
                 return None
-            parts[tensor.name] = torch.from_numpy(data).view(getattr(torch, tensor.dtype)).view(tensor.shape)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
+                flat = torch.from_numpy(data)
+            parts[tensor.name] = flat.view(getattr(torch, tensor.dtype)).view(tensor.shape)
         return parts or None
 
     def prefault(self, layer: int, expert: int) -> None:
