@@ -18,6 +18,7 @@ digest nevertheless, each time. Pages that nothing was written to take no memory
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import threading
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     import torch
 
 Bytes = npt.NDArray[np.uint8]
+
+log = logging.getLogger("phalanx.elastic")
 
 NAME = "phalanx-vault"
 """The memory file's name, as /proc shows it."""
@@ -413,7 +416,8 @@ class Follower(threading.Thread):
     def __init__(
         self, vault: Vault, interval_s: float = 0.2, *, reached: Callable[[Bytes], object] | None = None
     ) -> None:
-        """reached: told of the pages of each expert that has come within reach, in this thread."""
+        """reached: told of the pages of each expert that has come within reach, in this thread; whether a device can
+        now read them by itself."""
         super().__init__(name="vault-follower", daemon=True)
         self._vault, self._interval_s, self._reached = vault, interval_s, reached
 
@@ -422,14 +426,17 @@ class Follower(threading.Thread):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         shape = self._vault.shape
         seen_LE = ~shape.share_LE
+        pinned = 0
         while True:
             new_LE = self._vault.filled_LE & ~seen_LE
             for layer, expert in np.argwhere(new_LE).tolist():
                 self._vault.prefault(layer, expert)
                 if self._reached is not None:
-                    self._reached(self._vault.expert_bytes(layer, expert))
+                    pinned += bool(self._reached(self._vault.expert_bytes(layer, expert)))
             seen_LE = seen_LE | new_LE
             if seen_LE.all():
+                if pinned:
+                    log.info("%d of %d experts in the vault are pinned for the device", pinned, shape.share_count)
                 return
             time.sleep(self._interval_s)
 
