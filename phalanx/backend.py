@@ -66,6 +66,9 @@ class Place:
 class Backend(Protocol):
     """The parts of one rank."""
 
+    on_device: bool
+    """Whether a device reads the vault's pages by itself."""
+
     @property
     def bank(self) -> SlotBank:
         """This rank's expert slots."""
@@ -88,9 +91,14 @@ class Backend(Protocol):
     def reached(self, pages: Bytes) -> object:
         """These pages of the vault have an expert that this rank may be lent. LOCAL, called from the vault's thread."""
 
+    def failing(self) -> Callable[[str], object] | None:
+        """What makes this rank's device fail (`testing.faults`), ready to be called; None: it has none. LOCAL."""
+
 
 class CpuBackend:
     """On CPU cores, in shared memory."""
+
+    on_device = False
 
     def __init__(self, place: Place) -> None:
         config, model, dtype = place.config, place.model, place.dtype
@@ -130,11 +138,16 @@ class CpuBackend:
     def reached(self, pages: Bytes) -> object:
         """See `Backend`. Nothing more is to be done for a CPU."""
 
+    def failing(self) -> None:
+        """See `Backend`."""
+
 
 class CudaBackend:
     """On one CUDA device, rank r on device r of this host, round robin; Triton kernels, and cuBLAS for dense products.
 
     With `--deterministic` every product and sum is taken in one order for all batches and placements."""
+
+    on_device = True
 
     def __init__(
         self,
@@ -233,6 +246,14 @@ class CudaBackend:
     def reached(self, pages: Bytes) -> object:
         """See `Backend`. The device can read them at the full rate from now on, where that is allowed."""
         return self.bank.pin(pages)
+
+    def failing(self) -> Callable[[str], object] | None:
+        """See `Backend`. Compiles its kernels."""
+        if self._device.type != "cuda":
+            return None
+        from phalanx.testing.device_faults import DeviceFaults
+
+        return DeviceFaults(self._device)
 
 
 def backend(place: Place) -> Backend:

@@ -11,12 +11,13 @@ from typing import Literal
 
 import msgspec
 
+from phalanx.testing.faults import Kind
+
 Trigger = Literal["start", "failure", "join", "rebalance", "scale", "operator"]
 RankState = Literal["healthy", "suspected", "dead", "recovering", "rejoining", "paused", "leaving"]
 FinishReason = Literal["stop", "length", "abort"]
 VaultPhase = Literal["off", "filling", "full", "short", "given_up"]
 HostPhase = Literal["alive", "lost", "waiting"]
-FaultKind = Literal["kill", "stop", "raise"]
 
 
 class Message(msgspec.Struct, tag=True, frozen=True, kw_only=True, omit_defaults=True):
@@ -76,7 +77,7 @@ class Resume(Message, frozen=True):
 class InjectFault(Message, frozen=True):
     """Fail on purpose (`testing.faults`): at the start of step `at_step`, or of the next one when it is None."""
 
-    kind: FaultKind
+    kind: Kind
     at_step: int | None = None
     where: str = "step"
     """The fault point: a name from `phalanx.testing.faults.POINTS`."""

@@ -21,9 +21,11 @@ import zmq
 from phalanx import messages as m
 from phalanx.backend import Place, backend
 from phalanx.comm.notices import NoticeBoard
+from phalanx.device_errors import leave_at_once, said_of_device
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
 from phalanx.elastic.ahead import FORESEEN, LOOK_S
 from phalanx.elastic.balance import Balancer, Rules
+from phalanx.elastic.digests import threads_for
 from phalanx.elastic.once import once
 from phalanx.elastic.planning import PlanProcess
 from phalanx.elastic.recover import Adoption, Recovery
@@ -78,7 +80,9 @@ class Stopped(BaseException):
 
 
 def run(spec: WorkerSpec) -> int:
-    """One worker's whole life; its exit code. Leaves its last words for the launcher when it fails. LOCAL, blocks."""
+    """One worker's whole life; its exit code. Leaves its last words for the launcher when it fails. LOCAL, blocks.
+
+    A worker on a device that fails, or is out, ends here and at once: what it holds there may never answer again."""
     set_up_logging(spec.config.log_level, spec.config.log_format, f"rank {spec.rank}.{spec.incarnation}")
     torch.set_num_threads(spec.config.threads_per_rank)
     torch.set_grad_enabled(False)
@@ -87,18 +91,24 @@ def run(spec: WorkerSpec) -> int:
         raise Stopped
 
     signal.signal(signal.SIGTERM, stop)
+    on_device = spec.config.device != "cpu"
     try:
         Worker(spec).run()
     except Stopped:
         return EXIT_STOPPED
     except Evicted as error:
         log.warning("%s: exiting", error)
+        if on_device:
+            leave_at_once(EXIT_EVICTED)
         return EXIT_EVICTED
     except Exception as error:
-        expected = isinstance(error, PhalanxError)  # its message says it all; a bug needs its traceback
-        log.error("rank %d.%d fails: %s", spec.rank, spec.incarnation, error, exc_info=not expected)
+        on_it = said_of_device(error)
+        expected = isinstance(error, PhalanxError) or on_it  # the message says it all; a bug needs its traceback
+        log.error("rank %d.%d fails: %s", spec.rank, spec.incarnation, on_it or error, exc_info=not expected)
         with contextlib.suppress(OSError), open(last_words(spec.run_dir, spec.rank, spec.incarnation), "w") as file:
-            file.write(" ".join(f"{type(error).__name__}: {error}".split()))
+            file.write(on_it or " ".join(f"{type(error).__name__}: {error}".split()))
+        if on_device:
+            leave_at_once(EXIT_FAILED)
         return EXIT_FAILED
 
 
@@ -128,10 +138,12 @@ class Worker:
         )
         slots, dtype = place.slots, place.dtype
         rank_parts = backend(place)
+        if isinstance(self._faults, faults.FaultInjector):
+            self._faults.on_device = rank_parts.failing()
         bank = self._bank = rank_parts.bank
         self._comm = rank_parts.comm
         self._me = Member(spec.rank, spec.incarnation, spec.host, os.getpid(), self._comm.address, bank.address)
-        vault = _open_vault(spec.vault, rank_parts.reached)
+        vault = _open_vault(spec.vault, rank_parts.on_device, rank_parts.reached)
         disk = DiskSource(checkpoint, dtype, first_load_only=config.expert_backup == "none")
         store, clock = TcpStore(spec.store_host, spec.store_port), MonotonicClock()
         sources: list[Source | Remote] = [PeerSource(self._me), disk]
@@ -193,6 +205,7 @@ class Worker:
             knock=lambda view: self._mail.knock(view, self._me),
             scaled=spec.scaled,
             faults=self._faults,
+            threads=threads_for(len(os.sched_getaffinity(0)), -(-config.places // config.nnodes)),
         )
         self._change: Change | None = Change("join" if spec.incarnation else "start")
         self._knocked = self._told_to_leave = False
@@ -458,12 +471,12 @@ class Mail:
         return int(self._inbox.getsockopt(zmq.FD))
 
 
-def _open_vault(address: str, reached: Callable[[Bytes], object]) -> Vault | None:
+def _open_vault(address: str, on_device: bool, reached: Callable[[Bytes], object]) -> Vault | None:
     """This host's vault, if it has one, with a thread that keeps its contents within reach."""
     if not address:
         return None
     try:
-        vault = Vault.open(address)
+        vault = (Vault.open_for_device if on_device else Vault.open)(address)
     except VaultGone as error:
         log.warning("going on without the vault: %s", error)
         return None

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 import httpx
 
 from phalanx.cli.errors import ServiceError, headers, message_of, talking_to
 from phalanx.errors import BadConfig
-from phalanx.testing.faults import POINTS
+from phalanx.testing.faults import DEVICE_KINDS, POINTS
 
-KINDS = ("kill", "stop", "cont", "raise")
-_POINTS_HELP = "\b\n" + "\n".join(f"{name:10} {where}" for name, where in POINTS.items())
+KINDS = ("kill", "stop", "cont", "raise", *DEVICE_KINDS)
 
 
-@click.command(epilog=f"Points:\n\n{_POINTS_HELP}")
+def _table(rows: Mapping[str, str], width: int) -> str:
+    """Lines that click leaves as they are."""
+    return "\b\n" + "\n".join(f"{name:{width}} {text}" for name, text in rows.items())
+
+
+_EPILOG = f"On CUDA devices only:\n\n{_table(DEVICE_KINDS, 14)}\n\nPoints:\n\n{_table(POINTS, 12)}"
+
+
+@click.command(epilog=_EPILOG)
 @click.argument("kind", type=click.Choice(KINDS))
 @click.option("--rank", type=click.IntRange(min=0), required=True, help="The rank that is to fail.")
 @click.option("--at-step", type=click.IntRange(min=0), help="Not before this step.")
@@ -21,10 +30,11 @@ _POINTS_HELP = "\b\n" + "\n".join(f"{name:10} {where}" for name, where in POINTS
 @click.option("--url", envvar="PHALANX_URL", default="http://127.0.0.1:8000", show_default=True, help="The service.")
 @click.option("--api-key", envvar="PHALANX_API_KEY", default="", help="Key to send.")
 def chaos(kind: str, rank: int, at_step: int | None, where: str | None, url: str, api_key: str) -> None:
-    """Kill, stop or continue a rank's process, or raise an exception in it.
+    """Kill, stop or continue a rank's process, raise an exception in it, or make its CUDA device fail.
 
     The service must have been started with --enable-chaos. Without --at-step and --where, kill and stop come from
-    outside, as a signal at any instruction; with one of them the rank does it to itself at that point."""
+    outside, as a signal at any instruction; with one of them the rank does it to itself at that point. All other kinds
+    happen at the beginning of its next step."""
     if kind == "cont" and (at_step is not None or where):
         raise BadConfig("cont works at once: a stopped process reaches no point (drop --at-step and --where)")
     with httpx.Client(base_url=url, headers=headers(api_key), timeout=10) as client, talking_to(url):

@@ -85,17 +85,18 @@ class Recovery:
         scaled: bool = False,
         faults: Faults = NO_FAULTS,
         progress: Callable[[int, int], None] | None = None,
+        threads: int = 1,
     ) -> None:
         """sources: the fastest first. load: this rank's tokens by expert, int64 [L, E], for the planner; None: all
         alike. prepared: the placement, if any, that the members of this view hold already besides the one they serve
         (`elastic.balance`): a rebalance goes there. step: the last step it committed. knock: see `RollCall`.
         scaled: this rank is a newcomer because the service is scaled up.
-        progress: told (done, total) experts in each restore."""
+        progress: told (done, total) experts in each restore. threads: see `Restore`."""
         self.me = me
         self._shape, self._limits = shape, limits
         self._clock, self._comm, self._bank, self._sources = clock, comm, bank, tuple(sources)
         self._notices, self._width, self._faults, self._progress = notices, route_width, faults, progress
-        self._prepared = prepared
+        self._prepared, self._threads = prepared, threads
         self._load = load or (lambda: np.zeros((shape.num_layers, shape.num_experts), np.int64))
         self._step = step or (lambda: 0)
         self._scaled, self._leaving = scaled, tuple[tuple[int, int], ...]()
@@ -168,8 +169,10 @@ class Recovery:
                 clock=self._clock,
                 progress=self._progress,
                 faults=self._faults,
+                threads=self._threads,
             )
             job.advance(lambda: not self._notices.is_dead(self.me))
+            job.settle()
             self._count(job)
             self._calls.remember(self._answer())
             self._calls.wish(wish)
@@ -251,7 +254,14 @@ class Recovery:
         planned = self._clock.now()
         self._add(replan=planned - began)
         job = Restore(
-            moves, agreed, self._bank, self._sources, clock=self._clock, progress=self._progress, faults=self._faults
+            moves,
+            agreed,
+            self._bank,
+            self._sources,
+            clock=self._clock,
+            progress=self._progress,
+            faults=self._faults,
+            threads=self._threads,
         )
         limits = self._limits
         lost: tuple[tuple[int, int], ...] = ()
@@ -260,7 +270,8 @@ class Recovery:
                 remaining = 1
                 while remaining:
                     end = self._clock.now() + limits.slice_s
-                    job.advance(lambda end=end: self._clock.now() < end and self._comm.status().clean)  # type: ignore[misc]
+                    job.advance(lambda end=end: self._clock.now() < end and not self._comm.failed)  # type: ignore[misc]
+                    job.settle()
                     if not job.remaining and (job.learned or not self._said_what_it_holds):
                         self._calls.remember(self._answer())
                         job.learned, self._said_what_it_holds = 0, True

@@ -3,7 +3,7 @@
 Sources are asked in the order of their speed: the vault of this host, whose bytes a slot borrows without a copy; a live
 replica on a peer of this host, which is copied; other hosts (`vault.remote`), of which everything that nobody here
 has is asked at once, and comes while the rest is filled; the checkpoint on disk. A copy that is missing, damaged or
-gone costs no more than the next.
+gone costs no more than the next. Where this rank has CPUs to spare, what is lent is digested ahead (`elastic.digests`).
 
 A slot says what it holds at every moment: it is cleared before it is overwritten and marked after the check. So a
 restore that is cut off anywhere leaves slots that hold what they say, and the next one starts from there.
@@ -15,12 +15,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from phalanx.elastic.agree import Agreed
+from phalanx.elastic.digests import Digests
 from phalanx.elastic.replan import Move
 from phalanx.elastic.store import Clock, MonotonicClock
 from phalanx.elastic.vault.remote import Arrival, Remote, Want
@@ -71,6 +73,8 @@ class Bank(Protocol):
     def mark(self, layer: int, slot: int, expert: int, digest: int) -> None: ...
 
     def borrow(self, layer: int, slot: int, expert: int, digest: int, data: Bytes) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 class Reader(Protocol):
@@ -205,13 +209,15 @@ class Restore:
         clock: Clock | None = None,
         progress: Callable[[int, int], None] | None = None,
         faults: Faults = NO_FAULTS,
+        threads: int = 1,
     ) -> None:
         """progress: called with (done, total) after each expert. sources: the fastest first, other hosts at most once
-        among them."""
+        among them. threads: how many digest what is lent, while `advance` runs; 1: the caller's own alone."""
         self._clock = clock or MonotonicClock()
         self._agreed, self._bank = agreed, bank
         self._progress, self._faults = progress, faults
         self._total, self._done, self._begun = len(moves), 0, False
+        self._digests = Digests(threads)
         self._due = deque(moves)
         self._awaited: dict[Want, Move] = {}
         at = next((i for i, source in enumerate(sources) if isinstance(source, Remote)), len(sources))
@@ -224,7 +230,10 @@ class Restore:
         """How many digests this restore was the first to know."""
         self.bytes_by_source: dict[str, int] = {}
         self.seconds_by_source: dict[str, float] = {}
-        """What that took, the check of the digest included. What comes from several hosts at once adds up."""
+        """How long the restore waited for that, the check of the digest included. What comes from several hosts at
+        once adds up."""
+        self._lender = ""
+        """The source that lent last: what is lent may still be on its way to a device."""
         for source in sources:
             source.adopt(agreed)
 
@@ -236,15 +245,24 @@ class Restore:
         """Restore expert by expert until all are done, or until `goes_on()`, asked before each, is false. LOCAL.
 
         With wait_s 0 it also returns when all that is left is still under way from other hosts."""
-        while self.remaining and goes_on():
-            if not self._begun:
-                self._begin()
-            if self._due:
-                self._restore_here(self._due.popleft())
-            elif self._remote is not None and (arrival := self._remote.poll(wait_s)) is not None:
-                self._take_in(arrival)
-            elif wait_s == 0:
-                return
+        with self._digests:
+            while self.remaining and goes_on():
+                if not self._begun:
+                    self._begin()
+                if self._due:
+                    self._look_ahead()
+                    self._restore_here(self._due.popleft())
+                elif self._remote is not None and (arrival := self._remote.poll(wait_s)) is not None:
+                    self._take_in(arrival)
+                elif wait_s == 0:
+                    return
+
+    def settle(self) -> None:
+        """Wait until what was restored so far stands where it is computed from. LOCAL."""
+        began = self._clock.now()
+        self._bank.settle()
+        if self._lender:
+            self._count(self._lender, 0, self._clock.now() - began)
 
     def _begin(self) -> None:
         """Ask other hosts for all that nobody on this one has."""
@@ -270,6 +288,14 @@ class Restore:
         if wants:
             self._remote.begin(wants)
 
+    def _look_ahead(self) -> None:
+        """Have what will be lent next digested while this thread is at other things."""
+        for move in islice(self._due, self._digests.room):
+            if move not in self._digests:
+                copies = (copy for source in self._before for copy in source.copies(move.layer, move.expert))
+                if isinstance(best := next(copies, None), Loan):
+                    self._digests.begin(move, best.data)
+
     def _restore_here(self, move: Move) -> None:
         self._faults.point("restore")
         if self._fill(move, self._before):
@@ -290,6 +316,7 @@ class Restore:
         self._finish(move, bool(arrival.source) or self._fill(move, self._after))
 
     def _finish(self, move: Move, filled: bool) -> None:
+        self._digests.drop(move)  # another copy may have been taken than the one that was digested
         if not filled:
             self.lost.append((move.layer, move.expert))
         self._done += 1
@@ -312,6 +339,7 @@ class Restore:
                     log.info("layer %d expert %d cannot be had from %s: %s", layer, expert, source.name, error)
                     continue
                 if size:
+                    self._lender = source.name if isinstance(copy, Loan) else self._lender
                     self._count(source.name, size, self._clock.now() - began)
                     return True
                 log.warning("layer %d expert %d: the copy from %s is damaged", layer, expert, source.name)
@@ -323,7 +351,7 @@ class Restore:
         wanted = int(self._agreed.digest_LE[layer, expert])
         if isinstance(copy, Loan):
             data = copy.data
-            found = digest(data.data)
+            found = self._digests.digest(move, data)
             if found != copy.digest or wanted not in (0, found):
                 return 0
             self._bank.borrow(layer, slot, expert, found, data)

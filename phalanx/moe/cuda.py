@@ -8,6 +8,7 @@ Shape suffixes: L MoE layers, S slots a rank, F expert width, D model width, T t
 
 from __future__ import annotations
 
+import logging
 import mmap
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from phalanx.comm.cuda import CudaCommunicator
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
+
+log = logging.getLogger("phalanx.moe")
 
 _PAGE = mmap.PAGESIZE
 
@@ -54,6 +57,7 @@ class DeviceBank(SlotBank):
         self._landing = torch.empty(elements, dtype=dtype, pin_memory=on_device)
         self._landed: tuple[int, int] | None = None
         self._pinned: list[int] = []
+        self._refused = False
         self._side = torch.cuda.Stream(device) if on_device else None  # type: ignore[no-untyped-call]
 
     def slot_bytes(self, layer: int, slot: int) -> Bytes:
@@ -71,20 +75,26 @@ class DeviceBank(SlotBank):
         """Say that what `slot_bytes` got is `expert`, and send it to the device. LOCAL."""
         assert self._landed == (layer, slot), f"slot {slot} of layer {layer} was not filled"
         self._landed = None
-        self._send(layer, slot, self._landing)
+        self._copy(layer, slot, self._landing.view(torch.uint8).numpy())
         self._enter(layer, slot, expert, digest)
 
     def borrow(self, layer: int, slot: int, expert: int, digest: int, data: Bytes) -> None:
         """The slot holds `expert`, copied from `data`, which must stay as it is until `ready`'s stream has passed."""
         assert data.nbytes == self.expert_bytes, (data.nbytes, self.expert_bytes)
-        self._send(layer, slot, torch.from_numpy(data).view(self.dtype))
+        self._copy(layer, slot, data)
         self._enter(layer, slot, expert, digest)
+
+    def settle(self) -> None:
+        """Wait until every copy has reached the device. LOCAL."""
+        if self._side is not None:
+            self._side.synchronize()
 
     def pin(self, data: Bytes) -> bool:
         """Have the device read host memory that `borrow` will be given at the full rate, from now on. False where that
         is refused: it is then read at the rate of pageable memory. May be called from any thread. LOCAL.
 
-        Only ever registered for reading: otherwise the system would make a private copy of every page."""
+        Only ever registered for reading, and best from a shared mapping: of a private one's pages the system may make
+        copies."""
         device = self.weights_LSX.device
         if device.type != "cuda":
             return False
@@ -96,6 +106,9 @@ class DeviceBank(SlotBank):
         (error,) = runtime.cudaHostRegister(begin, size, runtime.cudaHostRegisterReadOnly)
         if error != runtime.cudaError_t.cudaSuccess:
             runtime.cudaGetLastError()  # it must not surface in somebody else's check
+            if not self._refused:
+                log.warning("the vault cannot be pinned (%s): restores run at the rate of pageable memory", error.name)
+            self._refused = True
             return False
         self._pinned.append(begin)
         return True
@@ -121,12 +134,18 @@ class DeviceBank(SlotBank):
             self._pinned.clear()
         super().close()
 
-    def _send(self, layer: int, slot: int, data: Tensor) -> None:
+    def _copy(self, layer: int, slot: int, data: Bytes) -> None:
+        """Send an expert's bytes to a slot. By address: torch takes no memory that is for reading alone."""
         if self._side is None:
-            self.weights_LSX[layer, slot].copy_(data)
+            np.copyto(self.weights_LSX[layer, slot].view(torch.uint8).numpy(), data)
             return
-        with torch.cuda.stream(self._side):
-            self.weights_LSX[layer, slot].copy_(data, non_blocking=True)
+        from cuda.bindings import runtime
+
+        to = self.weights_LSX.data_ptr() + (layer * self.slots_per_rank + slot) * self.expert_bytes
+        kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        (error,) = runtime.cudaMemcpyAsync(to, data.ctypes.data, data.nbytes, kind, self._side.cuda_stream)
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise RuntimeError(f"CUDA error: {error.name} in the copy of an expert to the device")
 
     def _enter(self, layer: int, slot: int, expert: int, digest: int) -> None:
         self._held_LS[layer, slot] = expert

@@ -185,6 +185,9 @@ class SlotBank:
         self._borrowed_LS[layer, slot] = 1
         self.mark(layer, slot, expert, digest)
 
+    def settle(self) -> None:
+        """Wait until what was marked or borrowed stands where it is computed from: it does at once. LOCAL."""
+
     def _give_back(self, layer: int, slot: int) -> None:
         if self._borrowed_LS[layer, slot]:
             self._borrowed_LS[layer, slot] = 0

@@ -28,7 +28,7 @@ from phalanx.server.protocol import (
 )
 from phalanx.server.roster import RankRecord
 from phalanx.server.scale_api import scale_down
-from phalanx.testing.faults import IN_COLLECTIVES, Fault
+from phalanx.testing.faults import IN_COLLECTIVES, Fault, cannot_happen
 
 OPEN_PATHS = frozenset(
     {"/health", "/ready", "/metrics", "/version", "/server_info", "/fault_tolerance/status", "/ping"}
@@ -214,9 +214,9 @@ def _operation(router: APIRouter) -> None:
                 Fault(request.kind, where, request.at_step)
             except BadConfig as error:
                 raise ApiError(400, f"where: {error}", param="where") from None
-            if service.config.device == "cuda" and where in IN_COLLECTIVES:
-                raise ApiError(400, f"where: {where} lies within a kernel on --device cuda, where nothing can be made "
-                               "to fail: choose decode, prefill or commit, or leave it out", param="where")  # fmt: skip
+            if why := cannot_happen(request.kind, where, service.config.device):
+                field = "where" if where in IN_COLLECTIVES else "kind"
+                raise ApiError(400, f"{field}: {why}", param=field)
             fault = m.InjectFault(kind=request.kind, at_step=request.at_step, where=where)
             service.link.tell_rank(record.identity, fault)
         return json_answer({"accepted": True, "kind": request.kind, "rank": request.rank,

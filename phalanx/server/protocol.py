@@ -14,6 +14,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from phalanx.errors import BadRequest
+from phalanx.testing.faults import Kind
 
 log = logging.getLogger("phalanx.http")
 
@@ -250,7 +251,7 @@ class ScaleRequest(_Request):
 class ChaosRequest(_Request):
     """POST /chaos."""
 
-    kind: Literal["kill", "stop", "cont", "raise"]
+    kind: Literal[Kind, "cont"]
     rank: int
     at_step: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
     where: str | None = None

@@ -8,8 +8,9 @@ NO_FAULTS, and a point costs one empty method call. With chaos enabled it is a `
     PHALANX_FAULTS="stop@dispatch:rank=0:step=7,raise@commit:rank=2:incarnation=1"
     PHALANX_FAULTS='[{"kind": "kill", "where": "join", "rank": 3}]'
 
-The idea of a public injector that tests and operators share is torchft's. Imports the standard library and
-`phalanx.errors` alone, so that everything may import it.
+A rank on a CUDA device can fail in more ways (`DEVICE_KINDS`); how is `testing.device_faults`'s matter. The idea of a
+public injector that tests and operators share is torchft's. Imports the standard library and `phalanx.errors` alone, so
+that everything may import it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,24 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from phalanx.errors import BadConfig, PhalanxError
 
-Kind = Literal["kill", "stop", "raise"]
+Kind = Literal["kill", "stop", "raise", "illegal-access", "device-assert", "out-of-memory", "hung-kernel"]
+
+DEVICE_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "illegal-access": "a kernel stores where there is no memory: its CUDA context is of no use any more",
+        "device-assert": "an assertion fails within a kernel: the same",
+        "out-of-memory": "the device has not the memory that is asked for",
+        "hung-kernel": "a kernel spins for ever: the rank falls silent, and its process lives",
+    }
+)
+"""Kinds that need a CUDA device: name, and what happens to it."""
 
 ENVIRONMENT_VARIABLE = "PHALANX_FAULTS"
 
@@ -59,6 +70,9 @@ POINTS: Mapping[str, str] = MappingProxyType(
 )
 """Every fault point: its name, and where it is passed."""
 
+WITHOUT_A_DEVICE = frozenset(name for name in POINTS if name == "start" or name.startswith("vault"))
+"""Points that are passed where no device is in hand."""
+
 IN_COLLECTIVES = frozenset({"dispatch", "combine", "all_gather", "half_sent", "half_framed", "received"})
 """Points that only a CPU's communicator passes: on a device these moments lie within a kernel."""
 
@@ -71,7 +85,7 @@ class InjectedFault(PhalanxError):
 class Fault:
     """One planned failure.
 
-    kind: kill (SIGKILL to this process), stop (SIGSTOP to this process), raise (InjectedFault).
+    kind: kill (SIGKILL to this process), stop (SIGSTOP to this process), raise (InjectedFault), or one of DEVICE_KINDS.
     where: a name of POINTS. at_step: not before this step; None: at once. count: at the count-th pass from then on.
     """
 
@@ -85,6 +99,8 @@ class Fault:
             raise BadConfig(f"fault kind must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
         if self.where not in POINTS:
             raise BadConfig(f"there is no fault point {self.where!r}: choose one of {', '.join(POINTS)}")
+        if self.kind in DEVICE_KINDS and self.where in WITHOUT_A_DEVICE:
+            raise BadConfig(f"a fault of the kind {self.kind} needs a device, and at {self.where} none is in hand")
         if self.count < 1:
             raise BadConfig(f"a fault's count must be at least 1, not {self.count}")
 
@@ -109,9 +125,11 @@ class FaultInjector(Faults):
 
     Points that know no step (those inside a collective) count as part of the last step that a point named."""
 
-    def __init__(self, *faults: Fault) -> None:
+    def __init__(self, *faults: Fault, on_device: Callable[[str], object] | None = None) -> None:
+        """on_device: makes this process's device fail in one of DEVICE_KINDS; None: there is no device."""
         self._planned = list(faults)
         self._step = 0
+        self.on_device = on_device
 
     @property
     def planned(self) -> tuple[Fault, ...]:
@@ -122,7 +140,7 @@ class FaultInjector(Faults):
         self._planned.append(Fault(kind, where, at_step, count))
 
     def point(self, name: str, step: int | None = None) -> None:
-        """Raises InjectedFault, or does not return, when a fault is due."""
+        """Raises InjectedFault, or an error of the device, or does not return, when a fault is due."""
         if step is not None:
             self._step = step
         if not self._planned:
@@ -141,23 +159,48 @@ class FaultInjector(Faults):
                 waiting.append(fault)
         self._planned = waiting
         if due is not None:
-            _fail(due, self._step)
+            self._fail(due)
+
+    def _fail(self, fault: Fault) -> None:
+        if fault.kind == "raise":
+            raise InjectedFault(f"injected at {fault.where} in step {self._step}")
+        if fault.kind in DEVICE_KINDS:
+            if self.on_device is None:
+                raise BadConfig(f"a fault of the kind {fault.kind} needs --device cuda")
+            self.on_device(fault.kind)
+            return
+        os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 
 
-def from_environment(environ: Mapping[str, str] = os.environ) -> str:
+def from_environment(environ: Mapping[str, str] = os.environ, device: str = "") -> str:
     """What PHALANX_FAULTS asks for, checked but not yet meant for any rank; "" for nothing. LOCAL.
 
-    The one who starts processes reads it, when chaos is enabled, and hands it on to them (`armed`). Raises BadConfig
-    when it cannot be read."""
+    The one who starts processes reads it, when chaos is enabled, and hands it on to them (`armed`). device: that of the
+    service, "" for any. Raises BadConfig when it cannot be read, or names what cannot happen there."""
     text = environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    _read(text)
+    for entry in _read(text):
+        if device and (why := cannot_happen(entry.fault.kind, entry.fault.where, device)):
+            raise BadConfig(f"{ENVIRONMENT_VARIABLE}: {why}")
     return text
+
+
+def cannot_happen(kind: str, where: str, device: str) -> str:
+    """Why a fault cannot happen on `device`, cpu or cuda; "" when it can. LOCAL."""
+    if kind in DEVICE_KINDS and device != "cuda":
+        return f"{kind} is a failure of a CUDA device, and this service computes with --device {device}"
+    if device == "cuda" and where in IN_COLLECTIVES:
+        return (
+            f"{where} lies within a kernel on --device cuda, where nothing can be made to fail: choose decode, prefill "
+            "or commit, or leave it out"
+        )
+    return ""
 
 
 def armed(text: str, rank: int, incarnation: int) -> FaultInjector:
     """An injector armed with those entries of `text` (as from `from_environment`) that are for this process. LOCAL.
 
-    An entry without `rank` is for every rank, one without `incarnation` for each process that a rank ever has."""
+    An entry without `rank` is for every rank, one without `incarnation` for each process that a rank ever has. What is
+    to become of a device waits for `on_device` to be set."""
     return FaultInjector(*(entry.fault for entry in _read(text) if entry.is_for(rank, incarnation)))
 
 
@@ -210,9 +253,3 @@ def _unreadable(text: str) -> BadConfig:
     return BadConfig(
         f"{ENVIRONMENT_VARIABLE}: cannot read {text!r}; write kind@point[:rank=R][:incarnation=I][:step=N][:n=COUNT]"
     )
-
-
-def _fail(fault: Fault, step: int) -> None:
-    if fault.kind == "raise":
-        raise InjectedFault(f"injected at {fault.where} in step {step}")
-    os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)

@@ -11,6 +11,7 @@ from fake_cluster import Cluster
 
 from phalanx import __version__
 from phalanx import messages as m
+from phalanx.testing.faults import DEVICE_KINDS
 
 
 def test_the_model_is_listed(cluster: Cluster) -> None:
@@ -188,3 +189,17 @@ def test_a_fault_within_a_devices_kernel_is_refused_instead_of_never_happening(
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "where")
     assert "--device cuda" in answer.text
     assert cluster.http.post("/chaos", json={"kind": "raise", "rank": 0, "where": "decode"}).status_code == 202
+    for kind in DEVICE_KINDS:
+        assert cluster.http.post("/chaos", json={"kind": kind, "rank": 0}).status_code == 202
+    expected = [m.InjectFault(kind=kind) for kind in DEVICE_KINDS]  # type: ignore[arg-type]
+    cluster.until(lambda: cluster.alive[0].heard[-4:] == expected, "four failures of a device")
+    nowhere = cluster.http.post("/chaos", json={"kind": "hung-kernel", "rank": 0, "where": "start"})
+    assert (nowhere.status_code, nowhere.json()["error"]["param"]) == (400, "where")
+
+
+@pytest.mark.parametrize("kind", DEVICE_KINDS)
+def test_a_failure_of_a_device_is_refused_where_there_is_none(make_cluster: Callable[..., Cluster], kind: str) -> None:
+    cluster = make_cluster(ranks=1, enable_chaos=True)
+    answer = cluster.http.post("/chaos", json={"kind": kind, "rank": 0})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "kind")
+    assert f"{kind} is a failure of a CUDA device, and this service computes with --device cpu" in answer.text

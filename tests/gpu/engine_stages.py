@@ -21,7 +21,6 @@ from typing import IO, Any
 import torch
 
 GRACE_S = 15.0
-REJOIN_TOKENS = 3000
 SERVICE_NEEDS = ("zmq", "msgspec", "fastapi", "uvicorn", "pydantic")
 
 
@@ -49,14 +48,18 @@ def stages(interpret: bool) -> dict[str, Stage]:
     }
     if interpret:
         return table
+    import engine_failures
     from engine_ladder import ladder
 
     return {
         **table,
         "serve": Stage(serve_and_kill, 110, 4),
+        "four": Stage(engine_failures.four_ranks_on_two_devices, 95, 4),
         "ladder": Stage(lambda: ladder(count, layers=48), 100),
         "kill64": Stage(kill_under_64_streams, 75),
-        "rejoin64": Stage(rejoin_under_64_streams, 105),
+        "rejoin64": Stage(engine_failures.returns_under_64_streams, 105),
+        "failures": Stage(engine_failures.every_failure, 120),
+        "vault": Stage(engine_failures.restore_from_the_vault, 120),
         "ladder-exact": Stage(lambda: ladder(count, layers=48, deterministic=True, batches=(1, 64, 256)), 75),
     }  # fmt: skip
 
@@ -66,19 +69,6 @@ def kill_under_64_streams() -> None:
     figures = bench_recovery("--output-len", "128", "--serve-flags", _serve_flags(512, max_restarts=0))
     if figures:
         _show_kill(figures)
-
-
-def rejoin_under_64_streams() -> None:
-    """The same with streams that are long enough for the victim to return under them."""
-    figures = bench_recovery(
-        "--output-len", str(REJOIN_TOKENS), "--share", "0.05", "--serve-flags", _serve_flags(REJOIN_TOKENS + 256)
-    )
-    if not figures:
-        return
-    _show_kill(figures)
-    assert figures["return"]["gap_around_the_return_s"]["n"], "the streams were over before the return"
-    for name, value in figures["return"].items():
-        print(f"    {name}: {value}", flush=True)
 
 
 def _serve_flags(longest: int, **options: object) -> str:
@@ -94,11 +84,11 @@ def _serve_flags(longest: int, **options: object) -> str:
 
 def bench_recovery(*arguments: str) -> dict[str, Any]:
     """The figures of `phalanx bench recovery` with 64 greedy streams and one kill of rank 1; empty: it cannot run."""
-    if _lacks((*SERVICE_NEEDS, "rich")):
+    if lacks((*SERVICE_NEEDS, "rich")):
         return {}
     from phalanx.cli.bench_recovery import recovery
 
-    with _model() as model, contextlib.redirect_stdout(io.StringIO()) as said:
+    with small_model() as model, contextlib.redirect_stdout(io.StringIO()) as said:
         command = [model, "--ep-size", "2", "--streams", "64", "--input-len", "32", "--rounds", "1", "--ranks", "1"]
         with contextlib.suppress(SystemExit):  # its code says what the figures say, too
             recovery.main([*command, *arguments, "--json"], standalone_mode=False)
@@ -123,7 +113,7 @@ def _show_kill(figures: dict[str, Any]) -> None:
     )
 
 
-def _lacks(modules: tuple[str, ...]) -> bool:
+def lacks(modules: tuple[str, ...]) -> bool:
     """Whether some of these are not installed; says so."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -132,7 +122,7 @@ def _lacks(modules: tuple[str, ...]) -> bool:
 
 
 @contextlib.contextmanager
-def _model() -> Iterator[str]:
+def small_model() -> Iterator[str]:
     """A checkpoint that is small, but whose kernels have something to do."""
     from phalanx.testing import tiny
 
@@ -145,14 +135,14 @@ def _model() -> Iterator[str]:
 
 def serve_and_kill() -> None:
     """`phalanx serve --device cuda --deterministic` with 2 ranks: SIGKILL in mid-stream, every text as unfailed."""
-    if _lacks(SERVICE_NEEDS):
+    if lacks(SERVICE_NEEDS):
         return
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
     from streams import PROMPTS, Streams
 
     from phalanx.testing.service import Service, flags_of
 
-    with _model() as model:
+    with small_model() as model:
         flags = flags_of(
             device="cuda", ep_size=2, deterministic=True, max_model_len=1024, max_num_seqs=16, cuda_graph_max_bs=16,
             warmup_timeout=100, expert_backup="dram", log_level="info",

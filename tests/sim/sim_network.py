@@ -312,6 +312,9 @@ class SimBank:
         self._sim.point()
         self._held_LS[layer, slot], self._digest_LS[layer, slot] = expert, digest
 
+    def settle(self) -> None:
+        self._sim.point()
+
 
 class SimPeer:
     """A peer's slots over a mapping that now and then returns something else than what stands there."""

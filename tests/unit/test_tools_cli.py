@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from phalanx.cli import COMMANDS, main
 from phalanx.cli.figures import percentiles, prompts
 from phalanx.server.text import ModelText
+from phalanx.testing.faults import DEVICE_KINDS
 from phalanx.testing.streams import Stream, client, run_stream
 
 TOKEN_S = 0.002
@@ -310,6 +311,13 @@ def test_chaos_asks_for_what_was_said(standin: Standin) -> None:
         {"kind": "raise", "rank": 2, "at_step": 7, "where": "combine"},
         {"kind": "kill", "rank": 0},
     ]
+
+
+@pytest.mark.parametrize("kind", DEVICE_KINDS)
+def test_failures_of_a_device_can_be_asked_for_and_are_told_of_in_the_help(standin: Standin, kind: str) -> None:
+    assert phalanx("chaos", "--url", standin.url, kind, "--rank", "1").exit_code == 0
+    assert standin.asked == [{"kind": kind, "rank": 1}]
+    assert f"{kind:14} {DEVICE_KINDS[kind]}"[:60] in phalanx("chaos", "--help").output
 
 
 def test_a_service_without_chaos_names_the_flag_it_needs(standin: Standin) -> None:

@@ -10,7 +10,16 @@ import sys
 import pytest
 
 from phalanx.errors import BadConfig
-from phalanx.testing.faults import NO_FAULTS, POINTS, Fault, FaultInjector, InjectedFault, armed, from_environment
+from phalanx.testing.faults import (
+    DEVICE_KINDS,
+    NO_FAULTS,
+    POINTS,
+    Fault,
+    FaultInjector,
+    InjectedFault,
+    armed,
+    from_environment,
+)
 
 
 def test_an_unarmed_injector_passes_every_point() -> None:
@@ -79,6 +88,44 @@ def test_what_cannot_be_armed_is_refused_by_name(arguments: dict[str, object], n
     with pytest.raises(BadConfig) as error:
         FaultInjector().arm(**arguments)  # type: ignore[arg-type]
     assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize("kind", DEVICE_KINDS)
+def test_a_device_fails_in_the_way_that_was_asked_for_at_its_point(kind: str) -> None:
+    seen: list[str] = []
+    faults = FaultInjector(on_device=seen.append)
+    faults.arm(kind, at_step=2, where="decode")  # type: ignore[arg-type]
+    faults.point("step", 1)
+    faults.point("decode")
+    assert seen == []
+    faults.point("step", 2)
+    faults.point("decode")
+    faults.point("decode")
+    assert seen == [kind]
+
+
+def test_a_process_without_a_device_cannot_have_it_fail() -> None:
+    with pytest.raises(BadConfig, match="hung-kernel needs --device cuda"):
+        FaultInjector(Fault("hung-kernel")).point("step", 1)
+
+
+@pytest.mark.parametrize("where", ["start", "vault_fill"])
+def test_a_failure_of_a_device_is_refused_where_none_is_in_hand(where: str) -> None:
+    with pytest.raises(BadConfig, match=f"at {where} none is in hand"):
+        Fault("illegal-access", where)
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "said"),
+    [
+        ("hung-kernel:rank=1", "cpu", "PHALANX_FAULTS: hung-kernel is a failure of a CUDA device, .* --device cpu"),
+        ("kill@combine", "cuda", "PHALANX_FAULTS: combine lies within a kernel .* choose decode, prefill or commit"),
+    ],
+)
+def test_an_environment_that_asks_for_what_cannot_happen_is_refused(text: str, device: str, said: str) -> None:
+    assert from_environment({"PHALANX_FAULTS": text}) == text
+    with pytest.raises(BadConfig, match=said):
+        from_environment({"PHALANX_FAULTS": text}, device=device)
 
 
 def test_production_cannot_be_armed() -> None:

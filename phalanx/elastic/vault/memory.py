@@ -18,10 +18,12 @@ digest nevertheless, each time. Pages that nothing was written to take no memory
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     import torch
 
 Bytes = npt.NDArray[np.uint8]
+
+log = logging.getLogger("phalanx.elastic")
 
 NAME = "phalanx-vault"
 """The memory file's name, as /proc shows it."""
@@ -203,12 +207,18 @@ class Vault:
         return cls._open(address, os.O_RDONLY, mmap.MAP_PRIVATE | _MAP_NORESERVE)
 
     @classmethod
+    def open_for_device(cls, address: str) -> Vault:
+        """Map it for reading by a device, too. Shared pages: when a device's memory is to be filled from private ones,
+        the system may first make a copy of each, for who knows who will write to it. Raises VaultGone."""
+        return cls._open(address, os.O_RDONLY, mmap.MAP_SHARED | _MAP_NORESERVE, mmap.PROT_READ)
+
+    @classmethod
     def open_for_writing(cls, address: str) -> Vault:
         """Map it to fill it. Raises VaultGone."""
         return cls._open(address, os.O_RDWR, mmap.MAP_SHARED)
 
     @classmethod
-    def _open(cls, address: str, mode: int, flags: int) -> Vault:
+    def _open(cls, address: str, mode: int, flags: int, access: int = mmap.PROT_READ | mmap.PROT_WRITE) -> Vault:
         path, token = address.rsplit(":", 1)
         try:
             fd = os.open(path, mode | os.O_CLOEXEC)
@@ -223,7 +233,7 @@ class Vault:
             layers, experts, expert_bytes, dense_bytes = words[first : first + _FIELDS]
             dense_tensors, *share = words[_TABLE_WORD + 1 : _WORDS]
             shape = VaultShape(layers, experts, expert_bytes, dense_bytes, dense_tensors, Share(*share))
-            memory = mmap.mmap(fd, shape.total_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            memory = mmap.mmap(fd, shape.total_bytes, flags=flags, prot=access)
         except (OSError, ValueError) as error:
             os.close(fd)
             raise VaultGone(f"{path} leads to something that cannot be mapped: {error}") from error
@@ -297,7 +307,10 @@ class Vault:
             data = self.dense_bytes(tensor)
             if digest(data.data) != tensor.digest:
                 return None
-            parts[tensor.name] = torch.from_numpy(data).view(getattr(torch, tensor.dtype)).view(tensor.shape)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
+                flat = torch.from_numpy(data)
+            parts[tensor.name] = flat.view(getattr(torch, tensor.dtype)).view(tensor.shape)
         return parts or None
 
     def prefault(self, layer: int, expert: int) -> None:
@@ -403,7 +416,8 @@ class Follower(threading.Thread):
     def __init__(
         self, vault: Vault, interval_s: float = 0.2, *, reached: Callable[[Bytes], object] | None = None
     ) -> None:
-        """reached: told of the pages of each expert that has come within reach, in this thread."""
+        """reached: told of the pages of each expert that has come within reach, in this thread; whether a device can
+        now read them by itself."""
         super().__init__(name="vault-follower", daemon=True)
         self._vault, self._interval_s, self._reached = vault, interval_s, reached
 
@@ -412,14 +426,17 @@ class Follower(threading.Thread):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         shape = self._vault.shape
         seen_LE = ~shape.share_LE
+        pinned = 0
         while True:
             new_LE = self._vault.filled_LE & ~seen_LE
             for layer, expert in np.argwhere(new_LE).tolist():
                 self._vault.prefault(layer, expert)
                 if self._reached is not None:
-                    self._reached(self._vault.expert_bytes(layer, expert))
+                    pinned += bool(self._reached(self._vault.expert_bytes(layer, expert)))
             seen_LE = seen_LE | new_LE
             if seen_LE.all():
+                if pinned:
+                    log.info("%d of %d experts in the vault are pinned for the device", pinned, shape.share_count)
                 return
             time.sleep(self._interval_s)
 
