@@ -14,7 +14,7 @@ from standing import Standing, incarnations
 from streams import PROMPTS, SAMPLING, Streams
 from traced import traced
 
-from phalanx.testing.service import Service
+from phalanx.testing.service import Service, ServiceEnded
 
 pytestmark = pytest.mark.cluster
 
@@ -118,6 +118,18 @@ def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_ope
     back(service, 1, after=seen)
     assert incarnations(service) == [0, 4]
     becomes(lambda: problem(service, 1), "")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_that_all_die_in_their_first_load_are_started_again(serve: Serve, ranks: int) -> None:
+    """They have agreed on a World, and nobody lived to say so."""
+    faults = ",".join(f"kill@restore:rank={rank}:incarnation=0" for rank in range(ranks))
+    assert incarnations(serve(faults, ep_size=ranks, max_restarts=2)) == [1] * ranks
+
+
+def test_ranks_that_all_die_before_they_agree_on_a_world_end_the_service(serve: Serve) -> None:
+    with pytest.raises(ServiceEnded, match="no rank lived to the first meeting: stopping the service"):
+        serve("kill@publish:rank=0,kill@publish:rank=1", ep_size=2, max_restarts=2)
 
 
 def test_an_evicted_rank_that_stays_stopped_is_replaced(quick: Standing, unfailed: Unfailed) -> None:
