@@ -70,6 +70,17 @@ def test_a_member_that_does_not_answer_is_waited_for_until_the_deadline_and_no_l
     assert LIMITS.roll_call_s <= table.clock.now() - before < LIMITS.roll_call_s + 0.1
 
 
+@pytest.mark.parametrize(("me", "others", "said"), [(0, [1, 3], "ranks 2.0"), (1, [3], "ranks 0.0, 2.0"), (3, [1], "")])
+def test_a_first_meeting_that_lasts_says_for_whom_it_waits_once_for_all(
+    table: Table, caplog: pytest.LogCaptureFixture, me: int, others: list[int], said: str
+) -> None:
+    table.answers(1, *others)
+    with caplog.at_level("INFO", "phalanx.elastic"):
+        assert ranks_of(table.rank(me).hold(None, "start", answer(member(me)))) == tuple(sorted([me, *others]))
+    wanted = [f"waiting for {said} to meet for World 1; 5 s so far"] if said else []
+    assert [record.getMessage() for record in caplog.records] == wanted
+
+
 def test_a_member_whose_death_was_announced_is_not_waited_for(table: Table) -> None:
     base = table.first_world()
     table.answers(2, 1, 3)
