@@ -150,6 +150,9 @@ class Agent:
             self._beat_at = now + BEAT_S
             if self._session:
                 self._send(Beat())
+            else:
+                waited = now - self._looking_since
+                self._say(now, f"the first host does not say yet whether this one is in; {waited:.0f} s so far")
 
     # --- looking
 

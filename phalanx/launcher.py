@@ -47,6 +47,9 @@ FIRST_WORLD = "world/1"
 COMING = "coming/{}"
 """The store's key for the incarnation of a rank that was started and will ask to be let in."""
 
+MEETING_LOOK_S = 0.5
+"""How often it is looked whether the ranks have met for the first time, when one is to be started again then."""
+
 EVICTION_GRACE_S = 1.0
 """An evicted process that can still run finds out and ends by itself; one that has not by then is killed."""
 
@@ -95,6 +98,8 @@ class Launcher:
         self._added: set[int] = set()
         """Those of them that were vacant and whose process is not in yet."""
         self._epoch = 0
+        self._met = False
+        """Whether the ranks are known to have met; see `_have_met`."""
         self._members: set[tuple[int, int]] = set()
         self._halts = Halts(config.roll_call_timeout_s)
         adopt_orphans()
@@ -203,7 +208,9 @@ class Launcher:
         return self._crew if self._others.places.host_of(rank) == 0 else self._others
 
     def _have_met(self) -> bool:
-        return self._epoch > 0 or self._store.check([FIRST_WORLD])
+        """Whether there is a first World, though all who made it may have died before they could say so."""
+        self._met = self._met or self._store.check([FIRST_WORLD])
+        return self._met
 
     # --- what is heard of workers and hosts
 
@@ -344,7 +351,9 @@ class Launcher:
         log.log(level, "lost host %d (ranks %s): %s", node_rank, ranks, reason)
         if self._stopping:
             return
-        if not self.config.elastic:
+        if not self._anybody() and not self._have_met():
+            self._fail("no rank lived to the first meeting: stopping the service")
+        elif not self.config.elastic:
             self._fail("a host is gone and --no-elastic is set: stopping the service")
 
     def _tell_hosts(self) -> None:
@@ -416,7 +425,7 @@ class Launcher:
         With --max-restarts 0 it is left alone: it ends by itself as soon as it runs."""
         if epoch <= self._epoch:
             return
-        self._epoch, self._members = epoch, members
+        self._epoch, self._members, self._met = epoch, members, True
         newest = {worker.rank: worker.incarnation for worker in self._workers.values()}
         for key in stale_keys(self._store.list_keys(), epoch, newest):
             self._store.delete_key(key)
@@ -434,7 +443,9 @@ class Launcher:
 
     def _patience_ms(self) -> int | None:
         """Until when an event is waited for; None: for ever."""
-        due = [*self._due.values()] if self._epoch else []
+        due = [*self._due.values()]
+        if due and not self._met:
+            due = [time.monotonic() + MEETING_LOOK_S]
         due += [w.doomed_s for w in self._workers.values() if w.alive and w.doomed_s is not None]
         wanted = [self._crew.due_s(), self._others.due_s(), *(barren.again_s for barren in self._barren.values())]
         due += [at for at in wanted if at is not None]
@@ -455,7 +466,7 @@ class Launcher:
                 why = "was asked to end and does not" if worker.retired else why
                 log.warning("killing rank %d.%d (pid %d): it %s", worker.rank, worker.incarnation, worker.pid, why)
                 self._hands(worker.rank).signal(worker.rank, worker.incarnation, signal.SIGKILL)
-        for rank in [rank for rank, at in self._due.items() if now >= at and self._epoch and not self._stopping]:
+        for rank in [rank for rank, at in self._due.items() if now >= at and self._have_met() and not self._stopping]:
             del self._due[rank]
             node = self._others.places.host_of(rank)
             if node and not self._others.is_in(node):

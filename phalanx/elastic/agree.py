@@ -45,6 +45,7 @@ from phalanx.elastic.agreed import (
 )
 from phalanx.elastic.leave import granted, still_readable
 from phalanx.elastic.store import Clock, FakeClock, MemoryStore, MonotonicClock, Store, TcpStore
+from phalanx.elastic.waiting import LongWait
 from phalanx.errors import Evicted, Left
 from phalanx.messages import Trigger
 from phalanx.testing.faults import NO_FAULTS, Faults
@@ -114,13 +115,15 @@ class RollCall:
         self.post(f"entry/{meeting.epoch}/{self.me}", mine)
         self.open(meeting.epoch)
         meeting.answers[self.me] = mine
-        opened = self._clock.now()
+        opened, wait = self._clock.now(), LongWait(self._clock)
         while (agreed := self.read(meeting.epoch)) is None:
             if self.is_dead(self.me):
                 raise self._evicted(meeting.epoch)
             if meeting.is_closed(self._clock.now() - opened):
                 self.publish(meeting)
             else:
+                if wait.is_due:
+                    wait.say(meeting.whom_it_waits_for())
                 self._store.wait(meeting.awaited(), _LOOK_S)
         if self.me not in agreed.view:
             raise self.outside(agreed)
@@ -134,9 +137,11 @@ class RollCall:
         deadline = self._clock.now() + patience_s
         last = self.follow(None)
         asked = answered = 0
-        knock_at = 0.0
+        knock_at, wait = 0.0, LongWait(self._clock)
         while self._clock.now() < deadline and not self.is_dead(self.me):
             epoch = (last.epoch if last else 0) + 1
+            if wait.is_due:
+                wait.say(f"the others to let rank {self.me} in with World {epoch}")
             if asked < epoch:
                 self._faults.point("join")
                 self._ask_in()
@@ -374,6 +379,13 @@ class Meeting:
             if absent is not None:
                 return f"entry/{self.epoch}/{absent}"
         return f"world/{self.epoch}"
+
+    def whom_it_waits_for(self) -> str:
+        """Who has not answered yet, for the log; "" when a rank before this one has answered, and says it."""
+        answered = {m: m in self.answers or self._calls.answer_of(self.epoch, m) is not None for m in self.expected()}
+        first = next((m for m, here in answered.items() if here), None)
+        absent = ", ".join(str(m) for m, here in answered.items() if not here)
+        return f"ranks {absent} to meet for World {self.epoch}" if absent and first == self._calls.me else ""
 
     def trigger_of(self, view: View, leaving: Iterable[Member]) -> Trigger:
         """What kind of change it became: whoever opened it for another reason, a lost member makes it a failure."""

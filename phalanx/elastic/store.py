@@ -17,6 +17,9 @@ from phalanx.errors import StoreLost
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
+_NOTHING = "\0nothing"
+"""What is written nowhere: a compare-and-set that expects it changes nothing, and makes no key."""
+
 _FIRST_POLL_S = 0.0002
 _LAST_POLL_S = 0.004
 
@@ -107,8 +110,9 @@ class MemoryStore:
 class TcpStore:
     """A client of the launcher's `torch.distributed.TCPStore`. One a thread. Raises StoreLost when that is gone.
 
-    Reads are compare_sets of nothing by nothing: one round trip that never blocks, while the store's own `get` blocks
-    until there is a value and its `wait` is slow to give up (a wait of 4 ms took 0.1 s and more).
+    Reads are compare_sets that expect what is never there: one round trip that never blocks, while the store's own
+    `get` blocks until there is a value and its `wait` is slow to give up (a wait of 4 ms took 0.1 s and more). They
+    must not expect no value, "", for that makes the key, and then it looks to the launcher as if it had been written.
     """
 
     def __init__(self, host: str, port: int, *, timeout_s: float = 30.0, clock: Clock | None = None) -> None:
@@ -124,7 +128,8 @@ class TcpStore:
             raise self._lost(error) from error
 
     def get(self, key: str) -> bytes | None:
-        return self._compare_set(key, "", "") or None
+        value = self._compare_set(key, _NOTHING, _NOTHING)
+        return value if value not in (b"", _NOTHING.encode()) else None
 
     def set(self, key: str, value: bytes) -> None:
         assert value, f"{key}: values are never empty"

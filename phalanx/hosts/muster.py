@@ -113,7 +113,8 @@ class Muster:
     def __init__(self, config: ServeConfig, terms: Terms, run_dir: str, poller: zmq.Poller, events: Events) -> None:
         """BadConfig when --dist-init-addr cannot be listened at."""
         self._config, self._run_dir, self._poller, self._events = config, run_dir, poller, events
-        self.places = Places(config.ep_size, config.nnodes, terms, config.places)
+        # What other hosts still have under way for a first host before this one must not pass for a session of ours.
+        self.places = Places(config.ep_size, config.nnodes, terms, config.places, secrets.randbelow(1 << 48))
         self.site: wire.Site | None = None
         """Where this host stands; None when there is no other."""
         self._cluster = secrets.token_hex(8)

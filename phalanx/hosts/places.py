@@ -101,14 +101,15 @@ class Refusal(msgspec.Struct, frozen=True):
 class Places:
     """Who is in, as the first host decides."""
 
-    def __init__(self, ep_size: int, nnodes: int, terms: Terms, places: int = 0) -> None:
+    def __init__(self, ep_size: int, nnodes: int, terms: Terms, places: int = 0, sessions_from: int = 0) -> None:
+        """sessions_from: below the numbers of the sessions; another one in each life of a first host."""
         assert ep_size >= nnodes, f"{nnodes} hosts for {ep_size} ranks"  # `ServeConfig.check` refuses it
         self._ranks = [ranks_of(node, nnodes, ep_size, places) for node in range(nnodes)]
         self.nnodes = nnodes
         self._terms = terms
         self._in: dict[int, tuple[int, Silence]] = {}
         """By host: its session, and how long it has been silent."""
-        self._sessions = 0
+        self._sessions = sessions_from
 
     def ranks_of(self, node_rank: int) -> list[int]:
         return self._ranks[node_rank]

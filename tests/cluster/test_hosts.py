@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from asking import becomes, get, instruct, post, states
+from asking import becomes, eventually, get, instruct, post, states
 from two_hosts import TwoHosts, Unfailed, check, exit_of
 
 from phalanx.testing import netns
@@ -164,6 +164,24 @@ def test_a_host_that_is_to_come_back_says_when_there_is_no_cluster(tiny: Path) -
     lonely.wait_for_line(r"phalanx serve: --elastic-ep-rejoin: no cluster answers at --dist-init-addr")
 
 
+def test_a_first_host_that_is_left_without_a_rank_before_any_world_ends(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHALANX_FAULTS", "stop@start:rank=0,stop@start:rank=1")
+    pair = TwoHosts(tiny, 2, enable_chaos=True)
+    try:
+        first, other = pair.start(0).find_url(), pair.start(1)
+        first.wait_for_line(r"host 1 at .* is in")
+        eventually(lambda: first.pid(0) > 0)
+        first.signal(0, signal.SIGKILL)
+        first.wait_for_line(r"rank 0\.0 .* ended: killed by SIGKILL")
+        other.process.kill()
+        assert exit_of(first) == 1
+        first.wait_for_line("no rank lived to the first meeting: stopping the service")
+    finally:
+        pair.end()
+
+
 def test_an_expert_that_no_vault_of_the_host_has_comes_from_the_other_hosts_and_none_from_disk(
     neighbours: TwoHosts, unfailed: Unfailed
 ) -> None:
@@ -195,7 +213,13 @@ def test_a_host_that_was_stopped_returns_and_one_that_lost_the_first_waits_for_t
         rf"lost the first host: {CUT_OFF}.*; the ranks \[1\] of this host stop serving", after=seen
     )
     both.other.wait_for_line("waiting for the first host at", after=seen)
-    both.start_first()
+    both.other.process.send_signal(signal.SIGSTOP)
+
+    def come_late() -> None:
+        both.first.wait_for_line(r"rank 0\.0: waiting for ranks 1\.0 to meet for World 1; ")
+        both.other.process.send_signal(signal.SIGCONT)
+
+    both.start_first(meanwhile=come_late)
     both.other.wait_for_line("the first host was started anew", after=seen)
     assert both.incarnations() == [0, 0]
     assert both.first.stop() == 0, both.first.log

@@ -14,7 +14,7 @@ from standing import Standing, incarnations
 from streams import PROMPTS, SAMPLING, Streams
 from traced import traced
 
-from phalanx.testing.service import Service
+from phalanx.testing.service import Service, ServiceEnded
 
 pytestmark = pytest.mark.cluster
 
@@ -118,6 +118,17 @@ def test_a_rank_that_dies_on_each_start_is_given_up_with_the_reason_until_an_ope
     back(service, 1, after=seen)
     assert incarnations(service) == [0, 4]
     becomes(lambda: problem(service, 1), "")
+
+
+def test_a_service_whose_only_rank_dies_in_its_first_load_has_it_started_again(serve: Serve) -> None:
+    """The rank had agreed on a World with itself, and did not live to say so."""
+    service = serve("kill@restore:rank=0:incarnation=0", ep_size=1, max_restarts=2)
+    assert incarnations(service) == [1]
+
+
+def test_ranks_that_all_die_before_they_agree_on_a_world_end_the_service(serve: Serve) -> None:
+    with pytest.raises(ServiceEnded, match="no rank lived to the first meeting: stopping the service"):
+        serve("kill@publish:rank=0,kill@publish:rank=1", ep_size=2, max_restarts=2)
 
 
 def test_an_evicted_rank_that_stays_stopped_is_replaced(quick: Standing, unfailed: Unfailed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,10 @@ class TwoHosts:
         self._running.append(service)
         return service
 
-    def start_first(self) -> None:
-        """The first host, until it serves with all ranks."""
+    def start_first(self, *, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """The first host, until it serves with all ranks. meanwhile: called once it listens."""
         self.first = self.start(0).find_url()
+        meanwhile()
         try:
             self.first.wait_for_line(rf"ready: .* on {self._ranks} ranks", 120)
         except TimeoutError as error:

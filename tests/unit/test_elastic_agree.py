@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from multiprocessing import get_context
 
 import msgspec
@@ -69,6 +68,17 @@ def test_a_member_that_does_not_answer_is_waited_for_until_the_deadline_and_no_l
     assert ranks_of(agreed) == (0, 1, 3)
     assert agreed.trigger == "failure"
     assert LIMITS.roll_call_s <= table.clock.now() - before < LIMITS.roll_call_s + 0.1
+
+
+@pytest.mark.parametrize(("me", "others", "said"), [(0, [1, 3], "ranks 2.0"), (1, [3], "ranks 0.0, 2.0"), (3, [1], "")])
+def test_a_first_meeting_that_lasts_says_for_whom_it_waits_once_for_all(
+    table: Table, caplog: pytest.LogCaptureFixture, me: int, others: list[int], said: str
+) -> None:
+    table.answers(1, *others)
+    with caplog.at_level("INFO", "phalanx.elastic"):
+        assert ranks_of(table.rank(me).hold(None, "start", answer(member(me)))) == tuple(sorted([me, *others]))
+    wanted = [f"waiting for {said} to meet for World 1; 5 s so far"] if said else []
+    assert [record.getMessage() for record in caplog.records] == wanted
 
 
 def test_a_member_whose_death_was_announced_is_not_waited_for(table: Table) -> None:
@@ -324,21 +334,35 @@ def test_where_newcomers_start_never_goes_back(table: Table) -> None:
 # --- the store
 
 
-@pytest.fixture(params=["memory", "tcp"])
-def store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    if request.param == "memory":
-        yield MemoryStore(MonotonicClock())
-        return
-    from torch.distributed import TCPStore
+@pytest.fixture
+def launcher_store() -> TCPStore:
+    """As the launcher has it."""
+    return TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
 
-    server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    yield TcpStore("127.0.0.1", server.port)
-    del server
+
+@pytest.fixture(params=["memory", "tcp"])
+def store(request: pytest.FixtureRequest) -> Store:
+    if request.param == "memory":
+        return MemoryStore(MonotonicClock())
+    server: TCPStore = request.getfixturevalue("launcher_store")
+    return TcpStore("127.0.0.1", server.port)
 
 
 def test_a_key_without_a_value_reads_as_none_at_once(store: Store) -> None:
     assert store.get("nothing") is None
     assert store.wait("nothing", 0.01) is None
+
+
+def test_a_key_that_was_only_read_is_not_there(launcher_store: TCPStore) -> None:
+    """The launcher takes a key that is there for a key that was written: so it knows whether the ranks have met."""
+    rank = TcpStore("127.0.0.1", launcher_store.port)
+    keys = launcher_store.list_keys()
+    assert rank.get("world/1") is None
+    assert rank.wait("world/1", 0.01) is None
+    assert not launcher_store.check(["world/1"])
+    assert launcher_store.list_keys() == keys
+    assert rank.compare_set("world/1", "", "0.0") == "0.0"
+    assert launcher_store.check(["world/1"])
 
 
 def test_values_are_any_bytes_and_can_be_forgotten(store: Store) -> None:

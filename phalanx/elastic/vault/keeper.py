@@ -25,13 +25,14 @@ import zmq
 
 from phalanx import messages as m
 from phalanx.comm.notices import NoticeBoard
-from phalanx.elastic.agree import Answer, TcpStore
+from phalanx.elastic.agree import Answer, MonotonicClock, TcpStore
 from phalanx.elastic.restore import TROUBLE, Bytes
 from phalanx.elastic.vault.memory import Vault
 from phalanx.elastic.vault.remote import BATCH_BYTES, Remote, Want
 from phalanx.elastic.vault.room import RESERVE_BYTES, available_bytes, gb
 from phalanx.elastic.vault.stall import StallProcess
 from phalanx.elastic.vault.transports import transports
+from phalanx.elastic.waiting import LongWait
 from phalanx.errors import BadCheckpoint
 from phalanx.model.known import KnownCheckpoint
 from phalanx.moe.experts import PeerBank, digest
@@ -249,9 +250,12 @@ class Holders:
         LOCAL."""
         end = time.monotonic() + patience_s
         awaited = [Member(rank, 0) for rank in range(self._ep_size)]
+        wait = LongWait(MonotonicClock())
         while awaited and time.monotonic() < end:
             awaited = [member for member in awaited if not (self._learn(member) or self._notices.is_dead(member))]
             if awaited:
+                if wait.is_due:
+                    wait.say(f"ranks {', '.join(map(str, awaited))} to load, to copy what they hold")
                 time.sleep(_LOOK_S)
         for rank in range(self._ep_size):  # nobody waits for those that come back, but they may know more
             if incarnation := int(self._store.get(f"coming/{rank}") or 0):
