@@ -36,6 +36,8 @@ class Stage:
 def stages(interpret: bool) -> dict[str, Stage]:
     """Name -> stage, in the order of running."""
     import engine_checks as checks
+    from engine_price import price
+    from hub_checks import check_hub_logits
 
     count = torch.cuda.device_count() if not interpret else 0
     device = torch.device("cpu") if interpret else torch.device("cuda", 0)
@@ -45,9 +47,10 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "experts": Stage(lambda: checks.check_experts(device, large), 60 if large else 280, 2),
         "sampler": Stage(lambda: checks.check_sampler(device, large), 40 if large else 280, 2),
         "engine-one": Stage(lambda: checks.check_engine(device, large), 80 if large else 280, 3),
+        "logits": Stage(lambda: check_hub_logits(device, large), 70 if large else 280, 5),
     }
     if interpret:
-        return table
+        return {**table, "price": Stage(lambda: price(0, layers=1, batches=(2,), rounds=1, steps=2, tiny=True), 280)}
     import engine_failures
     from engine_ladder import ladder
 
@@ -56,6 +59,7 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "serve": Stage(serve_and_kill, 110, 4),
         "four": Stage(engine_failures.four_ranks_on_two_devices, 95, 4),
         "ladder": Stage(lambda: ladder(count, layers=48), 100),
+        "price": Stage(lambda: price(count, layers=48), 115),
         "kill64": Stage(kill_under_64_streams, 75),
         "rejoin64": Stage(engine_failures.returns_under_64_streams, 105),
         "failures": Stage(engine_failures.every_failure, 120),
