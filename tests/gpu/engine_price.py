@@ -103,9 +103,7 @@ def price(
             for batch in batches:
                 rows.append((batch, _race(p, batch, rounds, steps)))
         finally:
-            print(
-                f"    {layers} layers, {ep_size} ranks, {rounds} rounds of {steps} steps: ratios, median (95 % interval)"
-            )
+            print(f"    {layers} layers, {ep_size} ranks, {rounds} rounds of {steps} steps; ratios, medians (95 %)")
             _table(rows)
 
 
@@ -142,8 +140,8 @@ def _open(p: Party, **setting: Any) -> None:
         m.send("make", rank=m.rank, ep_size=p.ep_size, device=m.device, board=p.board.address, **setting)
     answers = {m.rank: m.reply() for m in p.ranks.values()}
     print(
-        f"    Qwen3-30B-A3B shape, {setting['layers']} layers, {p.ep_size} ranks; {len(VARIANTS)} engines a rank on one set "
-        f"of weights: {answers[0]['memory_gb']:.1f} GB a rank, made in {answers[0]['seconds']:.1f} s",
+        f"    Qwen3-30B-A3B shape, {setting['layers']} layers, {p.ep_size} ranks, {len(VARIANTS)} engines a rank, one "
+        f"set of weights: {answers[0]['memory_gb']:.1f} GB a rank, made in {answers[0]['seconds']:.1f} s",
         flush=True,
     )
     p.epoch += 1

@@ -17,12 +17,12 @@ from forked import script
 
 GPU_CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check"
 ON_DEVICES = (
-    "exchange-bf16", "exchange-fp8", "exchange-fast", "exchange-large", "exchange-large-fast", "kill", "kill-unseen",
-    "stop", "waits", "edges", "deep-ep", "deep-ep-fp8", "four-exchange", "four-kill", "four-stop", "eight-exchange",
-    "eight-kill",
+    "deep-ep", "deep-ep-fp8", "edges", "exchange-large", "exchange-bf16", "exchange-fp8", "exchange-fast",
+    "exchange-large-fast", "four-exchange", "eight-exchange", "kill", "kill-unseen", "stop", "waits", "four-kill",
+    "four-stop", "eight-kill",
 )  # fmt: skip
 ENGINE = ("attention", "experts", "sampler", "engine-one", "logits")
-ENGINE_ON_DEVICES = (*ENGINE, "serve", "kill64", "rejoin64")
+ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "failures", "vault")
 ENGINE_INTERPRETED = (*ENGINE, "price")
 INTERPRETED = (
     "exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
