@@ -30,7 +30,7 @@ from phalanx.moe.cuda import DeviceBank
 from phalanx.world import Placement, View, World
 
 PROMPT = 128
-CHUNK = 512
+CHUNK, TINY_CHUNK = 512, 8
 TINY = {
     "vocab_size": 97, "hidden": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_experts": 4, "top_k": 2,
     "expert_width": 32,
@@ -63,6 +63,18 @@ class Headless(CudaCommunicator):
         return np.tile(np.array(row, np.int64), (self.ep_size, 1)), Status()
 
 
+def longest(batches: Sequence[int], prompt: int, steps: int, *, tiny: bool) -> int:
+    """Tokens that a request may get to, when `steps` follow on the prefill of the largest batch. Pure.
+
+    While later prompts are prefilled, those that are done decode already."""
+    batch, chunk = max(batches), TINY_CHUNK if tiny else CHUNK
+    left, filling = batch * prompt, 0
+    while left > 0:
+        left -= chunk - (batch - -(-left // prompt))
+        filling += 1
+    return -(-(prompt + filling + steps + 4) // 16) * 16
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all engines of a rank have in common. longest: tokens of a request, prompt included. tiny: a tiny
@@ -77,6 +89,9 @@ class Setting:
     prompt: int
     longest: int
     tiny: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(self.batches))  # from JSON
 
     @property
     def model(self) -> ModelConfig:
@@ -93,7 +108,7 @@ class Setting:
         most, model = max(self.batches), self.model
         return ServeConfig(
             model="random", device="cuda", ep_size=self.ep_size, max_num_seqs=most, max_model_len=self.longest,
-            max_num_batched_tokens=8 if self.tiny else CHUNK, num_kv_blocks=most * -(-self.longest // 16) + 64,
+            max_num_batched_tokens=TINY_CHUNK if self.tiny else CHUNK, num_kv_blocks=most * -(-self.longest // 16) + 64,
             enable_prefix_caching=False, deterministic=deterministic, slots_per_rank=model.num_experts // self.ep_size,
             peer_timeout_s=60.0,
         )  # fmt: skip
@@ -156,6 +171,12 @@ class Decoder:
             decoding.update(token.request_id for token in self.engine.step().tokens)
         self.settle()
         return time.perf_counter() - began
+
+    @property
+    def context(self) -> float:
+        """Tokens of a request by now, on average."""
+        chunks = self.engine.next_plan().chunks
+        return sum(chunk.start for chunk in chunks) / len(chunks)
 
     def steps(self, count: int) -> float:
         """Seconds a step of `count` steps, from an idle device to an idle device. COLLECTIVE."""

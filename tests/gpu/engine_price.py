@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoders import PROMPT, Decoder, Setting, Variant
+from decoders import PROMPT, Decoder, Setting, Variant, longest
 from ranks import Party, RankProcess, Reply, party
 from ratios import Median, ratio
 
@@ -46,7 +46,6 @@ def make(ranks: RankProcess, **setting: Any) -> Reply:
     """Every engine of this rank."""
     began = time.perf_counter()
     torch.set_grad_enabled(False)
-    setting["batches"] = tuple(setting["batches"])
     alike = Setting(**setting)
     if not alike.tiny:
         torch.cuda.set_device(alike.torch_device)
@@ -95,9 +94,9 @@ def price(
     """Build, measure batch by batch, and print the table last. tiny: in Triton's interpreter, to check this code."""
     ep_size = 2 if devices > 1 or tiny else 1
     prompt = 6 if tiny else PROMPT
-    longest = -(-(prompt + (rounds + 1) * steps + 8) // 16) * 16
+    most = longest(batches, prompt, (rounds + 1) * steps, tiny=tiny)
     with party(str(Path(__file__).resolve()), ep_size, devices) as p:
-        _open(p, layers=layers, batches=batches, prompt=prompt, longest=longest, tiny=tiny)
+        _open(p, layers=layers, batches=batches, prompt=prompt, longest=most, tiny=tiny)
         rows: Rows = []
         try:
             for batch in batches:
