@@ -44,7 +44,7 @@ from phalanx.world import Member, View
 SCRIPT = str(Path(__file__).resolve())
 BATCHES = (1, 16, 64, 128, 256)
 ROUNDS, STEPS = 8, 8
-LIMIT_S = 100.0
+LIMIT_S = 150.0
 TINY_TOKENS, TINY_CONTEXTS = (4,), ((2, 20),)
 
 # -- ours --------------------------------------------------------------------------------------------------------------
