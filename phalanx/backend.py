@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,10 @@ from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
 from phalanx.moe.linear import Checked, do
 from phalanx.wire import Site
+
+if TYPE_CHECKING:
+    from phalanx.comm.cuda import CudaCommunicator
+    from phalanx.moe.cuda import DeviceBank
 
 Loads = npt.NDArray[np.int64]
 
@@ -156,9 +160,13 @@ class CudaBackend:
         graph_sizes: tuple[int, ...] | None = None,
         device: torch.device | None = None,
         memory: PeerMemory | None = None,
+        bank: DeviceBank | None = None,
+        make_comm: Callable[..., CudaCommunicator] | None = None,
     ) -> None:
         """graph_sizes: batches of decodes to capture graphs for, instead of those that the config calls for. device,
-        memory: elsewhere than on CUDA, for kernels that an interpreter runs."""
+        memory: elsewhere than on CUDA, for kernels that an interpreter runs. bank, make_comm: another backend's slots,
+        and who is called in place of `CudaCommunicator`: so that a process can compare two engines on one set of
+        weights."""
         from phalanx.comm.cuda import CudaCommunicator
         from phalanx.comm.launch import LaunchShape
         from phalanx.moe.cuda import DeviceBank, DeviceLoad
@@ -172,10 +180,10 @@ class CudaBackend:
             graph_sizes = ladder(min(config.cuda_graph_max_bs, config.max_num_seqs))
         self._graph_sizes = graph_sizes if device.type == "cuda" else ()
         shape = LaunchShape.of(model.hidden) if device.type == "cuda" else LaunchShape.of(model.hidden, programs=2)
-        self.bank: DeviceBank = DeviceBank(
+        self.bank: DeviceBank = bank or DeviceBank(
             model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype, device
         )
-        self.comm = self._comm = CudaCommunicator(
+        self.comm = self._comm = (make_comm or CudaCommunicator)(
             place.rank,
             config.places,
             incarnation=place.incarnation,

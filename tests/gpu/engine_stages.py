@@ -6,36 +6,25 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from stage_runs import Stage
 
-GRACE_S = 15.0
 SERVICE_NEEDS = ("zmq", "msgspec", "fastapi", "uvicorn", "pydantic")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """limit_s: it is ended then. lane: stages of one lane run one after the other, lanes beside each other."""
-
-    run: Callable[[], None]
-    limit_s: float
-    lane: int = 0
 
 
 def stages(interpret: bool) -> dict[str, Stage]:
     """Name -> stage, in the order of running."""
     import engine_checks as checks
+    from engine_price import price
+    from hub_checks import check_hub_logits
 
     count = torch.cuda.device_count() if not interpret else 0
     device = torch.device("cpu") if interpret else torch.device("cuda", 0)
@@ -45,9 +34,10 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "experts": Stage(lambda: checks.check_experts(device, large), 60 if large else 280, 2),
         "sampler": Stage(lambda: checks.check_sampler(device, large), 40 if large else 280, 2),
         "engine-one": Stage(lambda: checks.check_engine(device, large), 80 if large else 280, 3),
+        "logits": Stage(lambda: check_hub_logits(device, large), 70 if large else 280, 5),
     }
     if interpret:
-        return table
+        return {**table, "price": Stage(lambda: price(0, layers=1, batches=(2,), rounds=1, steps=2, tiny=True), 280)}
     import engine_failures
     from engine_ladder import ladder
 
@@ -56,6 +46,7 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "serve": Stage(serve_and_kill, 110, 4),
         "four": Stage(engine_failures.four_ranks_on_two_devices, 95, 4),
         "ladder": Stage(lambda: ladder(count, layers=48), 100),
+        "price": Stage(lambda: price(count, layers=48), 115),
         "kill64": Stage(kill_under_64_streams, 75),
         "rejoin64": Stage(engine_failures.returns_under_64_streams, 105),
         "failures": Stage(engine_failures.every_failure, 120),
@@ -169,76 +160,3 @@ def serve_and_kill() -> None:
             f"{running.longest_gap_s() * 1e3:.0f} ms; recovery {recovery['seconds']}",
             flush=True,
         )
-
-
-def end_before(limit_s: float) -> None:
-    """Raise TimeoutError in this process in time for it to end, before it is ended, what it started."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"not done in {limit_s - GRACE_S:.0f} s")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, limit_s - GRACE_S)
-
-
-def run_all(script: str, names: list[str], table: dict[str, Stage], arguments: list[str]) -> list[str]:
-    """Run these stages, each as `script engine --stage NAME`; those with a lane first, lanes beside each other.
-    Returns the names of those that failed."""
-    lanes: dict[int, list[str]] = {}
-    for name in names:
-        if table[name].lane:
-            lanes.setdefault(table[name].lane, []).append(name)
-
-    def run_lane(queue: list[str]) -> list[str]:
-        return [name for name in queue if not _in_lane(script, name, table[name], arguments)]
-
-    failed: list[str] = []
-    if lanes:
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            failed += [name for part in pool.map(run_lane, lanes.values()) for name in part]
-    alone = [name for name in names if not table[name].lane]
-    return failed + [name for name in alone if not _alone(script, name, table[name], arguments)]
-
-
-def _start(script: str, name: str, arguments: list[str], log: IO[str] | None) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, script, "engine", "--stage", name, *arguments], stdout=log,
-        stderr=None if log is None else subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def _finish(process: subprocess.Popen[bytes], began: float, limit_s: float) -> str:
-    """What a stage came to, in a line; nothing of it is left behind."""
-    code = process.poll()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    seconds = time.monotonic() - began
-    if code == 0:
-        return f"    passed in {seconds:.1f} s"
-    return f"    FAILED after {seconds:.1f} s: " + ("not done in time" if code is None else f"exit code {code}")
-
-
-def _in_lane(script: str, name: str, stage: Stage, arguments: list[str]) -> bool:
-    """Run a stage beside others, and say all that it said when it has ended."""
-    with tempfile.TemporaryFile("w+") as log:
-        began = time.monotonic()
-        process = _start(script, name, arguments, log)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(stage.limit_s)
-        verdict = _finish(process, began, stage.limit_s)
-        log.seek(0)
-        print(f"{name}:\n{log.read()[-3000:].rstrip()}\n{verdict}", flush=True)
-    return "passed" in verdict
-
-
-def _alone(script: str, name: str, stage: Stage, arguments: list[str]) -> bool:
-    """Run a stage with the machine to itself; what it says is seen at once."""
-    print(f"{name}:", flush=True)
-    began = time.monotonic()
-    process = _start(script, name, arguments, None)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(stage.limit_s)
-    verdict = _finish(process, began, stage.limit_s)
-    print(verdict, flush=True)
-    return "passed" in verdict

@@ -1,6 +1,6 @@
 """The checks of scripts/gpu_check as tests: on devices, or in Triton's interpreter where it is installed.
 
-Decode times are no test: `scripts/gpu_check engine --only ladder` measures them."""
+Decode times are no test: `scripts/gpu_check engine --only ladder,price` measures them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from forked import script
 
 GPU_CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check"
 ON_DEVICES = (
-    "exchange-bf16", "exchange-fp8", "exchange-fast", "exchange-large", "exchange-large-fast", "kill", "kill-unseen",
-    "stop", "waits", "edges", "deep-ep", "deep-ep-fp8", "four-exchange", "four-kill", "four-stop", "eight-exchange",
-    "eight-kill",
+    "deep-ep", "deep-ep-fp8", "edges", "exchange-large", "exchange-bf16", "exchange-fp8", "exchange-fast",
+    "exchange-large-fast", "four-exchange", "eight-exchange", "kill", "kill-unseen", "stop", "waits", "four-kill",
+    "four-stop", "eight-kill",
 )  # fmt: skip
-ENGINE = ("attention", "experts", "sampler", "engine-one")
-ENGINE_ON_DEVICES = (*ENGINE, "serve", "kill64", "rejoin64")
-MEASURED = ("ladder", "ladder-exact")
+ENGINE = ("attention", "experts", "sampler", "engine-one", "logits")
+ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "failures", "vault")
+ENGINE_INTERPRETED = (*ENGINE, "price")
 INTERPRETED = (
     "exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
 )  # fmt: skip
@@ -69,8 +69,8 @@ def test_the_engine_on_a_device_agrees_with_the_cpu_and_outlives_a_rank(name: st
 
 
 @pytest.mark.skipif(bool(why_not_interpreted()), reason=why_not_interpreted())
-@pytest.mark.parametrize("name", ENGINE)
-def test_the_engines_interpreted_kernels_agree_with_plain_torch(name: str) -> None:
+@pytest.mark.parametrize("name", ENGINE_INTERPRETED)
+def test_the_engines_interpreted_kernels_agree_with_plain_torch_and_transformers(name: str) -> None:
     done = gpu_check("engine", "--interpret", "--only", name)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -88,7 +88,7 @@ def test_every_check_of_the_script_is_a_test_here() -> None:
     for arguments, names in (
         (["--list"], ON_DEVICES),
         (["--list", "--interpret"], INTERPRETED),
-        (["engine", "--list", "--interpret"], ENGINE),
+        (["engine", "--list", "--interpret"], ENGINE_INTERPRETED),
     ):
         code, said = script(GPU_CHECK, *arguments)
         assert (code, tuple(said.split())) == (0, names)

@@ -1,0 +1,275 @@
+"""What the rank processes of scripts/gpu_check's checks of the communicator do, and what must come out of it.
+
+What an exchange must return is computed from the seeds of all ranks, so each rank knows what its peers sent.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ranks import RankProcess, Reply
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
+
+from deep_ep_reference import WAYS, Way, check_round
+
+from phalanx.comm.deep_ep import Buffer, Shape
+from phalanx.errors import PhalanxError
+
+LAYERS = 4
+
+
+# -- what must come out ------------------------------------------------------------------------------------------------
+
+
+def inputs(rank: int, ranks: RankProcess, seed: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, D] bf16, slots [T, K] int32 (distinct, a tenth of them -1), weights [T, K]: the same wherever computed."""
+    g = torch.Generator().manual_seed(1000 * seed + rank)
+    places = ranks.comm.ep_size * ranks.slots_per_rank
+    x = torch.randn(tokens, ranks.hidden, generator=g).to(torch.bfloat16)
+    slots = torch.rand(tokens, places, generator=g).argsort(1)[:, : ranks.top_k].to(torch.int32)
+    slots[torch.rand(tokens, ranks.top_k, generator=g) < 0.1] = -1
+    return x, slots, torch.rand(tokens, ranks.top_k, generator=g)
+
+
+def expert(x: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """What the expert in a (global) slot makes of rows: cheap, and different for every slot."""
+    return (x.float() * (1 + slot.float()[..., None] / 64)).to(torch.bfloat16)
+
+
+def rows_expected(x: torch.Tensor, slots: torch.Tensor, alive: list[int], slots_per_rank: int) -> torch.Tensor:
+    """[T, K, D]: the row of each (token, k), zeros where there is none or its rank is masked."""
+    here = (slots >= 0) & torch.isin(slots // slots_per_rank, torch.tensor(alive, dtype=torch.int32))
+    return expert(x[:, None].expand(-1, slots.shape[1], -1), slots) * here[..., None]
+
+
+def weighted(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Added in the order of k in float32."""
+    total = torch.zeros(rows.shape[0], rows.shape[2])
+    for k in range(rows.shape[1]):
+        total += weights[:, k : k + 1] * rows[:, k].float()
+    return total
+
+
+def close(got: torch.Tensor, want: torch.Tensor, scale: float = 1.0) -> None:
+    error = (got.float().cpu() - want).norm() / want.norm().clamp_min(1e-6)
+    assert torch.isfinite(got).all(), "not finite"
+    assert error < 4e-3 * scale, f"relative error {error:.2e}"
+
+
+def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference of the fp8 dispatch: e4m3 values as floats, and a scale for each 128 channels."""
+    groups = x.float().view(x.shape[0], -1, 128)
+    largest = groups.abs().amax(2).clamp_min(1e-4)
+    q = (groups * (448 / largest)[..., None]).to(torch.float8_e4m3fn)
+    return q.float().view(x.shape), largest / 448
+
+
+# -- commands of the rank processes ------------------------------------------------------------------------------------
+
+
+def exchange(ranks: RankProcess, seed: int, tokens: list[int], alive: list[int]) -> Reply:
+    """One dispatch and one combine of each kind, checked on both sides."""
+    comm, S = ranks.comm, ranks.slots_per_rank
+    fast, fp8 = ranks.options.get("mode") == "fast", bool(ranks.options.get("fp8"))
+    all_inputs = {r: inputs(r, ranks, seed, tokens[r]) for r in range(comm.ep_size)}
+    x, slots, weights = (t.to(ranks.device) for t in all_inputs[comm.rank])
+    sent = comm.dispatch(x, slots, weights if fast else None)
+    got = sent.trimmed()
+
+    pairs = []  # (local slot, source, token, k) of everything that must have come
+    for source in alive:
+        t, k = np.nonzero(((s := all_inputs[source][1].numpy()) >= 0) & (s // S == comm.rank))
+        pairs.append(np.stack([s[t, k] - comm.rank * S, np.full(t.shape, source), t, k], 1))
+    want = np.concatenate(pairs)
+    want = want[np.lexsort((want[:, 3], want[:, 2], want[:, 1], want[:, 0]))]
+    assert got.slot_M.tolist() == want[:, 0].tolist(), f"slots {got.slot_M.tolist()[:8]} not {want[:8, 0]}"
+    assert sent.first_S.tolist() == np.searchsorted(want[:, 0], np.arange(S + 1)).tolist(), "first_S"
+    sources = torch.stack([all_inputs[s][0][t] for _, s, t, _ in want.tolist()]) if len(want) else x.cpu()[:0]
+    rows = got.x_ND.view(torch.uint8).view(got.x_ND.shape[0], -1)[got.row_M].cpu() if len(want) else None
+    if rows is not None and not fp8:
+        assert torch.equal(rows.view(torch.bfloat16), sources), "a token arrived changed"
+    elif rows is not None and sent.scale_ND is not None:
+        q, scale = quantized(sources)
+        torch.testing.assert_close(sent.scale_ND[got.row_M].cpu(), scale, rtol=1e-6, atol=0)
+        off = (rows.view(torch.float8_e4m3fn).float() != q).float().mean()
+        # The interpreter rounds otherwise on the way to e4m3.
+        assert off < (0.05 if ranks.device.type == "cpu" else 1e-3), f"{off:.1%} of the fp8 values differ"
+
+    y = expert(sources, torch.from_numpy(want[:, 0]) + comm.rank * S).to(ranks.device)
+    expected = rows_expected(*all_inputs[comm.rank][:2], alive, S)
+    if not fast:
+        back = comm.combine(y, sent).cpu()
+        assert torch.equal(back, expected), f"rows differ at {(back != expected).any(2).nonzero().tolist()[:4]}"
+    out = comm.combine_weighted(y, sent, weights)
+    close(out, weighted(expected, all_inputs[comm.rank][2]), 2.0 if fast else 1.0)
+    assert out.shape == (tokens[comm.rank], ranks.hidden)
+    return {"pairs": len(want)}
+
+
+def same_bits(ranks: RankProcess, seed: int, tokens: int, trials: int) -> Reply:
+    """Mode exact: move the experts to other slots, and the sum keeps its bits."""
+    comm, S = ranks.comm, ranks.slots_per_rank
+    x, experts, weights = (t.to(ranks.device) for t in inputs(comm.rank, ranks, seed, tokens))
+    first: torch.Tensor | None = None
+    for trial in range(trials):
+        places = torch.randperm(comm.ep_size * S, generator=torch.Generator().manual_seed(trial)).to(ranks.device)
+        back = torch.empty_like(places)
+        back[places] = torch.arange(places.numel(), device=ranks.device)
+        slots = torch.where(experts >= 0, places[experts.clamp_min(0).long()].int(), -1)
+        sent = comm.dispatch(x, slots)
+        got = sent.trimmed()
+        y = expert(got.x_ND[got.row_M], back[got.slot_M + comm.rank * S])
+        out = comm.combine_weighted(y, sent, weights)
+        first = out if first is None else first
+        assert torch.equal(out.view(torch.int16), first.view(torch.int16)), f"placement {trial} changed bits"
+    return {}
+
+
+def capture(ranks: RankProcess, seed: int, tokens: int) -> Reply:
+    """A graph of LAYERS exchanges, made alone: all peers are masked or silent until the next adopt."""
+    comm, S = ranks.comm, ranks.slots_per_rank
+    ranks.x, ranks.slots, ranks.weights = (t.to(ranks.device) for t in inputs(comm.rank, ranks, seed, tokens))
+    ranks.expected = {}
+
+    def step() -> list[torch.Tensor]:
+        outs = []
+        for _ in range(LAYERS):
+            sent = comm.dispatch(ranks.x, ranks.slots)
+            rows = sent.x_ND[sent.row_M.clamp(0, sent.x_ND.shape[0] - 1)]
+            outs.append(comm.combine_weighted(expert(rows, sent.slot_M + comm.rank * S), sent, ranks.weights))
+        return outs
+
+    ranks.graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(ranks.graph):
+        ranks.outs = step()
+        ranks.copied = torch.empty(comm.status_words.shape, dtype=torch.int64, pin_memory=True)
+        ranks.copied.copy_(comm.status_words, non_blocking=True)
+    return {}
+
+
+def serve(ranks: RankProcess, steps: int, alive: list[int], announce: int = 0) -> Reply:
+    """Replay the captured graph until the status is not clean, checking every step's result. One step a replay."""
+    key = tuple(alive)
+    if key not in ranks.expected:
+        rows = rows_expected(ranks.x.cpu(), ranks.slots.cpu(), alive, ranks.slots_per_rank)
+        ranks.expected[key] = weighted(rows, ranks.weights.cpu()).to(ranks.device)
+    want, times, wrong = ranks.expected[key], [], 0
+    for step in range(1, steps + 1):
+        started = time.monotonic_ns()
+        ranks.graph.replay()
+        torch.cuda.current_stream().synchronize()
+        times.append(time.monotonic_ns() - started)
+        status = ranks.comm.decode_status(ranks.copied)
+        if not status.clean:
+            break
+        wrong += sum(int(((o.float() - want).norm() / want.norm()) > 4e-3) for o in ranks.outs)
+        if step == announce:
+            print('{"running": true}', flush=True)
+    return {
+        "steps": step, "wrong": wrong, "ended_ns": time.monotonic_ns(), "lost": sorted(status.lost),
+        "interrupted": status.interrupted, "causes": dict(status.causes), "detect_s": dict(status.detect_s),
+        "step_us": float(np.median(times[:-1] or times)) / 1e3,
+    }  # fmt: skip
+
+
+def wait_for_peers(ranks: RankProcess, act: str, rank: int, epoch: int) -> Reply:
+    """Launch a gather that the peers do not join, and end its wait from this rank's own host."""
+    torch.cuda.synchronize()
+    ranks.comm.all_gather(torch.tensor([1], dtype=torch.int64, device=ranks.device))
+    started = time.monotonic_ns()
+    if act == "mask":
+        ranks.comm.update_mask(rank, False)
+    elif act == "interrupt":
+        ranks.comm.interrupt(epoch)
+    answer = ranks.status()
+    return {**answer, "seconds": (time.monotonic_ns() - started) / 1e9, "ended_ns": time.monotonic_ns()}
+
+
+def interrupt(ranks: RankProcess, epoch: int) -> Reply:
+    said = time.monotonic_ns()
+    ranks.comm.interrupt(epoch)
+    return {"said_ns": said}
+
+
+def sleep(ranks: RankProcess, seconds: float) -> Reply:
+    print('{"asleep": true}', flush=True)
+    return {"woken": ranks.comm.sleep(seconds)}
+
+
+def ring(ranks: RankProcess) -> Reply:
+    ranks.comm.ring()
+    return {}
+
+
+def deep_ep(
+    ranks: RankProcess, seed: int, tokens: list[int], alive: list[int], ways: list[int], mask: int = -1
+) -> Reply:
+    """Exchanges through DeepEP's interface, checked row by row. mask: a rank to mask first, through it too."""
+    comm, buffer, shape = ranks.comm, *through_deep_ep(ranks)
+    if mask >= 0:
+        buffer.low_latency_update_mask_buffer(mask, True)
+    interpreted, fp8 = ranks.device.type == "cpu", bool(ranks.options.get("fp8"))
+    for way in [Way(fp8=True, end="hook")] if fp8 else [WAYS[i] for i in ways]:
+        # The interpreter rounds otherwise on the way to e4m3, as far as our kernel quantizes.
+        off = 0.1 * fp8 if interpreted else 1e-3
+        check_round(buffer, seed, tokens, shape, way, alive=alive, off=off, device=str(ranks.device))
+    masked = torch.zeros(comm.ep_size, dtype=torch.int32, device=ranks.device)
+    buffer.low_latency_query_mask_buffer(masked)
+    return {"masked": masked.nonzero().flatten().tolist()}
+
+
+def through_deep_ep(ranks: RankProcess) -> tuple[Buffer, Shape]:
+    most = ranks.comm.layout.max_tokens
+    shape = Shape(most, ranks.hidden, ranks.top_k, ranks.comm.ep_size * ranks.slots_per_rank)
+    return Buffer(communicator=ranks.comm, low_latency_mode=True, enable_shrink=True), shape
+
+
+def deep_ep_capture(ranks: RankProcess, seed: int, tokens: int) -> Reply:
+    """A dispatch, with a hook, and a combine as a CUDA graph; nothing of it runs yet."""
+    buffer, shape = through_deep_ep(ranks)
+    # Kept with the graph, which reads them where they lie.
+    ranks.x, ranks.slots, ranks.weights = (t.to(ranks.device) for t in inputs(ranks.comm.rank, ranks, seed, tokens))
+    x, experts, weights = ranks.x, ranks.slots, ranks.weights
+    ranks.expected = weights.masked_fill(experts < 0, 0).sum(1, keepdim=True).cpu() * x.float().cpu()
+    ranks.graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(ranks.graph):
+        recv_x, _, handle, _, hook = buffer.low_latency_dispatch(
+            x, experts, shape.max_tokens, shape.num_experts, use_fp8=False, return_recv_hook=True
+        )
+        hook()
+        ranks.outs = buffer.low_latency_combine(recv_x, experts, weights, handle)[0]
+    return {}
+
+
+def deep_ep_replay(ranks: RankProcess, steps: int) -> Reply:
+    for _ in range(steps):
+        ranks.outs.zero_()
+        ranks.graph.replay()
+        close(ranks.outs, ranks.expected)
+    return {"lost": sorted(ranks.comm.status().lost)}
+
+
+def raises(ranks: RankProcess, what: str, **arguments: Any) -> Reply:
+    """The name of the error that another command ends with."""
+    try:
+        ranks.commands[what](**arguments)
+    except PhalanxError as error:
+        return {"raised": type(error).__name__}
+    return {"raised": ""}
+
+
+COMMANDS = {
+    "exchange": exchange, "same_bits": same_bits, "capture": capture, "serve": serve, "wait_for_peers": wait_for_peers,
+    "interrupt": interrupt, "sleep": sleep, "ring": ring, "raises": raises, "deep_ep": deep_ep,
+    "deep_ep_capture": deep_ep_capture, "deep_ep_replay": deep_ep_replay,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    RankProcess(COMMANDS).run()
