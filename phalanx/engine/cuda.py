@@ -168,6 +168,12 @@ class CudaRunner:
         self._graphs.capture(capture)
         self._load.drop()
 
+    def close(self) -> None:
+        """See `StepRunner`."""
+        self._wait()
+        self._laid = None
+        self._graphs.clear()
+
     # --- parts
 
     def _lay_out(self, batch: StepBatch, page: _Page, later: int = 0) -> _Laid:

@@ -76,6 +76,10 @@ class StepRunner(Protocol):
     def warm_up(self, limits: Limits) -> None:
         """Run everything that serving runs once, alone. LOCAL in effect."""
 
+    def close(self) -> None:
+        """Wait until nothing runs any more, and let go of what refers to the communicator's memory and the slots'. For
+        who closes those next, and lives on; a worker just ends. LOCAL."""
+
 
 class Runner:
     """The model, its KV storage and its routes, as one rank's engine uses them."""
@@ -107,6 +111,9 @@ class Runner:
     def adopt(self, routes_LEW: npt.NDArray[np.int32]) -> None:
         """Send tokens by these routes from now on. LOCAL."""
         self._routes.adopt(routes_LEW)
+
+    def close(self) -> None:
+        """See `StepRunner`: nothing outlasts a step here. LOCAL."""
 
     def warm_up(self, limits: Limits) -> None:
         """Run everything that serving runs once, so that no first time falls into it. LOCAL in effect: the caller
