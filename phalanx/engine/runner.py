@@ -148,6 +148,13 @@ def limits_for(config: ServeConfig, model: ModelConfig, kv_bytes_per_block: int)
     )
 
 
+def largest_chunks(limits: Limits) -> list[tuple[int, int]]:
+    """Prefills, as `scratch_batch` takes them, of as many tokens as one step may have. LOCAL, pure."""
+    longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+    left = min(limits.max_num_batched_tokens, limits.max_num_seqs * longest)
+    return [(0, min(longest, left - begun)) for begun in range(0, left, longest)]
+
+
 def scratch_batch(chunks: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:
     """Token 0 over and over, as (start, length) chunks of sequences that all lie in the first blocks."""
     slices, positions = [], list[int]()

@@ -193,7 +193,7 @@ def wait_for_peers(ranks: RankProcess, act: str, rank: int, epoch: int) -> Reply
 
 
 def expect_members(ranks: RankProcess, epoch: int, members: list[dict[str, Any]], steps: int = 0) -> Reply:
-    """Have a view's members mapped beside replays of the captured graph; how long that took, and the steps beside it."""
+    """Have a view's members mapped beside replays of the captured graph: how long that took, and the longest step."""
     view = View(epoch, ranks.comm.ep_size, tuple(Member(**m) for m in members))
     times, began, mapped_s = [], time.monotonic(), -1.0
     while mapped_s < 0 or len(times) < steps:  # as many steps on every rank, whenever it is ready

@@ -419,7 +419,7 @@ def _same_tokens(config: ServeConfig, device: torch.device, board: NoticeBoard, 
     def generated(engine: SoloEngine, *submits: Submit) -> dict[str, list[int]]:
         return {name: done.token_ids for name, done in engine.generate(*submits).items()}
 
-    engine = SoloEngine(config, parts=on_device(device, board), warm_up=device.type == "cuda")
+    engine = SoloEngine(config, parts=on_device(device, board), warm_up=True)
     alone = {}
     for i in range(len(prompts)):
         alone.update(generated(engine, submit(i)))
