@@ -102,6 +102,7 @@ class SimComm(Communicator):
         self._number = 0
         self._lost: dict[int, tuple[str, float]] = {}
         self._roll_call = 0
+        self.map_s = MAP_S
         self._mapped_s: dict[Member, float] = {}
         self.mapped_in_adopt: list[tuple[int, Member]] = []
         """(epoch, member) of each that nobody had expected in time, so that the view's adoption had to map it."""
@@ -132,7 +133,7 @@ class SimComm(Communicator):
 
     def expect(self, view: View) -> bool:
         for member in view.members:
-            self._mapped_s.setdefault(member, self._sim.now() + MAP_S)
+            self._mapped_s.setdefault(member, self._sim.now() + self.map_s)
         return all(self._mapped_s[member] <= self._sim.now() for member in view.members)
 
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor) -> Dispatched:
