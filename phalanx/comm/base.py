@@ -121,6 +121,12 @@ class Communicator(ABC):
         already sent under the new epoch is kept. A member that died meanwhile is masked. Raises Evicted when this
         (rank, incarnation) is not in the view."""
 
+    def expect(self, view: View) -> bool:
+        """`view` may be adopted next: whatever `adopt` would have to map for it is mapped beside the steps, from now
+        on. True when that is done, or is not worth it; a member that died meanwhile is `adopt`'s to find. Never waits,
+        and may be asked again and again. What is expected and not adopted is let go by the next `adopt`. LOCAL."""
+        return True
+
     @abstractmethod
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor) -> Dispatched:
         """Send each token once to every rank that holds one of its slots. COLLECTIVE.

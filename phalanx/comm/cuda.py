@@ -30,7 +30,7 @@ from torch import Tensor
 
 from phalanx.comm import segment
 from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status, empty_view
-from phalanx.comm.device_peers import DevicePeer, map_peer, publish_handle, segment_layout
+from phalanx.comm.device_peers import DevicePeer, Expected, map_peer, publish_handle, segment_layout
 from phalanx.comm.launch import Fixed, Kernels, LaunchShape, Mode, power_of_two
 from phalanx.comm.notice_relay import NoticeRelay
 from phalanx.comm.notices import NoticeBoard
@@ -95,6 +95,7 @@ class CudaCommunicator(Communicator):
         self._device = self._own.device
         self._view = empty_view(ep_size)
         self._peers: dict[int, DevicePeer] = {}
+        self._expected = Expected(lambda member: map_peer(member, ep_size, self._memory))
         self._retired: list[tuple[Any, int]] = []
         self._rings = 0
         self._state = torch.zeros(_TABLES + 5 * self._padded, dtype=torch.int64, device=self._device)
@@ -144,15 +145,15 @@ class CudaCommunicator(Communicator):
             self._tell("cut", [p.member.rank for p in gone], view.epoch)
         for peer in gone:
             del self._peers[peer.member.rank]
+        dead = []
+        for member in self._new(view):
+            try:
+                self._peers[member.rank] = self._expected.take(member)
+            except segment.Unreachable:
+                dead.append(member.rank)
+        for peer in (*gone, *self._expected.forget()):
             peer.segment.close()
             self._retired.append((self._memory.mark(), peer.pointer))
-        dead = []
-        for member in view.members:
-            if member.rank != self.rank and member.rank not in self._peers:
-                try:
-                    self._peers[member.rank] = map_peer(member, self.ep_size, self._memory)
-                except segment.Unreachable:
-                    dead.append(member.rank)
         self._view = view
         dead += self._known_dead()
         self._rings = 0
@@ -163,6 +164,15 @@ class CudaCommunicator(Communicator):
         self._segment.words[segment.RINGING] = 0
         self._segment.words[segment.ROLL_CALL] = max(self._segment.words[segment.ROLL_CALL], view.epoch)
         self.reap()
+
+    def expect(self, view: View) -> bool:
+        """See the contract: a newcomer's segment and buffer are mapped by a thread."""
+        return self._expected.begin(self._new(view))
+
+    def _new(self, view: View) -> list[Member]:
+        """The members, other than this rank, that it has not mapped as such."""
+        known = {(peer.member.rank, peer.member.incarnation) for peer in self._peers.values()}
+        return [m for m in view.members if m.rank != self.rank and (m.rank, m.incarnation) not in known]
 
     def query_mask(self) -> Tensor:
         return self._table("mask").cpu()[: self.ep_size].to(torch.uint8)
@@ -352,7 +362,7 @@ class CudaCommunicator(Communicator):
         if self._relay is not None:
             self._relay.close()
         self._memory.wait()
-        for peer in self._peers.values():
+        for peer in (*self._peers.values(), *self._expected.forget()):
             peer.segment.close()
             self._memory.unmap(peer.pointer)
         self._peers.clear()
@@ -395,10 +405,10 @@ class CudaCommunicator(Communicator):
 
     def _write_state(self, dead: list[int]) -> None:
         """The whole table in one copy, in stream order."""
-        state = torch.zeros(self._state.shape[0], dtype=torch.int64)
+        state = np.zeros(self._state.shape[0], np.int64)
         state[_EPOCH] = self._view.epoch
         state[_TIMEOUT_NS] = int(self._timeout_s * 1e9)
-        tables = state[_TABLES:].view(5, self._padded)
+        tables = state[_TABLES:].reshape(5, self._padded)
         own = self._own.data_ptr()
         for member in self._view.members:
             r = member.rank
@@ -407,7 +417,7 @@ class CudaCommunicator(Communicator):
             tables[1, r] = _NOTICE if r in dead else 0
             tables[3, r] = member.incarnation
             tables[4, r] = peer.pointer - own if peer is not None else 0
-        self._state.copy_(state)
+        self._state.copy_(torch.from_numpy(state))
 
     def _tell(self, what: Literal["cut", "opened"], ranks: list[int], epoch: int) -> None:
         self._kernels.tell(sum(1 << r for r in ranks), epoch, self.layout.offsets[what])

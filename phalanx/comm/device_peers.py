@@ -6,6 +6,8 @@ reused process number is noticed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,3 +52,34 @@ def map_peer(member: Member, ep_size: int, memory: PeerMemory) -> DevicePeer:
         if died:  # between mapping its segment and its buffer
             raise segment.Unreachable(f"rank {member}: {error}") from error
         raise
+
+
+class Expected:
+    """Peers that are mapped before a view has them: by a thread, for opening another process's memory takes a driver
+    about a millisecond, in which steps can go on. LOCAL throughout; for one thread to use."""
+
+    def __init__(self, reach: Callable[[Member], DevicePeer]) -> None:
+        """reach: maps a member, as `map_peer` does; called by the thread."""
+        self._reach = reach
+        self._coming: dict[tuple[int, int], Future[DevicePeer]] = {}
+        """By rank and incarnation."""
+
+    def begin(self, members: Iterable[Member]) -> bool:
+        """Have these mapped; whether all are by now, or turned out to be unreachable."""
+        wanted = {(member.rank, member.incarnation): member for member in members}
+        if new := wanted.keys() - self._coming.keys():
+            pool = ThreadPoolExecutor(1, thread_name_prefix="phalanx-map")
+            self._coming |= {name: pool.submit(self._reach, wanted[name]) for name in new}
+            pool.shutdown(wait=False)  # the thread ends with its work
+        return all(self._coming[name].done() for name in wanted)
+
+    def take(self, member: Member) -> DevicePeer:
+        """This member's mapping, which is made here if nobody expected it; it is the caller's from now on. Raises what
+        `map_peer` raises."""
+        coming = self._coming.pop((member.rank, member.incarnation), None)
+        return self._reach(member) if coming is None else coming.result()
+
+    def forget(self) -> list[DevicePeer]:
+        """Those that nobody took; nothing is expected any more. Waits for what is under way."""
+        left, self._coming = self._coming, {}
+        return [coming.result() for coming in left.values() if coming.exception() is None]

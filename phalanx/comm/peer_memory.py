@@ -104,7 +104,7 @@ class PeerMemory(ABC):
 
     @abstractmethod
     def open(self, handle: str) -> int:
-        """Map a peer's buffer. Returns its address on our device. Raises PeerMemoryError."""
+        """Map a peer's buffer. Returns its address on our device. Raises PeerMemoryError. From any thread."""
 
     @abstractmethod
     def unmap(self, pointer: int) -> None:
@@ -167,6 +167,7 @@ class CudaIpcMemory(PeerMemory):
             raise PeerMemoryError(f"a peer exports its memory as {said.get('kind')!r}, this rank reads cuda-ipc only")
         ipc = self._cuda.cudaIpcMemHandle_t()
         ipc.reserved = bytes.fromhex(said["handle"])
+        self._checked("cudaSetDevice", self._cuda.cudaSetDevice(self._device.index))  # each thread has its own
         flags = self._cuda.cudaIpcMemLazyEnablePeerAccess
         return int(self._checked("cudaIpcOpenMemHandle", self._cuda.cudaIpcOpenMemHandle(ipc, flags)))
 

@@ -26,7 +26,7 @@ from phalanx.elastic.agree import Agreed, Answer, Limits, Meeting, RollCall
 from phalanx.elastic.store import Clock
 from phalanx.errors import PeerLost
 from phalanx.messages import Trigger
-from phalanx.world import IntArray, Member
+from phalanx.world import IntArray, Member, View
 
 FORESEEN: tuple[Trigger, ...] = ("rebalance", "join", "scale")
 """The changes that are agreed on so; in a step's header they are counted from 1, and 0 is none."""
@@ -46,10 +46,12 @@ class Ahead:
         *,
         answer: Callable[[], Answer],
         routes: Callable[[Agreed], IntArray],
+        reach: Callable[[View], bool] = lambda view: True,
     ) -> None:
-        """answer: what this rank would say in a roll call. routes: its routing table under a World, int32 [L, E, W]."""
+        """answer: what this rank would say in a roll call. routes: its routing table under a World, int32 [L, E, W].
+        reach: has whom a view brings made reachable, beside the steps; whether that is done (`Communicator.expect`)."""
         self._calls, self._limits, self._clock = calls, limits, clock
-        self._answer, self._routes = answer, routes
+        self._answer, self._routes, self._reach = answer, routes, reach
         self.forget()
 
     def forget(self) -> None:
@@ -121,7 +123,10 @@ class Ahead:
             self._agreed = self._calls.read(base.epoch + 1)
             return self._agreed is not None
         if self._routes_LEW is None:
+            self._reach(self._agreed.view)  # that begins it
             self._routes_LEW = self._routes(self._agreed)
+        if not self._reach(self._agreed.view) and not self._late:
+            return False
         if self._not_standing and not self._late:
             if not self._calls.is_standing(self._agreed.epoch, self._not_standing[-1]):
                 return False

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 import numpy as np
-import torch
 
 from phalanx.comm.base import Communicator, empty_view
 from phalanx.elastic.agree import Agreed, Answer, Change, Limits, Loads, Notices, RollCall, Shape
@@ -103,7 +103,9 @@ class Recovery:
         self._calls = RollCall(
             me, shape, limits, store=store, clock=clock, notices=notices, plan=self._plan, knock=knock, faults=faults
         )
-        self.ahead = Ahead(self._calls, limits, clock, answer=self._answer, routes=self._routes)
+        self.ahead = Ahead(
+            self._calls, limits, clock, answer=self._answer, routes=self._routes, reach=self._comm.expect
+        )
         """The change that is agreed on beside the steps; `begin` and `work` move it."""
         self._agreed: Agreed | None = None
         self._served: View | None = None
@@ -295,16 +297,13 @@ class Recovery:
     def _meet(self, job: Restore) -> tuple[int, tuple[tuple[int, int], ...]]:
         """How many experts are still to be restored anywhere, and which are lost. COLLECTIVE."""
         self._faults.point("barrier")
-        row = torch.zeros(2 + 2 * _REPORTED, dtype=torch.int64)
         named = sorted(job.lost)[:_REPORTED]
-        row[0], row[1] = job.remaining, len(named)
-        if named:
-            row[2 : 2 + 2 * len(named)] = torch.tensor(named, dtype=torch.int64).flatten()
-        rows = self._comm.all_gather(row).tolist()
-        status = self._comm.status()
+        row = [job.remaining, len(named), *chain.from_iterable(named)]
+        found, status = self._comm.meet(row + [0] * (2 + 2 * _REPORTED - len(row)))
         if not status.clean:
             raise PeerLost(status.lost, max(status.interrupted, self.view.epoch + 1))
-        pairs = {(r[2 + 2 * i], r[3 + 2 * i]) for r in rows for i in range(int(r[1]))}
+        rows: list[list[int]] = found.tolist()
+        pairs = {(r[2 + 2 * i], r[3 + 2 * i]) for r in rows for i in range(r[1])}
         return sum(r[0] for r in rows), tuple(sorted(pairs))
 
     # --- parts

@@ -24,13 +24,13 @@ from phalanx.comm.cuda import CudaCommunicator
 from phalanx.engine import device_sampler
 from phalanx.engine.batch import StepBatch
 from phalanx.engine.graphs import Graphs
-from phalanx.engine.runner import Ran, nothing, scratch_batch
+from phalanx.engine.runner import Ran, largest_chunks, nothing, scratch_batch
 from phalanx.engine.sampler import FloatRow
 from phalanx.engine.scheduler import Limits
 from phalanx.model import device_tables
 from phalanx.model.cuda import DeviceBatch, DeviceModel
 from phalanx.model.device_tables import TableShape, Written
-from phalanx.moe.cuda import DeviceBank, DeviceLoad, Tiling
+from phalanx.moe.cuda import DeviceBank, DeviceLoad, DeviceMemoryShort, Tiling
 from phalanx.moe.gate import RouteTable
 
 _WARM_PREFILL_TOKENS, _WARM_DECODES = 64, 8
@@ -150,7 +150,19 @@ class CudaRunner:
 
     def warm_up(self, limits: Limits) -> None:
         """Compile every kernel in every form that serving launches, and capture every graph, alone. LOCAL in effect.
-        Uses the first KV blocks as scratch."""
+        Uses the first KV blocks as scratch. Begins with the largest step that there may be, so that memory which is
+        short is short now. Raises DeviceMemoryShort."""
+        try:
+            self.run(StepBatch(scratch_batch(largest_chunks(limits), limits.block_size), (), ()))
+            self._warm_up(limits)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryShort(
+                f"{self._device} has no room beside weights and KV cache for a step of {limits.max_num_batched_tokens} "
+                "tokens and the graphs: lower --mem-fraction-static (or --num-kv-blocks, where it is given), "
+                "--max-num-batched-tokens or --cuda-graph-max-bs"
+            ) from error
+
+    def _warm_up(self, limits: Limits) -> None:
         room = limits.num_blocks * limits.block_size
         length = min(_WARM_PREFILL_TOKENS, limits.max_num_batched_tokens, limits.max_model_len, room)
         one = (length - 1, 1)
@@ -167,6 +179,13 @@ class CudaRunner:
 
         self._graphs.capture(capture)
         self._load.drop()
+
+    def close(self) -> None:
+        """See `StepRunner`."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._laid = None
+        self._graphs.clear()
 
     # --- parts
 

@@ -45,3 +45,7 @@ class Graphs(Generic[Replay]):
         """The size for `rows` and its replay; None where none is captured. LOCAL."""
         size = self.size_for(rows)
         return None if size is None or size not in self._replays else (size, self._replays[size])
+
+    def clear(self) -> None:
+        """Let go of all. LOCAL."""
+        self._replays.clear()

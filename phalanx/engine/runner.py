@@ -76,6 +76,10 @@ class StepRunner(Protocol):
     def warm_up(self, limits: Limits) -> None:
         """Run everything that serving runs once, alone. LOCAL in effect."""
 
+    def close(self) -> None:
+        """Wait until nothing runs any more, and let go of what refers to the communicator's memory and the slots'. For
+        who closes those next, and lives on; a worker just ends. LOCAL."""
+
 
 class Runner:
     """The model, its KV storage and its routes, as one rank's engine uses them."""
@@ -108,6 +112,9 @@ class Runner:
         """Send tokens by these routes from now on. LOCAL."""
         self._routes.adopt(routes_LEW)
 
+    def close(self) -> None:
+        """See `StepRunner`: nothing outlasts a step here. LOCAL."""
+
     def warm_up(self, limits: Limits) -> None:
         """Run everything that serving runs once, so that no first time falls into it. LOCAL in effect: the caller
         serves nobody yet, and its communicator has no peers to wait for (before the first meeting, or when a newcomer
@@ -139,6 +146,13 @@ def limits_for(config: ServeConfig, model: ModelConfig, kv_bytes_per_block: int)
         num_blocks=config.kv_blocks(kv_bytes_per_block),
         prefix_caching=config.enable_prefix_caching,
     )
+
+
+def largest_chunks(limits: Limits) -> list[tuple[int, int]]:
+    """Prefills, as `scratch_batch` takes them, of as many tokens as one step may have. LOCAL, pure."""
+    longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+    left = min(limits.max_num_batched_tokens, limits.max_num_seqs * longest)
+    return [(0, min(longest, left - begun)) for begun in range(0, left, longest)]
 
 
 def scratch_batch(chunks: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:

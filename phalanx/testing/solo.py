@@ -52,6 +52,7 @@ class SoloEngine:
         dtype: torch.dtype = getattr(torch, config.dtype)
         model = checkpoint.config
         weights = checkpoint.dense_weights(dtype)
+        self._comm_is_own = comm is None
         if parts is not None:
             made = parts(config, model)
             self.runner: StepRunner = made.runner(weights)
@@ -98,5 +99,9 @@ class SoloEngine:
         return {name: Generated(token_ids.get(name, []), reason) for name, reason in reasons.items()}
 
     def close(self) -> None:
-        """Give the experts' memory back. LOCAL."""
+        """Give everything back, in the order in which nothing is used by what is left: graphs, the communicator with
+        its thread and its registrations, unless it came from the caller, and the experts' memory. LOCAL."""
+        self.runner.close()
+        if self._comm_is_own:
+            self.comm.close()
         self._bank.close()

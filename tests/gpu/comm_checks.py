@@ -109,7 +109,15 @@ def rejoins(p: Party, place: int, config: dict[str, object], steps: int) -> None
         p.open([newcomer], **config)
         newcomer.send("capture", seed=5, tokens=16)
         newcomer.reply()
-        p.adopt([*p.ranks.values(), newcomer])
+        coming = sorted([*p.ranks.values(), newcomer], key=lambda m: m.rank)
+        mapped = p.all("expect", epoch=p.epoch + 1, members=[m.member() for m in coming], steps=20)
+        survivors = list(p.ranks)
+        took = p.adopt(coming)
+        print(
+            f"    a newcomer mapped in {max(a['seconds'] for a in mapped.values()) * 1e3:.2f} ms, in which the longest "
+            f"step took {max(a['worst_step_s'] for a in mapped.values()) * 1e3:.2f} ms; adopted in "
+            f"{max(took[r] for r in survivors) * 1e3:.2f} ms"
+        )
     except BaseException:
         newcomer.end()
         raise
@@ -232,7 +240,9 @@ def check_waits(ranks: int) -> None:
 def check_edges(**options: Any) -> None:
     """A member that died before it was adopted is masked; who is not in the view is evicted; --no-elastic raises."""
     with party(COMMANDS, 3, devices()) as p:
-        opened(p, **SMALL, peer_timeout_s=30.0, elastic=False, **options)
+        p.open(list(p.ranks.values()), **SMALL, peer_timeout_s=30.0, elastic=False, **options)
+        p.all("expect", epoch=1, members=[m.member() for m in p.ranks.values()])
+        p.adopt(list(p.ranks.values()))
         assert p.relayed == (not options.get("maps_host", True)), "who reads the launcher's board"
         described = [m.member() for m in p.ranks.values()]
         evicted = p.all("raises", only=[1], what="adopt", epoch=p.epoch + 1, members=[described[0], described[2]])[1]

@@ -20,6 +20,7 @@ from deep_ep_reference import WAYS, Way, check_round
 
 from phalanx.comm.deep_ep import Buffer, Shape
 from phalanx.errors import PhalanxError
+from phalanx.world import Member, View
 
 LAYERS = 4
 
@@ -191,6 +192,21 @@ def wait_for_peers(ranks: RankProcess, act: str, rank: int, epoch: int) -> Reply
     return {**answer, "seconds": (time.monotonic_ns() - started) / 1e9, "ended_ns": time.monotonic_ns()}
 
 
+def expect_members(ranks: RankProcess, epoch: int, members: list[dict[str, Any]], steps: int = 0) -> Reply:
+    """Have a view's members mapped beside replays of the captured graph: how long that took, and the longest step."""
+    view = View(epoch, ranks.comm.ep_size, tuple(Member(**m) for m in members))
+    times, began, mapped_s = [], time.monotonic(), -1.0
+    while mapped_s < 0 or len(times) < steps:  # as many steps on every rank, whenever it is ready
+        if ranks.comm.expect(view) and mapped_s < 0:
+            mapped_s = time.monotonic() - began
+        if len(times) < steps:
+            started = time.monotonic()
+            ranks.graph.replay()
+            torch.cuda.current_stream().synchronize()
+            times.append(time.monotonic() - started)
+    return {"seconds": mapped_s, "worst_step_s": max(times, default=0.0)}
+
+
 def interrupt(ranks: RankProcess, epoch: int) -> Reply:
     said = time.monotonic_ns()
     ranks.comm.interrupt(epoch)
@@ -267,6 +283,7 @@ def raises(ranks: RankProcess, what: str, **arguments: Any) -> Reply:
 COMMANDS = {
     "exchange": exchange, "same_bits": same_bits, "capture": capture, "serve": serve, "wait_for_peers": wait_for_peers,
     "interrupt": interrupt, "sleep": sleep, "ring": ring, "raises": raises, "deep_ep": deep_ep,
+    "expect": expect_members,
     "deep_ep_capture": deep_ep_capture, "deep_ep_replay": deep_ep_replay,
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ The same code runs in Triton's interpreter, on the CPU, with smaller sizes. Ever
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -345,7 +346,7 @@ def on_device(device: torch.device, board: NoticeBoard) -> Any:
         place = Place(config, model, 0, 0, board, 1)
         if device.type == "cuda":
             return CudaBackend(place)
-        return CudaBackend(place, device=device, memory=HostSharedMemory(BUFFER_BYTES, True))
+        return CudaBackend(place, device=device, memory=HostSharedMemory(BUFFER_BYTES, maps_host=False))
 
     return parts
 
@@ -371,6 +372,8 @@ def check_engine(device: torch.device, large: bool) -> None:
             base if large else replace_config(base, dtype="float16"), device, board, 8e-2 if large else 5e-3
         )
         _same_tokens(replace_config(base, deterministic=True), device, board, *((6, 24) if large else (2, 3)))
+    left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    assert not left, f"the engines were closed, and threads go on: {left}"
     board.close()
 
 
@@ -416,7 +419,7 @@ def _same_tokens(config: ServeConfig, device: torch.device, board: NoticeBoard, 
     def generated(engine: SoloEngine, *submits: Submit) -> dict[str, list[int]]:
         return {name: done.token_ids for name, done in engine.generate(*submits).items()}
 
-    engine = SoloEngine(config, parts=on_device(device, board), warm_up=device.type == "cuda")
+    engine = SoloEngine(config, parts=on_device(device, board), warm_up=True)
     alone = {}
     for i in range(len(prompts)):
         alone.update(generated(engine, submit(i)))

@@ -160,12 +160,12 @@ class Party:
             m.address = answer["address"]
             self.relayed, self.nbytes = answer["relay"], answer["nbytes"]
 
-    def adopt(self, members: list[Rank]) -> None:
-        """A new epoch, in which these are in."""
+    def adopt(self, members: list[Rank]) -> dict[int, float]:
+        """A new epoch, in which these are in; the seconds that it took each."""
         self.epoch += 1
         self.ranks = {m.rank: m for m in sorted(members, key=lambda m: m.rank)}
         described = [m.member() for m in self.ranks.values()]
-        self.all("adopt", epoch=self.epoch, members=described)
+        return {rank: a["seconds"] for rank, a in self.all("adopt", epoch=self.epoch, members=described).items()}
 
     def all(self, do: str, only: list[int] | None = None, **arguments: Any) -> dict[int, Reply]:
         """One command to several ranks at once; their answers."""
@@ -245,8 +245,10 @@ class RankProcess:
         return {"address": self.comm.address, "relay": self.comm.relayed, "nbytes": self.comm.layout.nbytes}
 
     def adopt(self, epoch: int, members: list[dict[str, Any]]) -> Reply:
-        self.comm.adopt(View(epoch, self.comm.ep_size, tuple(Member(**m) for m in members)))
-        return {}
+        view = View(epoch, self.comm.ep_size, tuple(Member(**m) for m in members))
+        began = time.monotonic()
+        self.comm.adopt(view)
+        return {"seconds": time.monotonic() - began}
 
     def status(self) -> Reply:
         status = self.comm.status()

@@ -211,6 +211,7 @@ class Process:
     task: Task | None = None
     recovery: Recovery | None = None
     bank: SimBank | None = None
+    comm: SimComm | None = None
     evicted: bool = False
     long_silent: bool = False
     declared: bool = False
@@ -285,6 +286,7 @@ class Cluster:
     def _run(self, process: Process) -> None:
         me = process.member
         comm = SimComm(self.wires, me, self.shape.ep_size, PEER_TIMEOUT_S).sized(self.shape.slots_per_rank)
+        process.comm = comm
         bank = process.bank = SimBank(
             self.sim,
             self.shape.num_layers,

@@ -88,6 +88,10 @@ class Wires:
             del self.messages[key]
 
 
+MAP_S = 0.005
+"""How long mapping a newcomer takes beside the steps: a few steps."""
+
+
 class SimComm(Communicator):
     """A communicator whose wires are a dictionary. Collectives are numbered within an epoch."""
 
@@ -98,6 +102,10 @@ class SimComm(Communicator):
         self._number = 0
         self._lost: dict[int, tuple[str, float]] = {}
         self._roll_call = 0
+        self.map_s = MAP_S
+        self._mapped_s: dict[Member, float] = {}
+        self.mapped_in_adopt: list[tuple[int, Member]] = []
+        """(epoch, member) of each that nobody had expected in time, so that the view's adoption had to map it."""
 
     @property
     def address(self) -> str:
@@ -112,12 +120,21 @@ class SimComm(Communicator):
         if self.me not in view:
             raise Evicted(self.me.rank, self.me.incarnation, view.epoch)
         self._sim.point()
+        now = self._sim.now()
+        late = [m for m in view.members if m != self.me and self._mapped_s.get(m, now + 1) > now]
+        self.mapped_in_adopt += [(view.epoch, member) for member in late]
+        self._mapped_s = dict.fromkeys(view.members, now)
         self._view, self._number, self._lost = view, 0, {}
         if self._roll_call <= view.epoch:
             self._roll_call = 0
         self._wires.roll_call[self.me] = max(self._wires.roll_call.get(self.me, 0), view.epoch)
         self._wires.forget_before(view.epoch - 3)
         self._look()
+
+    def expect(self, view: View) -> bool:
+        for member in view.members:
+            self._mapped_s.setdefault(member, self._sim.now() + self.map_s)
+        return all(self._mapped_s[member] <= self._sim.now() for member in view.members)
 
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor) -> Dispatched:
         width = self._slots_per_rank

@@ -47,6 +47,36 @@ def test_streams_go_on_while_a_join_is_agreed_on_and_no_healthy_rank_waits_for_t
         assert adoption.seconds.agree == adoption.seconds.replan == 0
 
 
+def test_a_newcomer_is_mapped_beside_the_steps_by_all_who_let_it_in() -> None:
+    told = Watched()
+    comes_back(told, 1, 0.06)
+    told.run()
+    assert members(told) == ["0.0", "1.1", "2.0", "3.0"]
+    healthy = [process.comm for process in told.cluster.processes if process.member.rank != 1]
+    assert len(healthy) == 3
+    for comm in healthy:
+        assert comm is not None
+        assert {epoch for epoch, _ in comm.mapped_in_adopt} == {1}, comm.mapped_in_adopt
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_whose_driver_takes_for_ever_to_map_a_newcomer_holds_nobody_up(rank: int) -> None:
+    told = Watched()
+
+    def slow() -> None:
+        comm = told.cluster.processes[rank].comm
+        assert comm is not None
+        comm.map_s = 1e9
+
+    told.sim.after(0.03, slow)
+    comes_back(told, 1, 0.06)
+    told.run()
+    assert members(told) == ["0.0", "1.1", "2.0", "3.0"]
+    mapped = told.cluster.processes[rank].comm
+    assert mapped is not None
+    assert {str(member) for epoch, member in mapped.mapped_in_adopt if epoch > 1} == {"1.1"}
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("steps", range(1, 16, 3))
 def test_a_rank_that_dies_in_any_step_while_a_join_is_agreed_on_is_one_more_recovery(rank: int, steps: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from phalanx.engine.graphs import Graphs, ladder
+from phalanx.engine.runner import largest_chunks
+from phalanx.engine.scheduler import Limits
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 9, 64, 100, 128, 200, 256, 512])
@@ -51,3 +53,30 @@ def test_the_smallest_graph_that_holds_a_batch_is_taken_and_an_empty_one_takes_t
 
 def test_nothing_is_replayed_before_it_is_captured() -> None:
     assert Graphs[str]((1, 2)).find(1) is None
+
+
+def test_what_was_captured_can_be_let_go() -> None:
+    graphs = Graphs[str]((1, 2))
+    graphs.capture(str)
+    assert graphs.find(2) == (2, "2")
+    graphs.clear()
+    assert graphs.find(2) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "blocks", "sequences", "wanted"),
+    [
+        (512, 4096, 1000, 64, [512]),
+        (512, 200, 1000, 64, [200, 200, 112]),
+        (512, 4096, 10, 64, [160, 160, 160, 32]),
+        (512, 100, 1000, 2, [100, 100]),
+        (1, 1, 1, 1, [1]),
+    ],
+)
+def test_the_largest_step_has_all_tokens_that_its_sequences_can_have(
+    tokens: int, longest: int, blocks: int, sequences: int, wanted: list[int]
+) -> None:
+    limits = Limits(
+        max_num_seqs=sequences, max_num_batched_tokens=tokens, max_model_len=longest, block_size=16, num_blocks=blocks
+    )
+    assert largest_chunks(limits) == [(0, length) for length in wanted]
