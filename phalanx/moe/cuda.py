@@ -160,17 +160,23 @@ class DeviceLoad:
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         self.step_LE = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
-        """Of the step in hand. Fixed address."""
+        """Of the step that runs. Fixed address."""
+        # The step behind it may run before it is known whether this one was whole.
+        self._ended = [torch.zeros_like(self.step_LE) for _ in range(2)]
         self._load_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
 
-    def count(self) -> None:
-        """The step was whole. LOCAL, does not wait."""
-        self._load_LE += self.step_LE
+    def end(self) -> Tensor:
+        """A step was launched, and the next one counts from 0. Returns its counts for `count`, int32 [L, E], valid
+        until the second `end` after this one. LOCAL, launches only."""
+        self._ended.reverse()
+        ended_LE = self._ended[0]
+        ended_LE.copy_(self.step_LE)
         self.step_LE.zero_()
+        return ended_LE
 
-    def drop(self) -> None:
-        """The step will be run again. LOCAL, does not wait."""
-        self.step_LE.zero_()
+    def count(self, ended_LE: Tensor) -> None:
+        """The step that `ended` was whole. LOCAL, does not wait."""
+        self._load_LE += ended_LE
 
     def read(self) -> npt.NDArray[np.int64]:
         """int64 [L, E]; it only grows. Waits for the device. LOCAL."""
