@@ -82,7 +82,8 @@ class HostMeeting:
         self._own.gather[parity][:words] = row
         self._fence()
         own[area + Layout.SENT] = tag
-        self._wait(area + Layout.SENT, tag, timeout_s)
+        if not self._wait(area + Layout.SENT, tag, timeout_s):
+            return rows_Rn
         self._fence()
         rows_Rn[self._rank] = row
         for rank, peer in self._live():
@@ -96,8 +97,8 @@ class HostMeeting:
     def _live(self) -> list[tuple[int, PeerSegment]]:
         return [(rank, peer) for rank, peer in self._peers.items() if rank not in self.lost]
 
-    def _wait(self, at: int, tag: int, timeout_s: float) -> None:
-        """Until the word at `at` of every peer that is not masked is `tag`, or a roll call is open."""
+    def _wait(self, at: int, tag: int, timeout_s: float) -> bool:
+        """Until the word at `at` of every peer that is not masked is `tag`; False when a roll call ended the wait."""
         began = time.monotonic_ns()
         rounds = 0
         silence: Silence | None = None
@@ -110,7 +111,7 @@ class HostMeeting:
                 silence = Silence(peer.pid for _, peer in pending)
             if silence is not None or rounds % _ROUNDS_PER_LOOK == 1:
                 if self._is_open(at, tag):
-                    return
+                    return False
                 self._look_for_deaths(pending, began)
                 for rank, peer in pending:
                     if self._has_left(peer.words[at], tag):
@@ -124,6 +125,7 @@ class HostMeeting:
                     if silent is not None and silent >= timeout_s * 1e9:
                         self.lost.setdefault(rank, ("timeout", waited / 1e9))
             time.sleep(_NAP_S)
+        return True
 
     def _is_open(self, at: int, tag: int) -> bool:
         """Whether a roll call ends this wait. Its opener may have gone on because all met here; then all have."""

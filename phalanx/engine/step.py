@@ -140,8 +140,8 @@ class Engine:
         ready for it. When all ranks are, they end at the same step boundary, with nothing under way.
         Raises PeerLost when ranks fell silent or a roll call was opened. Then nothing is under way; what was committed
         before is told with the next result."""
-        self._faults.point("step", self._step + 1)
         try:
+            self._faults.point("step", self._step + 1)
             said = self._go_on(proposal, ready)
         except Exception:
             self._drop()
