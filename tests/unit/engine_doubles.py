@@ -178,6 +178,11 @@ class Device(Runner):
         assert not self.queue, "a World is adopted while a batch is under way"
         self.failed = Status()
 
+    def meet_peers(self, fails: bool) -> None:
+        """What the collectives of a batch do; `failed` says what came of it."""
+        if fails and self.failed.clean:
+            self.failed = Status(lost=frozenset({1}), causes=((1, "notice"),), detect_s=((1, 0.0),))
+
     def run_until(self, flight: DeviceFlight) -> None:
         for each in self.queue:
             each.run()
@@ -193,27 +198,29 @@ class DeviceFlight:
         self._told = [([*request.tokens, *[-1] * batch.later], request) for request, _ in batch.samples]
 
     def run(self) -> None:
-        if self._ran is not None:
+        if self.over:
             return
         device, batch = self._device, self._batch
-        fails = self._fails or not device.failed.clean
+        device.meet_peers(self._fails)
         forward = batch.forward
         tokens = [device.chosen[-1 - token] if token < 0 else token for token in forward.token_ids_T.tolist()]
         whole = ForwardBatch(torch.tensor(tokens, dtype=torch.int64), forward.positions_T, forward.slices)
-        hidden_TD = self._forward(whole, fails)
+        hidden_TD = self._forward(whole, not device.failed.clean)
         logits_NV = device.logits(hidden_TD, [row for _, row in batch.samples])
         device.chosen = [
             self._choose(logits_V, told, request)
             for logits_V, (told, request) in zip(logits_NV, self._told, strict=True)
         ]
-        if fails:
-            device.failed = Status(lost=frozenset({1}), causes=((1, "notice"),), detect_s=((1, 0.0),))
         chosen = {
             row: token
             for (request, row), token in zip(batch.samples, device.chosen, strict=True)
             if device_sampler.on_device(request)
         }
         self._ran = Ran(lambda rows: device.logits(hidden_TD, rows), chosen, device.failed)
+
+    @property
+    def over(self) -> bool:
+        return self._ran is not None
 
     def finish(self) -> Ran:
         assert self._device.queue[0] is self, "flights end in the order of their launches"
