@@ -51,13 +51,14 @@ class Replay:
 
 @dataclass(frozen=True)
 class _Page:
-    """Host memory for one batch. words, told: int32, for `device_tables` and for `device_sampler`; tokens, status: what
-    comes back. mark: puts a mark behind what was launched so far. wait: until that has run."""
+    """Host memory for one batch. words, told: int32, for `device_tables` and for `device_sampler`; tokens, status,
+    load: what comes back. mark: puts a mark behind what was launched so far. wait: until that has run."""
 
     words: Tensor
     told: Tensor
     tokens: Tensor
     status: Tensor
+    load: Tensor
     mark: Callable[[], object]
     wait: Callable[[], object]
 
@@ -65,13 +66,12 @@ class _Page:
 class _DeviceFlight:
     """See `Flight`."""
 
-    def __init__(self, runner: CudaRunner, batch: StepBatch, page: _Page, hidden_TD: Tensor, ended_LE: Tensor) -> None:
-        self._runner, self._batch, self._page = runner, batch, page
-        self._hidden_TD, self._ended_LE = hidden_TD, ended_LE
+    def __init__(self, runner: CudaRunner, batch: StepBatch, page: _Page, hidden_TD: Tensor) -> None:
+        self._runner, self._batch, self._page, self._hidden_TD = runner, batch, page, hidden_TD
 
     def finish(self) -> Ran:
         """See `Flight`."""
-        return self._runner.take(self._batch, self._page, self._hidden_TD, self._ended_LE)
+        return self._runner.take(self._batch, self._page, self._hidden_TD)
 
     def discard(self) -> None:
         """See `Flight`. Its kernels end by themselves, by a mask or their time-out."""
@@ -121,9 +121,9 @@ class CudaRunner:
                 hidden_TD = self._compute(self._batch(rows, written, self._shape.rows), samples)
             page.tokens[:samples].copy_(self._tokens[:samples], non_blocking=True)
             page.status.copy_(self._comm.status_words, non_blocking=True)
-            ended_LE = self._load.end()
+            self._load.end(page.load)
         page.mark()
-        return _DeviceFlight(self, batch, page, hidden_TD, ended_LE)
+        return _DeviceFlight(self, batch, page, hidden_TD)
 
     def may_lead(self, batch: StepBatch) -> bool:
         """See `StepRunner`."""
@@ -133,13 +133,12 @@ class CudaRunner:
         """See `StepRunner`. COLLECTIVE, waits."""
         return self.launch(batch).finish()
 
-    def take(self, batch: StepBatch, page: _Page, hidden_TD: Tensor, ended_LE: Tensor) -> Ran:
+    def take(self, batch: StepBatch, page: _Page, hidden_TD: Tensor) -> Ran:
         """What a launched batch brought, once it has run: for its flight. LOCAL, waits."""
         page.wait()
         status = self._comm.decode_status(page.status)
         if status.clean:
-            with torch.inference_mode():
-                self._load.count(ended_LE)
+            self._load.count(page.load)
         tokens = page.tokens[: len(batch.samples)].tolist()
         chosen = {
             row: token
@@ -178,7 +177,7 @@ class CudaRunner:
             return self._capture(size, [(length - 1, 1)] * size, limits.block_size)
 
         self._graphs.capture(capture)
-        self._load.end()
+        self._load.step_LE.zero_()
 
     # --- parts
 
@@ -196,7 +195,7 @@ class CudaRunner:
         return _Page(
             words(self._words.numel(), torch.int32), words(self._told.numel(), torch.int32),
             words(self._tokens.numel(), torch.int64), words(self._comm.status_words.numel(), torch.int64),
-            event.record if event else nothing, event.synchronize if event else nothing,
+            self._load.landing(), event.record if event else nothing, event.synchronize if event else nothing,
         )  # fmt: skip
 
     def _lay_out(self, batch: StepBatch, page: _Page, rows: int) -> Written:

@@ -283,7 +283,7 @@ def _gate_case(device: torch.device, num_experts: int, top_k: int, tokens: int) 
     want = table[0][chosen, (positions.long() % 3)[:, None]]
     want[real:] = -1
     assert torch.equal(slots.cpu(), want), (slots.cpu()[:3], want[:3])
-    load.count(load.end())
+    load.count(load.step_LE.cpu())
     assert load.read()[0].tolist() == torch.bincount(chosen[:real].flatten(), minlength=num_experts).tolist()
     bank.close()
 

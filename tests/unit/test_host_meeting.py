@@ -1,4 +1,4 @@
-"""Rows that pass between hosts of devices: whole or known not to be, whoever dies, stops, leaves or goes on meanwhile."""
+"""Rows that pass between hosts of devices: whole or known not to be, whoever dies, stops or goes on meanwhile."""
 
 from __future__ import annotations
 
