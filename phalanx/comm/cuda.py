@@ -257,6 +257,14 @@ class CudaCommunicator(Communicator):
             self._host[rank] = 1  # a kernel that waits for it need not find out by itself
         return rows, self._status(self._meeting.lost, self._meeting.interrupted)
 
+    def watch(self) -> None:
+        """End kernels' waits for peers whose processes are ending, as their life locks say: long before they can be
+        reaped, and the launcher knows. For a host that waits for the device. LOCAL."""
+        for rank, peer in self._peers.items():
+            if peer.segment.died and rank not in self._meeting.lost:
+                self._meeting.lost[rank] = "notice", 0.0
+                self._host[rank] = 1
+
     def barrier(self) -> None:
         """Peers are here when the stream passes this point; the host does not wait."""
         self.all_gather(torch.empty(0, dtype=torch.int64, device=self._device))

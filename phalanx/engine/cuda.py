@@ -15,6 +15,7 @@ addresses are words that kernels read.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ from phalanx.moe.gate import RouteTable
 
 _WARM_PREFILL_TOKENS, _WARM_DECODES = 64, 8
 _SAMPLE_BLOCK = 4096
+_NAP_S = 20e-6
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Replay:
 @dataclass(frozen=True)
 class _Page:
     """Host memory for one batch. words, told: int32, for `device_tables` and for `device_sampler`; tokens, status,
-    load: what comes back. mark: puts a mark behind what was launched so far. wait: until that has run."""
+    load: what comes back. mark: puts a mark behind what was launched so far. passed: whether that has run."""
 
     words: Tensor
     told: Tensor
@@ -60,7 +62,7 @@ class _Page:
     status: Tensor
     load: Tensor
     mark: Callable[[], object]
-    wait: Callable[[], object]
+    passed: Callable[[], bool]
 
 
 class _DeviceFlight:
@@ -75,7 +77,7 @@ class _DeviceFlight:
 
     def discard(self) -> None:
         """See `Flight`. Its kernels end by themselves, by a mask or their time-out."""
-        self._page.wait()
+        self._runner.wait(self._page)
 
 
 class CudaRunner:
@@ -135,7 +137,7 @@ class CudaRunner:
 
     def take(self, batch: StepBatch, page: _Page, hidden_TD: Tensor) -> Ran:
         """What a launched batch brought, once it has run: for its flight. LOCAL, waits."""
-        page.wait()
+        self.wait(page)
         status = self._comm.decode_status(page.status)
         if status.clean:
             self._load.count(page.load)
@@ -146,6 +148,12 @@ class CudaRunner:
             if device_sampler.on_device(request)
         }
         return Ran(lambda wanted: self.logits(hidden_TD, wanted), chosen, status)
+
+    def wait(self, page: _Page) -> None:
+        """Until a launched batch has run: for its flight. A batch that waits for a peer that died is told so. LOCAL."""
+        while not page.passed():
+            self._comm.watch()
+            time.sleep(_NAP_S)
 
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> FloatRow:
         """float32 [len(rows), V] on the host. LOCAL, waits."""
@@ -188,14 +196,11 @@ class CudaRunner:
         def words(count: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, dtype=dtype, pin_memory=on_device)
 
-        def nothing() -> None:
-            """Without a device everything has run when its launch returns."""
-
         event = torch.cuda.Event() if on_device else None  # type: ignore[no-untyped-call]
         return _Page(
             words(self._words.numel(), torch.int32), words(self._told.numel(), torch.int32),
             words(self._tokens.numel(), torch.int64), words(self._comm.status_words.numel(), torch.int64),
-            self._load.landing(), event.record if event else nothing, event.synchronize if event else nothing,
+            self._load.landing(), event.record if event else lambda: None, event.query if event else lambda: True,
         )  # fmt: skip
 
     def _lay_out(self, batch: StepBatch, page: _Page, rows: int) -> Written:
@@ -247,7 +252,7 @@ class CudaRunner:
             on_device = self._batch(size, written, size)
             self._compute(on_device, size)
             page.mark()
-            page.wait()
+            self.wait(page)
             graph = torch.cuda.CUDAGraph()
             # Another thread may register the vault's memory meanwhile, which is none of the capture's business.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -23,10 +23,7 @@ from phalanx.config import ServeConfig
 from phalanx.engine import device_sampler, sampler
 from phalanx.engine.batch import StepBatch
 from phalanx.engine.request import Request
-from phalanx.engine.runner import Flight, Ran, StepRunner
-from phalanx.engine.scheduler import Limits
-from phalanx.engine.step import Engine
-from phalanx.messages import Abort, SamplingParams, Submit
+from phalanx.messages import SamplingParams, Submit
 from phalanx.model import device_tables
 from phalanx.model.attention import ForwardBatch, SequenceSlice
 from phalanx.model.config import ModelConfig
@@ -353,8 +350,9 @@ def on_device(device: torch.device, board: NoticeBoard) -> Any:
     return parts
 
 
-def check_engine(device: torch.device, large: bool) -> None:
-    """Logits against the CPU's; and under `deterministic` the same tokens whatever the batch, the chunking, graphs."""
+@contextmanager
+def served(large: bool) -> Iterator[ServeConfig]:
+    """A small model, and how one rank is to serve it; tiny for an interpreter."""
     sizes: dict[str, Any] = {
         "layers": 2, "hidden": 64, "head_dim": 16, "heads": 2, "kv_heads": 1, "expert_width": 32, "experts": 4,
     }  # fmt: skip
@@ -363,18 +361,22 @@ def check_engine(device: torch.device, large: bool) -> None:
             "layers": 4, "hidden": 512, "head_dim": 64, "heads": 8, "kv_heads": 2, "expert_width": 128,
             "experts": 32, "top_k": 4,
         }  # fmt: skip
-    board = NoticeBoard.create(1)
     with checkpoint(**sizes) as path:
-        base = ServeConfig(
+        yield ServeConfig(
             model=path, num_kv_blocks=256, max_model_len=700, max_num_batched_tokens=64, max_num_seqs=16,
             cuda_graph_max_bs=16 if large else 0,
         )  # fmt: skip
+
+
+def check_engine(device: torch.device, large: bool) -> None:
+    """Logits against the CPU's; and under `deterministic` the same tokens whatever the batch, the chunking, graphs."""
+    board = NoticeBoard.create(1)
+    with served(large) as base:
         # The interpreter cuts bfloat16 where a device rounds; float16 it rounds as well.
         _compare_logits(
             base if large else replace_config(base, dtype="float16"), device, board, 8e-2 if large else 5e-3
         )
         _same_tokens(replace_config(base, deterministic=True), device, board, *((6, 24) if large else (2, 3)))
-        _same_in_flight(replace_config(base, deterministic=True), device, board, *((8, 40) if large else (2, 4)))
     board.close()
 
 
@@ -436,91 +438,3 @@ def _same_tokens(config: ServeConfig, device: torch.device, board: NoticeBoard, 
     assert cut == alone, "tokens depend on chunks or graphs"
     other.close()
     print(f"    deterministic: {len(prompts)} requests of {length} tokens alike alone, together, moved, and in chunks")
-
-
-class Watched:
-    """A runner as it is, but that says how many batches were launched while another was under way, and can be kept from
-    doing so."""
-
-    def __init__(self, runner: StepRunner, *, grounded: bool) -> None:
-        self._runner, self._grounded = runner, grounded
-        self.vocab_size = runner.vocab_size
-        self.behind = self._under_way = 0
-
-    def launch(self, batch: StepBatch) -> Flight:
-        self.behind += self._under_way > 0
-        self._under_way += 1
-        return Tracked(self, self._runner.launch(batch))
-
-    def landed(self) -> None:
-        self._under_way -= 1
-
-    def may_lead(self, batch: StepBatch) -> bool:
-        return not self._grounded and self._runner.may_lead(batch)
-
-    def run(self, batch: StepBatch) -> Ran:
-        return self._runner.run(batch)
-
-    def adopt(self, routes_LEW: Any) -> None:
-        assert not self._under_way, "a World is adopted while a batch is under way"
-        self._runner.adopt(routes_LEW)
-
-    def warm_up(self, limits: Limits) -> None:
-        self._runner.warm_up(limits)
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """A flight of `Watched`."""
-
-    runner: Watched
-    flight: Flight
-
-    def finish(self) -> Ran:
-        self.runner.landed()
-        return self.flight.finish()
-
-    def discard(self) -> None:
-        self.runner.landed()
-        self.flight.discard()
-
-
-def _same_in_flight(config: ServeConfig, device: torch.device, board: NoticeBoard, count: int, length: int) -> None:
-    """The next step launched while one runs or not: the same tokens, also when requests stop or are aborted in between
-    and others take their places and their blocks."""
-    prompts = [[5 + (11 * i + j * j) % 190 for j in range(3 + 4 * i)] for i in range(count)]
-    tight = replace_config(
-        config, max_num_seqs=max(1, count // 2), num_kv_blocks=2 + count * (length + 4 * count) // 16
-    )
-
-    def run(grounded: bool, stops: dict[str, int]) -> tuple[dict[str, list[int]], int]:
-        """Each request's tokens, and how many batches were launched behind another."""
-        solo = SoloEngine(tight, parts=on_device(device, board), warm_up=device.type == "cuda")
-        runner = Watched(solo.runner, grounded=grounded)
-        engine = Engine(solo.limits, runner, solo.comm, ())
-        engine.adopt(solo.world, solo.world.placement.slots_LP[:, :, None])
-        outputs: dict[str, list[int]] = {f"r{i}": [] for i in range(count)}
-        for i, (name, prompt) in enumerate(zip(outputs, prompts, strict=True)):
-            sampling = SamplingParams(
-                max_tokens=length, temperature=0.8 if i % 2 else 0.0, seed=90 + i, ignore_eos=True,
-                stop_token_ids=(stops[name],) if name in stops else (),
-            )  # fmt: skip
-            engine.accept([Submit(name, 0, prompt, sampling)])
-        while engine.has_work:
-            for token in engine.step().tokens:
-                outputs[token.request_id] += [token.token_id] if token.token_id >= 0 else []
-            engine.check()
-            if stops and len(outputs["r1"]) == 2:
-                engine.accept([Abort("r1")])
-        solo.close()
-        return outputs, runner.behind
-
-    whole, behind = run(True, {})
-    assert behind == 0
-    stops = {name: out[length // 2] for name, out in whole.items() if name != "r1"}
-    want, _ = run(True, stops)
-    got, behind = run(False, stops)
-    assert behind, "nothing was launched ahead"
-    assert got == want, "tokens depend on what is launched ahead"
-    assert all(len(out) < length for out in got.values()), got
-    print(f"    in flight: {count} requests that stop or are aborted, alike with {behind} batches launched ahead")
