@@ -6,8 +6,9 @@ may wait for the host or move:
 * `dispatch` returns a `DeviceDispatched`: tensors of full capacity, sorted by slot, with the counts on the device.
 * `combine` can weigh and add on the way (`combine_weighted`), in the mode chosen at construction: `exact` (a row per
   (token, k) travels; the owner adds them in the order of k in float32) or `fast` (added at the expert's rank first).
-* Every COLLECTIVE call but `meet` only launches a kernel: it may be captured in a CUDA graph. `adopt`, `update_mask`, `interrupt`
-  and `patience` write words that kernels read at each launch or in their waits, so a graph goes on after all of them.
+* Every COLLECTIVE call but `meet` only launches a kernel: it may be captured in a CUDA graph. `adopt`, `update_mask`,
+  `interrupt` and `patience` write words that kernels read at each launch or in their waits, so a graph goes on after
+  all of them.
 * What went wrong stands in `status_words`, on the device: copy it along with the step's result and give the copy to
   `decode_status`. `status()` does both at once, with a synchronisation.
 
