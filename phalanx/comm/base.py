@@ -167,7 +167,8 @@ class Communicator(ABC):
 
     def meet(self, row: Sequence[int]) -> tuple[npt.NDArray[np.int64], Status]:
         """`all_gather` of a row, read by the host: (int64 [R, len(row)], the status after it). The rows mean something
-        only when the status is clean. COLLECTIVE, waits."""
+        only when the status is clean. Where collectives are launched and not waited for (`comm.cuda`) it is for the
+        hosts alone: it waits for none that is under way, and tells of none. COLLECTIVE, waits."""
         rows: npt.NDArray[np.int64] = self.all_gather(torch.tensor(row, dtype=torch.int64)).cpu().numpy()
         return rows, self.status()
 

@@ -6,20 +6,21 @@ may wait for the host or move:
 * `dispatch` returns a `DeviceDispatched`: tensors of full capacity, sorted by slot, with the counts on the device.
 * `combine` can weigh and add on the way (`combine_weighted`), in the mode chosen at construction: `exact` (a row per
   (token, k) travels; the owner adds them in the order of k in float32) or `fast` (added at the expert's rank first).
-* Every COLLECTIVE call only launches a kernel: it may be captured in a CUDA graph. `adopt`, `update_mask`, `interrupt`
-  and `patience` write words that kernels read at each launch or in their waits, so a graph goes on after all of them.
+* Every COLLECTIVE call but `meet` only launches a kernel: it may be captured in a CUDA graph. `adopt`, `update_mask`,
+  `interrupt` and `patience` write words that kernels read at each launch or in their waits, so a graph goes on after
+  all of them.
 * What went wrong stands in `status_words`, on the device: copy it along with the step's result and give the copy to
   `decode_status`. `status()` does both at once, with a synchronisation.
 
 Two memories a rank: the exported device buffer (`comm.peer_memory`), written by peers' kernels, and a host segment
-(`comm.segment`), which carries the buffer's handle, wakes sleepers, and is the address.
+(`comm.segment`), which carries the buffer's handle, wakes sleepers, is the address, and is where the hosts `meet`.
 """
 
 from __future__ import annotations
 
 import select
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from phalanx.comm import segment
 from phalanx.comm.base import CollectiveTimeout, Communicator, Dispatched, PeerDied, Status, empty_view
 from phalanx.comm.device_peers import DevicePeer, Expected, map_peer, publish_handle, segment_layout
+from phalanx.comm.host_meeting import HostMeeting
 from phalanx.comm.launch import Fixed, Kernels, LaunchShape, Mode, power_of_two
 from phalanx.comm.notice_relay import NoticeRelay
 from phalanx.comm.notices import NoticeBoard
@@ -102,14 +104,10 @@ class CudaCommunicator(Communicator):
         pairs = ep_size * max_tokens * top_k
         self._lists = [Lists.of(pairs, slots_per_rank, self._padded, self._device) for _ in range(2)]
         self._turn = 0
-        meeting = GATHER_WORDS * (1 + ep_size)
-        self._meeting = (
-            torch.zeros(meeting + self.status_words.numel(), dtype=torch.int64, pin_memory=device.type == "cuda"),
-            torch.zeros(meeting, dtype=torch.int64, device=self._device),
-        )
         self._host = self._memory.host_words(self._padded + 1)
         self._segment = segment.OwnSegment(segment_layout(ep_size), rank, incarnation)
         publish_handle(self._segment, self._memory)
+        self._meeting = HostMeeting(self._segment, rank, ep_size, notices)
         self._notices = notices
         self._relay: NoticeRelay | None = None
         notice_pointer, notice_stride = self._map_notices()
@@ -156,6 +154,7 @@ class CudaCommunicator(Communicator):
             self._retired.append((self._memory.mark(), peer.pointer))
         self._view = view
         dead += self._known_dead()
+        self._meeting.adopt(view, {rank: peer.segment for rank, peer in self._peers.items()}, dead)
         self._rings = 0
         self._host[: self._padded] = 0
         if int(self._host[self._padded]) <= view.epoch:
@@ -182,6 +181,7 @@ class CudaCommunicator(Communicator):
         assert self._view.member(rank) is not None, f"rank {rank} is no member of epoch {self._view.epoch}"
         # The host word ends a wait that is running; the state words, in stream order, are for the kernels after it.
         self._host[rank] = 0 if alive else 1
+        self._meeting.mask(rank, alive)
         self._table("mask")[rank] = int(alive and rank in self._peers)
         self._table("cause")[rank] = 0 if alive else _OPERATOR
         if alive:
@@ -192,6 +192,7 @@ class CudaCommunicator(Communicator):
         if epoch <= self._view.epoch:
             return
         self._host[self._padded] = max(int(self._host[self._padded]), epoch)
+        self._meeting.interrupt(epoch)
         self._segment.words[segment.ROLL_CALL] = max(self._segment.words[segment.ROLL_CALL], epoch)
         peers = list(self._peers)
         if peers:
@@ -259,23 +260,21 @@ class CudaCommunicator(Communicator):
         return out
 
     def meet(self, row: Sequence[int]) -> tuple[npt.NDArray[np.int64], Status]:
-        """See the contract. One wait for both: rows and status words arrive together, in pinned memory."""
-        if self._device.type != "cuda":
-            return super().meet(row)
-        words = len(row)
-        assert words <= GATHER_WORDS, f"{words} words, a row holds {GATHER_WORDS}"
-        host, device = self._meeting
-        mine, all_rows = GATHER_WORDS, GATHER_WORDS + self.ep_size * words
-        host[:words] = torch.tensor(row, dtype=torch.int64)
-        device[:words].copy_(host[:words], non_blocking=True)
+        """See the contract. Between the hosts (`comm.host_meeting`): a step that runs on the device is not waited for,
+        and what its own collectives came to is no part of this status."""
         self._rings += 1
-        self._kernels.gather(device, device[mine:], words)
-        host[mine:all_rows].copy_(device[mine:all_rows], non_blocking=True)
-        status = host[-self.status_words.numel() :]
-        status.copy_(self.status_words, non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()
-        rows: npt.NDArray[np.int64] = host[mine:all_rows].view(self.ep_size, words).numpy().copy()
-        return rows, self.decode_status(status)
+        rows = self._meeting.meet(row, self._timeout_s)
+        for rank in self._meeting.lost:
+            self._host[rank] = 1  # a kernel that waits for it need not find out by itself
+        return rows, self._status(self._meeting.lost, self._meeting.interrupted)
+
+    def watch(self) -> None:
+        """End kernels' waits for peers whose processes are ending, as their life locks say: long before they can be
+        reaped, and the launcher knows. For a host that waits for the device. LOCAL."""
+        for rank, peer in self._peers.items():
+            if peer.segment.died and rank not in self._meeting.lost:
+                self._meeting.lost[rank] = "notice", 0.0
+                self._host[rank] = 1
 
     def barrier(self) -> None:
         """Peers are here when the stream passes this point; the host does not wait."""
@@ -294,22 +293,29 @@ class CudaCommunicator(Communicator):
         return self._state[: _TABLES + 3 * self._padded]
 
     def status(self) -> Status:
-        return self.decode_status(self.status_words.cpu())
+        on_device = self._read(self.status_words.cpu())
+        return self._status({**on_device[0], **self._meeting.lost}, max(on_device[1], self._meeting.interrupted))
 
     def decode_status(self, words: Tensor) -> Status:
         """What a host copy of `status_words` says. Touches no device. LOCAL. Raises CollectiveFailed when a rank was
         lost and elasticity is off."""
+        return self._status(*self._read(words))
+
+    def _read(self, words: Tensor) -> tuple[dict[int, tuple[str, float]], int]:
+        """Lost ranks with cause and seconds, and the latest roll call, as kernels found them."""
         mask, cause, waited = (t.tolist() for t in words[_TABLES:].view(3, self._padded))
         lost: dict[int, tuple[str, float]] = {}
         for member in self._view.members:
             r = member.rank
             if r != self.rank and not mask[r]:
                 lost[r] = (_CAUSES[int(cause[r])], self._seconds_until_masked(r, int(cause[r]), waited[r] / 1e9))
+        return lost, max(int(words[_INTERRUPTED]), int(self._host[self._padded]))
+
+    def _status(self, lost: Mapping[int, tuple[str, float]], opened: int) -> Status:
         if lost and not self._elastic:
             rank, (why, seconds) = min(lost.items())
             failure = CollectiveTimeout if why == "timeout" else PeerDied
             raise failure(rank, "a collective", seconds)
-        opened = max(int(words[_INTERRUPTED]), int(self._host[self._padded]))
         return Status(
             lost=frozenset(lost),
             interrupted=opened if opened > self._view.epoch else 0,
@@ -320,7 +326,7 @@ class CudaCommunicator(Communicator):
     @property
     def failed(self) -> bool:
         """Whether this host can tell that the step is lost. Never waits for the device, so False proves nothing."""
-        return self._opened() > self._view.epoch or bool(self._known_dead())
+        return bool(self._meeting.lost or self._known_dead()) or self._opened() > self._view.epoch
 
     # -- sleeping -----------------------------------------------------------------------------------------------------
 

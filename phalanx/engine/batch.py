@@ -25,11 +25,13 @@ class PromptRows:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """samples: each request that gets a token, with the row whose logits choose it."""
+    """samples: each request that gets a token, with the row whose logits choose it. later: by how many tokens each of
+    them will have grown by then; 1 in a batch behind another one that is under way, whose tokens may be `chosen`."""
 
     forward: ForwardBatch
     samples: tuple[tuple[Request, int], ...]
     prompts: tuple[PromptRows, ...]
+    later: int = 0
 
 
 def build(plan: Plan) -> StepBatch:
@@ -54,21 +56,22 @@ def build(plan: Plan) -> StepBatch:
     return StepBatch(forward, tuple(samples), tuple(prompts))
 
 
-def build_ahead(plan: Plan) -> StepBatch:
-    """The batch of a plan that `Scheduler.follow` made: as `build` will make it, its tokens not known yet (all 0).
-    LOCAL, pure."""
+def build_behind(plan: Plan, before: Plan) -> StepBatch:
+    """The batch of a plan that `Scheduler.follow` made of `before`, whose step is under way. LOCAL, pure."""
+    place = {chunk.request: i for i, chunk in enumerate(chunk for chunk in before.chunks if chunk.samples)}
     chunks = plan.chunks
     slices = tuple(
         SequenceSlice(row, 1, chunk.start, np.array(chunk.blocks, np.int32)) for row, chunk in enumerate(chunks)
     )
+    tokens_T = torch.tensor([chosen(place[chunk.request]) for chunk in chunks], dtype=torch.int64)
     positions_T = torch.tensor([chunk.start for chunk in chunks], dtype=torch.int64)
     samples = tuple((chunk.request, row) for row, chunk in enumerate(chunks))
-    return StepBatch(ForwardBatch(torch.zeros_like(positions_T), positions_T, slices), samples, ())
+    return StepBatch(ForwardBatch(tokens_T, positions_T, slices), samples, (), later=1)
 
 
-def complete(batch: StepBatch) -> None:
-    """Fill in the tokens of a batch made ahead: each request's last one. LOCAL."""
-    batch.forward.token_ids_T.numpy()[:] = [request.tokens[-1] for request, _ in batch.samples]
+def chosen(place: int) -> int:
+    """What stands for a token that is not known yet: the one that the batch before chose for its sample `place`."""
+    return -1 - place
 
 
 def _prompt_rows(chunk: Chunk, row: int) -> list[PromptRows]:

@@ -1,9 +1,13 @@
-"""Runs batches on a device: tables in, tokens and status out, and one wait, at the end.
+"""Runs batches on a device: tables in, tokens and status out, and one wait for each batch, which need not be at once.
 
 A step of decodes alone replays the CUDA graph of the next size; anything with a prefill is launched eagerly, by the
-same code. Tokens are chosen on the device, and the communicator's status words travel to the host with them. Before it
-waits for both, the host lays out the batch that most likely follows. A step's other wait is its header's, before `run`;
-requests whose tokens the device cannot choose cost one more, for their logits.
+same code. Tokens are chosen on the device, and the communicator's status words travel to the host with them.
+
+Two batches may be under way. What the second one needs of the first, its tokens, it reads where the first one's sampler
+left them. Device memory at fixed addresses (tables, tokens, the gates' counts) is written and read in the order of the
+one stream that both run in. Of what the host writes and reads there are two, and an event behind each batch says when
+its part is done with. Requests whose tokens the device cannot choose cost one more wait, for their logits, and nothing
+is launched behind their batch.
 
 No graph is captured after the warm-up, and nothing that a view change does needs one: routes, slots, masks and peers'
 addresses are words that kernels read.
@@ -11,6 +15,7 @@ addresses are words that kernels read.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +29,7 @@ from phalanx.comm.cuda import CudaCommunicator
 from phalanx.engine import device_sampler
 from phalanx.engine.batch import StepBatch
 from phalanx.engine.graphs import Graphs
-from phalanx.engine.runner import Ran, largest_chunks, nothing, scratch_batch
+from phalanx.engine.runner import Flight, Ran, largest_chunks, scratch_batch
 from phalanx.engine.sampler import FloatRow
 from phalanx.engine.scheduler import Limits
 from phalanx.model import device_tables
@@ -35,6 +40,7 @@ from phalanx.moe.gate import RouteTable
 
 _WARM_PREFILL_TOKENS, _WARM_DECODES = 64, 8
 _SAMPLE_BLOCK = 4096
+_NAP_S = 20e-6
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,31 @@ class Replay:
 
 @dataclass(frozen=True)
 class _Page:
-    """Host memory for one batch's tables: int32 words for `device_tables` and for `device_sampler`."""
+    """Host memory for one batch. words, told: int32, for `device_tables` and for `device_sampler`; tokens, status,
+    load: what comes back. mark: puts a mark behind what was launched so far. passed: whether that has run."""
 
     words: Tensor
     told: Tensor
+    tokens: Tensor
+    status: Tensor
+    load: Tensor
+    mark: Callable[[], object]
+    passed: Callable[[], bool]
 
 
-@dataclass(frozen=True)
-class _Laid:
-    """A batch whose tables stand in a page. replay: the graph for it, of `rows` rows; None: it is launched eagerly."""
+class _DeviceFlight:
+    """See `Flight`."""
 
-    batch: StepBatch
-    page: _Page
-    rows: int
-    written: Written
-    replay: Replay | None
+    def __init__(self, runner: CudaRunner, batch: StepBatch, page: _Page, hidden_TD: Tensor) -> None:
+        self._runner, self._batch, self._page, self._hidden_TD = runner, batch, page, hidden_TD
+
+    def finish(self) -> Ran:
+        """See `Flight`."""
+        return self._runner.take(self._batch, self._page, self._hidden_TD)
+
+    def discard(self) -> None:
+        """See `Flight`. Its kernels end by themselves, by a mask or their time-out."""
+        self._runner.wait(self._page)
 
 
 class CudaRunner:
@@ -82,58 +98,62 @@ class CudaRunner:
         self._exact, self._device = exact, device
         self._graphs: Graphs[Replay] = Graphs(tuple(size for size in graph_sizes if size <= shape.rows))
         self._pool: Any = None
-        on_device = device.type == "cuda"
-        self._wait: Callable[[], object] = torch.cuda.current_stream(device).synchronize if on_device else lambda: None
+        self._places = device_sampler.offsets(shape.rows)
+        self._words = torch.zeros(shape.size, dtype=torch.int32, device=device)
+        self._told = torch.zeros(self._places["end"], dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(shape.rows, dtype=torch.int64, device=device)
+        self._pages = (self._page(), self._page())
+        self._turn = 0
 
-        def both(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            """The same words on the host and on the device."""
-            host = torch.zeros(count, dtype=dtype, pin_memory=on_device)
-            return host, torch.zeros(count, dtype=dtype, device=device)
-
-        places = self._places = device_sampler.offsets(shape.rows)
-        words_host, self._words = both(shape.size, torch.int32)
-        told_host, self._told = both(places["end"], torch.int32)
-        # Two, so that the next batch can be laid out while this one's copy may be under way.
-        other_words, other_told = (
-            torch.zeros(host.numel(), dtype=torch.int32, pin_memory=on_device) for host in (words_host, told_host)
-        )
-        self._pages = (_Page(words_host, told_host), _Page(other_words, other_told))
-        self._laid: _Laid | None = None
-        self._tokens_host, self._tokens = both(shape.rows, torch.int64)
-        self._status_host = torch.zeros(comm.status_words.shape, dtype=torch.int64, pin_memory=on_device)
-
-    def run(self, batch: StepBatch, ahead: Callable[[], StepBatch | None] = nothing) -> Ran:
-        """See `StepRunner`. COLLECTIVE; waits for the device at its end. The tables of the batch that `ahead` makes are
-        laid out before that; if it is the next one, only its tokens are missing then."""
-        laid, self._laid = self._laid, None
-        if laid is None or laid.batch is not batch:
-            laid = self._lay_out(batch, self._pages[0])
-        else:
-            device_tables.write_tokens(laid.page.words.numpy(), self._shape, batch.forward)
+    def launch(self, batch: StepBatch) -> Flight:
+        """See `StepRunner`. COLLECTIVE; does not wait. A batch that is made of decodes alone is laid out for the graph
+        that fits it."""
+        count = batch.forward.token_ids_T.shape[0]
+        found = self._graphs.find(count) if count == len(batch.forward.slices) else None
+        rows, replay = found or (max(1, count), None)
+        self._turn ^= 1
+        page, samples = self._pages[self._turn], len(batch.samples)
+        written = self._lay_out(batch, page, rows)
         with torch.inference_mode():
-            self._send(laid)
-            if laid.replay:
-                laid.replay.graph.replay()
-                hidden_TD = laid.replay.hidden
+            self._send(page, written)
+            if replay:
+                replay.graph.replay()
+                hidden_TD = replay.hidden
             else:
-                on_device = self._batch(laid.rows, laid.written, self._shape.rows)
-                hidden_TD = self._compute(on_device, len(batch.samples))
-        # The device works now.
-        known = [device_sampler.on_device(request) for request, _ in batch.samples]
-        following = ahead()
-        if following is not None:
-            other = next(page for page in self._pages if page is not laid.page)
-            self._laid = self._lay_out(following, other, later=1)
-        with torch.inference_mode():
-            self._wait()
-            status = self._comm.decode_status(self._status_host)
-            if status.clean:
-                self._load.count()
-            else:
-                self._load.drop()
-        tokens = self._tokens_host[: len(batch.samples)].tolist()
-        chosen = {row: token for (_, row), token, here in zip(batch.samples, tokens, known, strict=True) if here}
+                hidden_TD = self._compute(self._batch(rows, written, self._shape.rows), samples)
+            page.tokens[:samples].copy_(self._tokens[:samples], non_blocking=True)
+            page.status.copy_(self._comm.status_words, non_blocking=True)
+            self._load.end(page.load)
+        page.mark()
+        return _DeviceFlight(self, batch, page, hidden_TD)
+
+    def may_lead(self, batch: StepBatch) -> bool:
+        """See `StepRunner`."""
+        return not batch.prompts and all(device_sampler.on_device(request) for request, _ in batch.samples)
+
+    def run(self, batch: StepBatch) -> Ran:
+        """See `StepRunner`. COLLECTIVE, waits."""
+        return self.launch(batch).finish()
+
+    def take(self, batch: StepBatch, page: _Page, hidden_TD: Tensor) -> Ran:
+        """What a launched batch brought, once it has run: for its flight. LOCAL, waits."""
+        self.wait(page)
+        status = self._comm.decode_status(page.status)
+        if status.clean:
+            self._load.count(page.load)
+        tokens = page.tokens[: len(batch.samples)].tolist()
+        chosen = {
+            row: token
+            for (request, row), token in zip(batch.samples, tokens, strict=True)
+            if device_sampler.on_device(request)
+        }
         return Ran(lambda wanted: self.logits(hidden_TD, wanted), chosen, status)
+
+    def wait(self, page: _Page) -> None:
+        """Until a launched batch has run: for its flight. A batch that waits for a peer that died is told so. LOCAL."""
+        while not page.passed():
+            self._comm.watch()
+            time.sleep(_NAP_S)
 
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> FloatRow:
         """float32 [len(rows), V] on the host. LOCAL, waits."""
@@ -172,61 +192,60 @@ class CudaRunner:
             ran.logits([0])
         with torch.inference_mode():
             self._sample(self._model.logits(torch.zeros_like(self._hidden_row())), 1)
-            self._wait()
 
         def capture(size: int) -> Replay:
             return self._capture(size, [(length - 1, 1)] * size, limits.block_size)
 
         self._graphs.capture(capture)
-        self._load.drop()
+        self._load.step_LE.zero_()
 
     def close(self) -> None:
         """See `StepRunner`."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._laid = None
         self._graphs.clear()
 
     # --- parts
 
-    def _lay_out(self, batch: StepBatch, page: _Page, later: int = 0) -> _Laid:
-        """Write the tables of a batch on the host, for the graph that fits it if it has decodes alone. later: see
-        `device_sampler.write`."""
-        forward = batch.forward
-        count = forward.token_ids_T.shape[0]
-        found = self._graphs.find(count) if count == len(forward.slices) else None
-        rows, replay = found or (max(1, count), None)
-        return self._lay_out_for(batch, page, rows, replay, later)
+    def _page(self) -> _Page:
+        """Host memory for a batch, which the device copies from and to by itself."""
+        on_device = self._device.type == "cuda"
 
-    def _lay_out_for(
-        self, batch: StepBatch, page: _Page, rows: int, replay: Replay | None = None, later: int = 0
-    ) -> _Laid:
+        def words(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, dtype=dtype, pin_memory=on_device)
+
+        event = torch.cuda.Event() if on_device else None  # type: ignore[no-untyped-call]
+        return _Page(
+            words(self._words.numel(), torch.int32), words(self._told.numel(), torch.int32),
+            words(self._tokens.numel(), torch.int64), words(self._comm.status_words.numel(), torch.int64),
+            self._load.landing(), event.record if event else lambda: None, event.query if event else lambda: True,
+        )  # fmt: skip
+
+    def _lay_out(self, batch: StepBatch, page: _Page, rows: int) -> Written:
+        """Write the tables of a batch on the host, padded to so many rows."""
         written = device_tables.write(page.words.numpy(), self._shape, batch.forward, rows)
-        device_sampler.write(page.told.numpy(), self._shape.rows, batch.samples, later=later)
-        return _Laid(batch, page, rows, written, replay)
+        device_sampler.write(page.told.numpy(), self._shape.rows, batch.samples, later=batch.later)
+        return written
 
-    def _send(self, laid: _Laid) -> None:
+    def _send(self, page: _Page, written: Written) -> None:
         """Copy what is laid out to the device."""
-        used = laid.written.used
-        self._words[:used].copy_(laid.page.words[:used], non_blocking=True)
-        self._told.copy_(laid.page.told, non_blocking=True)
+        self._words[: written.used].copy_(page.words[: written.used], non_blocking=True)
+        self._told.copy_(page.told, non_blocking=True)
 
     def _batch(self, rows: int, written: Written, most: int) -> DeviceBatch:
         """most: rows that this rank or a peer may have, which the experts' tiling is chosen for."""
         config = self._model.config
         slots = -(-config.num_experts // self._comm.ep_size)  # with replicas, too, that many are asked for at least
         tiling = Tiling.of(most * config.top_k, slots, exact=self._exact)
-        return DeviceBatch.of(self._words, self._shape, rows, written, tiling)
+        return DeviceBatch.of(self._words, self._shape, rows, written, tiling, self._tokens)
 
     def _compute(self, batch: DeviceBatch, samples: int) -> Tensor:
-        """Launch a step: hidden states, tokens of the first `samples` rows told of, and what the host reads."""
+        """Launch a step: hidden states, and tokens of the first `samples` rows told of."""
         hidden_TD = self._model.forward(batch)
         if samples:
             at = self._places["rows"]
             rows = self._told[at : at + samples]
             self._sample(self._model.logits(hidden_TD.index_select(0, rows)), samples)
-            self._tokens_host[:samples].copy_(self._tokens[:samples], non_blocking=True)
-        self._status_host.copy_(self._comm.status_words, non_blocking=True)
         return hidden_TD
 
     def _sample(self, logits_NV: Tensor, samples: int) -> None:
@@ -245,11 +264,13 @@ class CudaRunner:
         """A graph of `size` decodes, each with a token to choose. Its first, eager, run compiles what is missing."""
         batch = StepBatch(scratch_batch(chunks, block_size), (), ())
         with torch.inference_mode():
-            laid = self._lay_out_for(batch, self._pages[0], size)
-            self._send(laid)
-            on_device = self._batch(size, laid.written, size)
+            page = self._pages[0]
+            written = self._lay_out(batch, page, size)
+            self._send(page, written)
+            on_device = self._batch(size, written, size)
             self._compute(on_device, size)
-            self._wait()
+            page.mark()
+            self.wait(page)
             graph = torch.cuda.CUDAGraph()
             # Another thread may register the vault's memory meanwhile, which is none of the capture's business.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -9,6 +9,9 @@ into its own requests' unfilled ones**: a block that anyone could still read, a 
 out directly. To make that cost nothing, every change ends by cleaning the least recently used cached blocks until
 `reserve` clean ones lie ready, as many as one step can ask for.
 
+The clean blocks that a launched step was planned with are *lent* to it until it is committed or dropped: nothing of
+it is committed, but no later plan may name them.
+
 The idea of naming full blocks by their prefix is vLLM's automatic prefix caching.
 """
 
@@ -33,6 +36,7 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._clean = list(range(num_blocks - 1, -1, -1))  # a stack: the top is the next to be taken
         self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used first
+        self._lent: set[int] = set()
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
 
@@ -40,7 +44,7 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks in nobody's table, clean or cached."""
+        """Blocks in nobody's table, clean or cached, and lent to nobody."""
         return len(self._clean) + len(self._cached)
 
     @property
@@ -78,13 +82,31 @@ class BlockPool:
         """How many blocks become free when these references to them are given up."""
         return sum(self._refs[block] == count for block, count in Counter(blocks).items())
 
-    # --- changes: for a commit, or between steps
+    # --- while a step is under way: nobody's table changes
 
-    def take(self, blocks: Sequence[int]) -> None:
-        """Put clean blocks, in the order of `next_clean`, into one table."""
+    def lend(self, blocks: Sequence[int]) -> None:
+        """A step is launched that writes into these clean blocks, given in the order of `next_clean`."""
         for block in blocks:
             top = self._clean.pop()
             assert top == block, f"block {block} was planned, {top} is next"
+            self._lent.add(block)
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """The step to which these were lent does not count for their table: they are the next clean ones again."""
+        for block in reversed(blocks):
+            self._lent.remove(block)
+            self._clean.append(block)
+
+    # --- changes: for a commit, or between steps
+
+    def take(self, blocks: Sequence[int]) -> None:
+        """Put blocks into one table: lent ones, or clean ones in the order of `next_clean`."""
+        for block in blocks:
+            if block in self._lent:
+                self._lent.remove(block)
+            else:
+                top = self._clean.pop()
+                assert top == block, f"block {block} was planned, {top} is next"
             self._refs[block] = 1
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -126,8 +148,9 @@ class BlockPool:
         assert all(count == 1 or block in self._name_of for block, count in counted.items()), (
             "a nameless block is shared"
         )
-        idle = [*self._clean, *self._cached]
+        idle = [*self._clean, *self._cached, *self._lent]
         assert len(idle) == len(set(idle)) == self.num_blocks - len(counted), "blocks are lost or doubled"
         assert not any(block in self._name_of for block in self._clean), "a clean block has a name"
         assert {self._name_of[block]: block for block in self._name_of} == self._block_of, "names are off"
-        assert len(self._clean) >= min(self._reserve, self.free), "the reserve is short"
+        ready = len(self._clean) + len(self._lent)
+        assert ready >= min(self._reserve, self.free + len(self._lent)), "the reserve is short"

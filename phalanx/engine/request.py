@@ -100,6 +100,11 @@ class Request:
             return Ending("length")
         return _GOES_ON
 
+    def goes_on_for(self, tokens: int, max_model_len: int) -> bool:
+        """Whether it takes so many tokens more, as long as none of them stops it."""
+        output_length = self.output_length + tokens - 1
+        return output_length < self.sampling.max_tokens and self.prompt_length + output_length < max_model_len
+
     def append(self, token_id: int) -> None:
         """Commit one output token."""
         self.tokens.append(token_id)

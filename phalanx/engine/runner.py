@@ -44,7 +44,7 @@ class Routes(Protocol):
 
 @dataclass(frozen=True)
 class Ran:
-    """What a forward pass left, until the next one.
+    """What a forward pass left, until the next launch.
 
     logits: float32 [len(rows), V] of these rows of the batch. tokens: rows whose next token was chosen on the device
     already. status: what the collectives of the pass ended with, where it came along with its results; None: ask the
@@ -55,8 +55,14 @@ class Ran:
     status: Status | None = None
 
 
-def nothing() -> None:
-    """No batch is made ahead."""
+class Flight(Protocol):
+    """A batch that was launched."""
+
+    def finish(self) -> Ran:
+        """Wait until it has run. Once; flights end in the order of their launches. LOCAL."""
+
+    def discard(self) -> None:
+        """Wait until nothing of it runs, or will; what it brought does not count. LOCAL."""
 
 
 class StepRunner(Protocol):
@@ -64,14 +70,20 @@ class StepRunner(Protocol):
 
     vocab_size: int
 
-    def run(self, batch: StepBatch, ahead: Callable[[], StepBatch | None] = nothing) -> Ran:
-        """The forward pass of a step. COLLECTIVE: every rank calls it in every step, with T = 0 when it has nothing.
+    def launch(self, batch: StepBatch) -> Flight:
+        """Begin the forward pass of a step. COLLECTIVE: every rank calls it in every step, with T = 0 when it has
+        nothing. At most two batches are under way at a time."""
 
-        ahead: makes the batch that most likely follows, but for its tokens; a runner whose host is idle while a device
-        works calls it then, at most once."""
+    def may_lead(self, batch: StepBatch) -> bool:
+        """Whether another batch may be launched before this one, the only one under way, is finished: it then chooses
+        all its tokens itself, the batch behind it may refer to them (`batch.chosen`), and `Ran.logits` is not asked
+        for. LOCAL, pure."""
+
+    def run(self, batch: StepBatch) -> Ran:
+        """Launch and finish. COLLECTIVE."""
 
     def adopt(self, routes_LEW: npt.NDArray[np.int32]) -> None:
-        """Send tokens by these routes from now on. LOCAL."""
+        """Send tokens by these routes from now on. Nothing is under way. LOCAL."""
 
     def warm_up(self, limits: Limits) -> None:
         """Run everything that serving runs once, alone. LOCAL in effect."""
@@ -79,6 +91,20 @@ class StepRunner(Protocol):
     def close(self) -> None:
         """Wait until nothing runs any more, and let go of what refers to the communicator's memory and the slots'. For
         who closes those next, and lives on; a worker just ends. LOCAL."""
+
+
+@dataclass(frozen=True)
+class Landed:
+    """The flight of a batch that had run when its launch returned."""
+
+    ran: Ran
+
+    def finish(self) -> Ran:
+        """See `Flight`."""
+        return self.ran
+
+    def discard(self) -> None:
+        """See `Flight`."""
 
 
 class Runner:
@@ -95,10 +121,18 @@ class Runner:
         with torch.inference_mode():
             return self._model.forward(batch, self._kv)
 
-    def run(self, batch: StepBatch, ahead: Callable[[], StepBatch | None] = nothing) -> Ran:
-        """See `StepRunner`. COLLECTIVE. The host has no idle time for `ahead`."""
+    def launch(self, batch: StepBatch) -> Flight:
+        """See `StepRunner`. COLLECTIVE. The host computes, so the batch has run when this returns."""
         hidden_TD = self.forward(batch.forward)
-        return Ran(lambda rows: self.logits(hidden_TD, rows))
+        return Landed(Ran(lambda rows: self.logits(hidden_TD, rows)))
+
+    def may_lead(self, batch: StepBatch) -> bool:
+        """See `StepRunner`: nothing is gained where the host itself computes."""
+        return False
+
+    def run(self, batch: StepBatch) -> Ran:
+        """See `StepRunner`. COLLECTIVE."""
+        return self.launch(batch).finish()
 
     def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> FloatRow:
         """The model's raw logits of some rows of a batch: float32 [len(rows), V]. LOCAL."""

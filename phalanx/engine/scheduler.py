@@ -2,6 +2,13 @@
 
 `schedule` is a pure function of what is committed. It returns a frozen plan, and only `commit` applies one. A plan
 whose step fails is dropped; the next one is made from the same state, or from a newer one when requests came or went.
+While a step runs, `follow` may say what comes after it. Plans are committed in the order in which they departed.
+
+A request that ends with step n may have a row in step n + 1, which is launched by then, and its blocks are free as soon
+as n is committed. That harms nobody: n + 1 writes only to the position after the last committed one, so into a block
+that is not full (nameless: the prefix cache names full blocks of committed tokens) or into one lent to it (in no other
+plan until n + 1 is committed); and whoever gets the freed block next writes to it in a later step, which the device
+runs after n + 1.
 
 Order of arrival is the priority. Running requests are always the oldest ones: a request is admitted only when all
 older ones run, and pages are taken back from the youngest. The oldest therefore always gets on, so that every request
@@ -59,7 +66,7 @@ class Chunk:
     new: tuple[int, ...] = ()
     samples: bool = False
     before: tuple[int, ...] | None = None
-    """The request's blocks at the time of the step, where they are not its own yet: in a plan made ahead."""
+    """The request's blocks at the time of the step, where they are not its own yet: in a plan that `follow` made."""
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -114,46 +121,55 @@ class Scheduler:
         return Plan(tuple(draft.chunks), tuple(draft.preempted))
 
     def follow(self, plan: Plan) -> Plan | None:
-        """What `schedule` will most likely return once `plan`, the step in hand, is committed: every request goes on by
-        one token. None when more than that happens, somebody waiting to be let in, say. `confirm` tells later whether
-        it came so. LOCAL, changes nothing."""
-        chunks = plan.chunks
-        alike = len(chunks) == len(self.requests) and not plan.preempted and all(chunk.samples for chunk in chunks)
-        if not alike or not chunks or len(chunks) > self.limits.max_num_batched_tokens:
+        """The step after `plan`, which is launched and not committed: every request of it that does not end with it for
+        certain goes on by one token. None when `schedule` may do more than that once it is committed (somebody could be
+        let in, blocks are short), so that it must be asked. LOCAL, changes nothing.
+
+        A request that ends with `plan` all the same, by a stop token, has a row too many; `commit` drops it."""
+        limits = self.limits
+        chunks = self.alive(plan)
+        if plan.preempted or not all(chunk.samples for chunk in chunks):
             return None
-        size, taken = self.limits.block_size, sum(len(chunk.new) for chunk in chunks)
-        following = []
-        for chunk in chunks:
+        if len(chunks) > limits.max_num_batched_tokens:
+            return None
+        staying = [chunk for chunk in chunks if chunk.request.goes_on_for(2, limits.max_model_len)]
+        others = len(self.requests) - len(chunks)
+        if others and (not staying or self._may_change(chunks, staying)):
+            return None
+        following, taken = [], 0
+        for chunk in staying:
             start = chunk.start + chunk.length
             blocks = chunk.blocks
-            need = start // size + 1 - len(blocks)
+            need = start // limits.block_size + 1 - len(blocks)
             if need and taken + need > self.pool.clean:
                 return None
             following.append(Chunk(chunk.request, start, 1, (), self.pool.next_clean(need, after=taken), True, blocks))
             taken += need
         return Plan(tuple(following))
 
-    def confirm(self, plan: Plan) -> bool:
-        """Whether `plan`, from `follow`, is what `schedule` returns now: its step was committed, nobody ended, nobody
-        came, and the same blocks are the next clean ones. LOCAL, changes nothing."""
-        if len(plan.chunks) != len(self.requests):
-            return False
-        new: list[int] = []
+    def depart(self, plan: Plan) -> None:
+        """A step of `plan` is launched: its new blocks are in no later plan until it is committed or dropped. LOCAL."""
         for chunk in plan.chunks:
-            if chunk.request.computed != chunk.start or not chunk.request.running:
-                return False
-            new += chunk.new
-        return len(new) <= self.pool.clean and self.pool.next_clean(len(new)) == tuple(new)
+            self.pool.lend(chunk.new)
+
+    def drop(self, plan: Plan) -> None:
+        """The launched step of `plan`, the last one, does not count. LOCAL."""
+        for chunk in reversed(plan.chunks):
+            self.pool.give_back(chunk.new)
 
     def commit(self, plan: Plan, tokens: Mapping[str, int]) -> dict[str, Ending]:
         """Apply a plan whose step succeeded. LOCAL.
 
         tokens: what each request whose chunk samples got. Returns how each of them stands now; one that ended is
-        gone from here."""
+        gone from here. Requests that were gone before, because they ended with the step before this one or were
+        aborted while it ran, get nothing: their chunks are as if they had not been."""
         endings: dict[str, Ending] = {}
         size = self.limits.block_size
         for chunk in plan.chunks:
             request = chunk.request
+            if not self.has(request):
+                self.pool.give_back(chunk.new)
+                continue
             if not request.running:
                 self._prefix_queries += len(request.tokens)
                 self._prefix_hits += chunk.start
@@ -215,7 +231,28 @@ class Scheduler:
             assert len(request.blocks) == request.blocks_for(request.computed), "blocks and computed tokens disagree"
             assert request.computed < len(request.tokens)
 
-    # --- the parts of schedule
+    def has(self, request: Request) -> bool:
+        """Whether the request, and no later attempt of it, is here. LOCAL."""
+        return self.requests.get(request.request_id) is request
+
+    def alive(self, plan: Plan) -> list[Chunk]:
+        """The plan's chunks whose requests are still here: what `commit` applies. LOCAL."""
+        return [chunk for chunk in plan.chunks if self.has(chunk.request)]
+
+    # --- the parts of schedule and follow
+
+    def _may_change(self, chunks: list[Chunk], staying: list[Chunk]) -> bool:
+        """Whether somebody who is not among these chunks may get one when those that stay decode next."""
+        busy = {chunk.request.request_id for chunk in chunks}
+        first = next(request for name, request in self.requests.items() if name not in busy)
+        if first.running:
+            return True
+        if min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens) <= len(staying):
+            return False
+        # The first in the queue holds up the others, as in `_admit`. Whoever leaves may make room for it.
+        return len(staying) < len(chunks) or first.blocks_for(len(first.tokens)) <= self.pool.free + len(
+            self._prefix_of(first)
+        )
 
     def _continue_running(self, draft: _Draft, running: list[Request]) -> bool:
         """Plan the next chunk of each running request, the oldest first. True when blocks ran short: then nobody is

@@ -4,6 +4,13 @@ Nothing that is committed changes before the check: no block table, token, count
 step that fails leaves no trace but KV in blocks that nobody reads, and replaying it takes no code: the next `step()`
 plans from the same state and, because all is exact and the noise is a function of (seed, position), gives the same
 tokens. Commit is local: a peer that failed where this rank did not simply runs its own part again.
+
+Two steps may be under way. Where the runner computes on a device (`StepRunner.may_lead`) and what follows step n is
+known without its tokens (`Scheduler.follow`), step n + 1 meets and is launched while n still runs, and takes n's tokens
+from the device; only then is n waited for, checked, committed and told. So the device has work while the host does
+its share. The order of everything COLLECTIVE stays what it is without: header n, n, header n + 1, n + 1; a rank that
+cannot do so meets its peers later, and they wait for it in the header. A failure drops whatever is not committed: both
+steps, when n failed. What was committed before the failure was noticed is told with the next result.
 """
 
 from __future__ import annotations
@@ -16,9 +23,9 @@ import numpy.typing as npt
 
 from phalanx.comm.base import Communicator, Status
 from phalanx.engine import sampler
-from phalanx.engine.batch import PromptRows, StepBatch, build, build_ahead, complete
+from phalanx.engine.batch import PromptRows, StepBatch, build, build_behind
 from phalanx.engine.request import Request
-from phalanx.engine.runner import Ran, StepRunner
+from phalanx.engine.runner import Flight, Ran, StepRunner
 from phalanx.engine.scheduler import Limits, Plan, Scheduler
 from phalanx.errors import PeerLost
 from phalanx.messages import Abort, Load, Logprob, Pause, PromptLogprobs, Resume, Submit, TokenOut, ToWorker
@@ -46,9 +53,10 @@ class StepResult:
     """What one call of `step` brought.
 
     tokens: committed ones and ends, also of requests that were aborted since the last call. rejected: since then.
-    idle: no rank had anything to do, nothing ran: all may sleep. proposal: the highest of any rank. boundary: all ranks
-    were ready for what is proposed; nothing ran, all are at the same step boundary. step: the number of the step, the
-    same on all ranks. prompt_tokens: prompt tokens computed in it.
+    idle: no rank has anything more to do, nothing runs: all may sleep. proposal: the highest of any rank. boundary: all
+    ranks are ready for what is proposed; nothing runs, all are at the same step boundary. Both may come with the tokens
+    of the step before. step: the number of the last step committed, the same on all ranks. prompt_tokens: prompt tokens
+    computed in it.
     """
 
     tokens: list[TokenOut] = field(default_factory=list)
@@ -70,6 +78,39 @@ class _Outcome:
     prompt_logprobs: dict[str, list[list[Logprob]]]
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step under way. number: its own. flight: None when no rank had a token, so that nothing runs."""
+
+    plan: Plan
+    batch: StepBatch
+    number: int
+    prompt_tokens: int
+    flight: Flight | None
+
+
+@dataclass
+class _Untold:
+    """What the next result brings."""
+
+    tokens: list[TokenOut] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    rejected: list[Refusal] = field(default_factory=list)
+    prompt_tokens: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.tokens or self.prompt_logprobs or self.rejected)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What all ranks together said in a header."""
+
+    proposal: int = 0
+    boundary: bool = False
+    idle: bool = False
+
+
 class Engine:
     """The requests of one rank, and its part in every step.
 
@@ -86,50 +127,36 @@ class Engine:
         self._faults = faults
         self._scheduler = Scheduler(limits)
         self._paused = False
-        self._ahead: tuple[Plan, StepBatch] | None = None
         self._epoch = 0
         self._step = 0
-        self._ended: list[TokenOut] = []
-        self._rejected: list[Refusal] = []
+        self._launched: list[_Launched] = []
+        """Steps under way, the older one first: at most two within `step`, at most one between its calls."""
+        self._untold = _Untold()
 
     def step(self, proposal: int = 0, ready: bool = False) -> StepResult:
-        """Run one step with all ranks. COLLECTIVE.
+        """Take one step to its end, with all ranks; the one after it may have been launched by then. COLLECTIVE.
 
         proposal: greater than 0 when this rank knows of a change that all are to make together. ready: whether it is
-        ready for it. When all ranks are, the step ends at its boundary, on all of them.
-        Raises PeerLost when ranks fell silent or a roll call was opened; then nothing of the step was committed."""
-        self._faults.point("step", self._step + 1)
-        ahead, self._ahead = self._ahead, None
-        if self._paused:
-            plan, ahead = Plan(), None
-        elif ahead and self._scheduler.confirm(ahead[0]):
-            plan = ahead[0]
-        else:
-            plan, ahead = self._scheduler.schedule(), None
-        self._faults.point("schedule")
-        header_RN = self._header(plan, proposal, ready)
-        proposal = int(header_RN[:, _PROPOSAL].max())
-        if header_RN[header_RN[:, _STEP] > 0, _READY].all():
-            return self._result(proposal=proposal, boundary=True)
-        if not header_RN[:, _WANTS].any():
-            return self._result(proposal=proposal, idle=True)
-        if ahead:
-            batch, prompt_tokens = ahead[1], 0  # decodes alone are made ahead
-            complete(batch)
-        else:
-            batch = build(plan)
-            prompt_tokens = sum(min(c.length, max(0, c.request.prompt_length - c.start)) for c in plan.chunks)
-        if header_RN[:, _TOKENS].any():
-            self._faults.point("prefill" if prompt_tokens else "decode")
-            ran = self._runner.run(batch, lambda: self._prepare(plan))
-            # The last collective is over and what follows is local: the check can stand before the sampler.
-            self._check(ran.status)
-            outcome = self._sample(batch, ran)
-        else:
-            outcome = _Outcome({}, {}, {})
-        self._faults.point("commit")
-        self._step = int(header_RN[:, _STEP].max())
-        return self._commit(plan, outcome, prompt_tokens, proposal)
+        ready for it. When all ranks are, they end at the same step boundary, with nothing under way.
+        Raises PeerLost when ranks fell silent or a roll call was opened. Then nothing is under way; what was committed
+        before is told with the next result."""
+        try:
+            self._faults.point("step", self._step + 1)
+            said = self._go_on(proposal, ready)
+        except Exception:
+            self._drop()
+            raise
+        untold, self._untold = self._untold, _Untold()
+        return StepResult(
+            tokens=untold.tokens,
+            prompt_logprobs=untold.prompt_logprobs,
+            rejected=untold.rejected,
+            idle=said.idle,
+            proposal=said.proposal,
+            boundary=said.boundary,
+            step=self._step,
+            prompt_tokens=untold.prompt_tokens,
+        )
 
     def accept(self, messages: Iterable[ToWorker]) -> None:
         """Take in what the server sends, between steps. Messages that are not the engine's are left alone. LOCAL."""
@@ -145,13 +172,14 @@ class Engine:
 
     def adopt(self, world: World, routes_LEW: npt.NDArray[np.int32]) -> None:
         """Serve under `world` from now on; the communicator has adopted its view. Requests and KV stay. LOCAL."""
+        assert not self._launched, "a step of the last World is under way"
         self._epoch = world.epoch
         self._runner.adopt(routes_LEW)
 
     @property
     def has_work(self) -> bool:
         """Whether the next step of this rank has something to run or to tell: then it must not sleep."""
-        return bool(self._ended or self._rejected or (self._scheduler.requests and not self._paused))
+        return bool(self._launched or self._untold or (self._scheduler.requests and not self._paused))
 
     @property
     def paused(self) -> bool:
@@ -163,7 +191,7 @@ class Engine:
         return self._step
 
     def next_plan(self) -> Plan:
-        """What the next step would run, as things stand. LOCAL, changes nothing."""
+        """What the next step would run, as things stand, if none is under way. LOCAL, changes nothing."""
         return self._scheduler.schedule()
 
     def load(self) -> Load:
@@ -176,32 +204,93 @@ class Engine:
 
     # --- the parts of a step
 
-    def _header(self, plan: Plan, proposal: int, ready: bool) -> npt.NDArray[np.int64]:
-        """What every rank brings to this step: int64 [R, 6]. It is read only if it is complete. COLLECTIVE."""
-        header_RN, status = self._comm.meet([plan.num_tokens, proposal, ready, self._epoch, bool(plan), self._step + 1])
+    def _go_on(self, proposal: int, ready: bool) -> _Said:
+        """See `step`."""
+        said = _Said()
+        if not self._launched:
+            said = self._begin(Plan() if self._paused else self._scheduler.schedule(), None, proposal, ready)
+            if not self._launched:
+                return said
+        first = self._launched[0]
+        following = self._following(first)
+        if following is not None:
+            try:
+                said = self._begin(following, first, proposal, ready)
+            except PeerLost as lost:
+                self._land(lost)  # it may have been whole; whoever committed it elsewhere told its tokens
+                raise
+        self._land()
+        return said
+
+    def _begin(self, plan: Plan, behind: _Launched | None, proposal: int, ready: bool) -> _Said:
+        """Meet, and launch a step unless all are to do something else. behind: the step under way. COLLECTIVE."""
+        self._faults.point("schedule")
+        number = (behind.number if behind else self._step) + 1
+        header_RN = self._header([plan.num_tokens, proposal, ready, self._epoch, bool(plan), number])
+        proposal = int(header_RN[:, _PROPOSAL].max())
+        if header_RN[header_RN[:, _STEP] > 0, _READY].all():
+            return _Said(proposal, boundary=True)
+        if not header_RN[:, _WANTS].any():
+            return _Said(proposal, idle=True)
+        batch = build(plan) if behind is None else build_behind(plan, behind.plan)
+        prompt_tokens = sum(min(c.length, max(0, c.request.prompt_length - c.start)) for c in plan.chunks)
+        flight = None
+        if header_RN[:, _TOKENS].any():
+            self._faults.point("prefill" if prompt_tokens else "decode")
+            flight = self._runner.launch(batch)
+        self._scheduler.depart(plan)
+        number = int(header_RN[:, _STEP].max())
+        self._launched.append(_Launched(plan, batch, number, prompt_tokens, flight))
+        return _Said(proposal)
+
+    def _following(self, step: _Launched) -> Plan | None:
+        """The plan that can be launched behind a step under way; None: it must be committed first. LOCAL."""
+        if self._paused or step.flight is None or not self._runner.may_lead(step.batch):
+            return None
+        return self._scheduler.follow(step.plan)
+
+    def _land(self, lost: PeerLost | None = None) -> None:
+        """Wait for the oldest step under way, check it, and commit it. lost: what is known to have failed since. LOCAL.
+        Raises PeerLost."""
+        step = self._launched[0]
+        outcome = _Outcome({}, {}, {})
+        if step.flight is not None:
+            ran = step.flight.finish()
+            # The last collective is over and what follows is local: the check can stand before the sampler.
+            self._check(ran.status or self._comm.status(), lost)
+            outcome = self._sample(step.batch, ran)
+        self._faults.point("commit")
+        del self._launched[0]
+        self._step = step.number
+        self._commit(step, outcome)
+
+    def _drop(self) -> None:
+        """Forget every step under way, once nothing of it runs any more: what was planned with it is free again."""
+        dropped, self._launched = self._launched, []
+        for step in reversed(dropped):
+            self._scheduler.drop(step.plan)
+        for step in dropped:
+            if step.flight is not None:
+                step.flight.discard()
+
+    def _header(self, row: list[int]) -> npt.NDArray[np.int64]:
+        """What every rank brings to a step: int64 [R, 6]. It is read only if it is complete. COLLECTIVE."""
+        header_RN, status = self._comm.meet(row)
         self._check(status)
         present = header_RN[header_RN[:, _STEP] > 0]
         assert (present[:, _EPOCH] == self._epoch).all(), f"ranks in a step of epochs {present[:, _EPOCH].tolist()}"
         return header_RN
 
-    def _prepare(self, plan: Plan) -> StepBatch | None:
-        """While the step of `plan` runs: make the plan and the batch that most likely follow it. Nothing is committed
-        by that, and when it comes otherwise (a failure, an end, a newcomer) the next step plans anew. LOCAL."""
-        following = self._scheduler.follow(plan)
-        if following is None:
-            return None
-        self._ahead = following, build_ahead(following)
-        return self._ahead[1]
-
-    def _check(self, status: Status | None = None) -> None:
-        """The one place where a failure surfaces. LOCAL."""
-        status = status or self._comm.status()
+    def _check(self, status: Status, lost: PeerLost | None = None) -> None:
+        """The one place where a failure surfaces, together with what is `lost` already. LOCAL."""
         if not status.clean:
-            raise PeerLost(status.lost, status.interrupted)
+            ranks, epoch = (lost.ranks, lost.epoch) if lost else ((), 0)
+            raise PeerLost(status.lost.union(ranks), max(status.interrupted, epoch))
 
     def _sample(self, batch: StepBatch, ran: Ran) -> _Outcome:
         outcome = _Outcome({r.request_id: ran.tokens[row] for r, row in batch.samples if row in ran.tokens}, {}, {})
-        left = [(request, row) for request, row in batch.samples if row not in ran.tokens]
+        here = self._scheduler.has
+        left = [(request, row) for request, row in batch.samples if row not in ran.tokens and here(request)]
         for first in range(0, len(left), _ROWS_AT_ONCE):
             samples = left[first : first + _ROWS_AT_ONCE]
             logits_NV = ran.logits([row for _, row in samples])
@@ -229,20 +318,23 @@ class Engine:
                 entries.append(sampler.logprobs(logits_V, token_id, count))
         return entries
 
-    def _commit(self, plan: Plan, outcome: _Outcome, prompt_tokens: int, proposal: int) -> StepResult:
+    def _commit(self, step: _Launched, outcome: _Outcome) -> None:
         """Make the step count. LOCAL."""
-        told: list[PromptLogprobs] = []
+        untold = self._untold
         sampled: list[tuple[Request, int]] = []
-        for chunk in plan.chunks:
+        for chunk in self._scheduler.alive(step.plan):
             request = chunk.request
             if outcome.prompt_logprobs:
                 request.prompt_logprobs.extend(outcome.prompt_logprobs.get(request.request_id, ()))
             if chunk.samples:
                 sampled.append((request, request.output_length))
                 if request.sampling.prompt_logprobs is not None and request.output_length == 0:
-                    told.append(PromptLogprobs(request.request_id, request.attempt, request.prompt_logprobs))
-        endings = self._scheduler.commit(plan, outcome.tokens)
-        tokens = [
+                    untold.prompt_logprobs.append(
+                        PromptLogprobs(request.request_id, request.attempt, request.prompt_logprobs)
+                    )
+        endings = self._scheduler.commit(step.plan, outcome.tokens)
+        untold.prompt_tokens += step.prompt_tokens
+        untold.tokens += [
             TokenOut(
                 request_id=request.request_id,
                 attempt=request.attempt,
@@ -254,31 +346,6 @@ class Engine:
             )
             for request, index in sampled
         ]
-        return self._result(tokens=tokens, prompt_logprobs=told, prompt_tokens=prompt_tokens, proposal=proposal)
-
-    def _result(
-        self,
-        *,
-        tokens: Iterable[TokenOut] = (),
-        prompt_logprobs: Iterable[PromptLogprobs] = (),
-        idle: bool = False,
-        proposal: int = 0,
-        boundary: bool = False,
-        prompt_tokens: int = 0,
-    ) -> StepResult:
-        """Hand out what the step brought, and what was waiting to be told."""
-        result = StepResult(
-            tokens=[*self._ended, *tokens],
-            prompt_logprobs=list(prompt_logprobs),
-            rejected=self._rejected,
-            idle=idle,
-            proposal=proposal,
-            boundary=boundary,
-            step=self._step,
-            prompt_tokens=prompt_tokens,
-        )
-        self._ended, self._rejected = [], []
-        return result
 
     # --- requests that come and go, between steps
 
@@ -290,14 +357,14 @@ class Engine:
             self._scheduler.remove(submit.request_id)
         reason = self._refuse(submit)
         if reason:
-            self._rejected.append(Refusal(submit.request_id, submit.attempt, reason))
+            self._untold.rejected.append(Refusal(submit.request_id, submit.attempt, reason))
             return
         self._scheduler.add(Request.of(submit, self._eos_ids, self._limits.block_size))
 
     def _abort(self, request_id: str) -> None:
         if request_id in self._scheduler.requests:
             request = self._scheduler.remove(request_id)
-            self._ended.append(TokenOut(request_id, request.attempt, request.output_length, -1, "abort"))
+            self._untold.tokens.append(TokenOut(request_id, request.attempt, request.output_length, -1, "abort"))
 
     def _refuse(self, submit: Submit) -> str:
         """Why this rank can never run the request; empty when it can."""

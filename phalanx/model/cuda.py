@@ -67,7 +67,7 @@ class DeviceBatch:
     """A batch on the device: `rows` rows, padding included; tensors are views of the tables' words.
 
     num_rows, num_items: int32 [1]. tiles_at, tiles: of prefills, in the tail; no graph has any. tiling: how the experts
-    cut their work."""
+    cut their work. chosen: int64, the tokens that the batch before chose: token -1 - i is its i-th."""
 
     rows: int
     tokens: Tensor
@@ -81,15 +81,20 @@ class DeviceBatch:
     tiles_at: int
     tiles: int
     tiling: Tiling
+    chosen: Tensor | None = None
 
     @classmethod
-    def of(cls, words: Tensor, shape: TableShape, rows: int, written: Written, tiling: Tiling) -> DeviceBatch:
+    def of(
+        cls, words: Tensor, shape: TableShape, rows: int, written: Written, tiling: Tiling,
+        chosen: Tensor | None = None,
+    ) -> DeviceBatch:  # fmt: skip
         """Views of `words`, which hold what `written` says. LOCAL."""
         at = shape.offsets
         parts = {name: words[at[name] : at[name] + rows + (name == "items_at")] for name in PARTS}
         return cls(
             rows=rows, **parts, tail=words[at["tail"] :], num_rows=words[NUM_ROWS : NUM_ROWS + 1],
             num_items=words[NUM_ITEMS : NUM_ITEMS + 1], tiles_at=written.tiles_at, tiles=written.tiles, tiling=tiling,
+            chosen=chosen,
         )  # fmt: skip
 
 
@@ -156,7 +161,7 @@ class DeviceModel:
     def forward(self, batch: DeviceBatch) -> Tensor:
         """[rows, D], the normed last hidden states; writes the batch's KV. COLLECTIVE, launches only."""
         weights, eps = self._weights, self.config.norm_eps
-        x_TD = weights.embed.index_select(0, batch.tokens)
+        x_TD = self.embed(batch.tokens, batch.chosen)
         normed_TD = self.norm(x_TD, None, weights.layers[0].input_norm, eps)
         moe = 0
         for index, layer in enumerate(weights.layers):
@@ -172,6 +177,16 @@ class DeviceModel:
             norm = weights.norm if last else weights.layers[index + 1].input_norm
             normed_TD = self.norm(out_TD, x_TD, norm, eps)
         return normed_TD
+
+    def embed(self, tokens_T: Tensor, chosen: Tensor | None) -> Tensor:
+        """[T, D]; tokens_T: int32, and -1 - i for the i-th that is `chosen`, int64. LOCAL, launches only."""
+        embed, rows, width = self._weights.embed, tokens_T.shape[0], self.config.hidden
+        x_TD = torch.empty(rows, width, dtype=embed.dtype, device=embed.device)
+        self._code.embed_kernel[(rows,)](
+            tokens_T, tokens_T if chosen is None else chosen, embed, x_TD, D=width, BLOCK=_power_of_two(width),
+            num_warps=4,
+        )  # fmt: skip
+        return x_TD
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] in the run's type. LOCAL, launches only."""

@@ -1,7 +1,7 @@
 """A batch as the kernels read it: one array of int32 words, written on the host and copied in one piece.
 
     words      [64]      how many rows and items there are
-    tokens     [rows]    token ids
+    tokens     [rows]    token ids, or -1 - i for the i-th that the batch before chose
     positions  [rows]    where they stand in their sequences
     kv_rows    [rows]    where their keys and values go: block * block_size + offset
     blocks_at  [rows]    where the blocks of their sequence begin in the tail
@@ -127,12 +127,6 @@ def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> 
         words[at[name] + count : at[name] + padded] = padding
     words[at["items_at"] : at["items_at"] + padded + 1] = items_at
     return Written(at["tail"] + blocks_at + len(blocks), 2 * items, len(tiles))
-
-
-def write_tokens(words: Words, shape: TableShape, batch: ForwardBatch) -> None:
-    """Put the batch's tokens into words that hold all else of it. LOCAL, pure but for `words`."""
-    at, tokens = shape.offsets["tokens"], batch.token_ids_T.numpy()
-    words[at : at + len(tokens)] = tokens
 
 
 def _tiles(lengths: npt.NDArray[np.int64], tile: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Triton kernels of the decoder: norm, placing of queries and keys, paged attention, exact products.
+"""Triton kernels of the decoder: embedding, norm, placing of queries and keys, paged attention, exact products.
 
 What makes a row's bits its own: a decode looks at its KV in splits of fixed size, each walked in blocks of fixed size,
 and the splits are merged in their order; a product walks its inner dimension in blocks of fixed size. Nothing here
@@ -20,6 +20,17 @@ import triton
 import triton.language as tl
 
 from phalanx.moe.kernels import dot
+
+
+@triton.jit
+def embed_kernel(tokens, chosen, embed, out, D: tl.constexpr, BLOCK: tl.constexpr):
+    """out = embed[token]; token -1 - i is chosen[i], what the batch before chose. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    token = tl.load(tokens + row).to(tl.int64)
+    earlier = tl.load(chosen + tl.maximum(-1 - token, 0), mask=token < 0, other=0)
+    token = tl.where(token < 0, earlier, token)
+    tl.store(out + row * D + cols, tl.load(embed + token * D + cols, mask=cols < D, other=0.0), mask=cols < D)
 
 
 @triton.jit

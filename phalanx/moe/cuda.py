@@ -156,26 +156,31 @@ class DeviceBank(SlotBank):
 
 
 class DeviceLoad:
-    """This rank's tokens by layer and expert, counted by the gates' kernel, and kept once their step was whole."""
+    """This rank's tokens by layer and expert: counted by the gates' kernel, and added up on the host, once their step
+    was whole. So nobody who asks waits for the device."""
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         self.step_LE = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
-        """Of the step in hand. Fixed address."""
-        self._load_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        """Of the step that runs. Fixed address."""
+        self._load_LE = np.zeros((num_layers, num_experts), np.int64)
 
-    def count(self) -> None:
-        """The step was whole. LOCAL, does not wait."""
-        self._load_LE += self.step_LE
+    def landing(self) -> Tensor:
+        """Host memory for one step's counts, int32 [L, E]. LOCAL."""
+        return torch.zeros(self.step_LE.shape, dtype=torch.int32, pin_memory=self.step_LE.device.type == "cuda")
+
+    def end(self, landing_LE: Tensor) -> None:
+        """A step was launched: its counts go there once it has run, and the next one counts from 0. LOCAL, launches
+        only."""
+        landing_LE.copy_(self.step_LE, non_blocking=True)
         self.step_LE.zero_()
 
-    def drop(self) -> None:
-        """The step will be run again. LOCAL, does not wait."""
-        self.step_LE.zero_()
+    def count(self, landing_LE: Tensor) -> None:
+        """The step whose counts have landed there was whole. LOCAL."""
+        self._load_LE += landing_LE.numpy()
 
     def read(self) -> npt.NDArray[np.int64]:
-        """int64 [L, E]; it only grows. Waits for the device. LOCAL."""
-        load_LE: npt.NDArray[np.int64] = self._load_LE.cpu().numpy()
-        return load_LE
+        """int64 [L, E]; it only grows. LOCAL."""
+        return self._load_LE.copy()
 
 
 _FEW = 9.0

@@ -237,6 +237,39 @@ def check_waits(ranks: int) -> None:
         print(f"    {own['seconds'] * 1e3:.2f} ms, a peer's (from its call to our host) after {ms:.2f} ms")
 
 
+def check_meet(**options: Any) -> None:
+    """Hosts meet while a kernel of one waits for its peers; they hear of a death, which then ends that kernel, too."""
+    early = not options.get("interpret")
+    with party(COMMANDS, 2, devices()) as p:
+        opened(p, **SMALL, peer_timeout_s=30.0, **options)
+        times = 200
+        for m in p.ranks.values():
+            m.send("meet", rows=[[m.rank, i] for i in range(times)], early=early and m.rank == 0)
+        for answer in [m.reply() for m in p.ranks.values()]:
+            expect(answer, lost=[], lost_by_host=[], gathered=[[0, times - 1], [1, times - 1]])
+            assert answer["rows"] == [[[0, i], [1, i]] for i in range(times)], answer["rows"][:3]
+        took = answer["seconds"] / times
+        p.ranks[0].send("meet", rows=[[5]], early=early)
+        kill(p.ranks[1])
+        dead = p.ranks[0].reply()
+        why = {"1": "notice"}
+        expect(dead, lost=[1], lost_by_host=[1], causes_by_host=why, causes=why, last=[[5], [0]])
+        assert dead["seconds"] < 5, dead
+        print(f"    {took * 1e6:.0f} us a meeting; a death was known after {dead['detect_s']['1'] * 1e3:.1f} ms")
+    if not early:
+        return
+    with party(COMMANDS, 2, devices()) as p:
+        opened(p, **SMALL, peer_timeout_s=30.0, **options)
+        p.ranks[0].send("watch")
+        p.ranks[1].signal(signal.SIGKILL)  # nobody announces it
+        ended = p.ranks[0].reply()
+        expect(ended, lost=[1], causes=why)
+        assert ended["seconds"] < 5, ended
+        print(
+            f"    a kernel that waited for a peer which was killed unseen ended after {ended['seconds'] * 1e3:.1f} ms"
+        )
+
+
 def check_edges(**options: Any) -> None:
     """A member that died before it was adopted is masked; who is not in the view is evicted; --no-elastic raises."""
     with party(COMMANDS, 3, devices()) as p:
@@ -313,6 +346,7 @@ def checks() -> dict[str, Stage]:
         "kill-unseen": alone(check_kill_unseen, 2),
         "stop": alone(check_stop, 2),
         "waits": alone(check_waits, 2),
+        "meet": alone(check_meet),
         "four-kill": alone(check_kill, 4, 20),
         "four-stop": alone(check_stop, 4),
         "eight-kill": alone(check_kill, 8, 10),
@@ -332,6 +366,7 @@ def interpreted() -> dict[str, Stage]:
         "exchange-fast": alone(check_exchange, 2, small, mode="fast"),
         "exchange-fp8": alone(check_exchange, 2, small, fp8=True),
         "three-ranks": alone(check_exchange, 3, small),
+        "meet": alone(check_meet),
         "edges": alone(check_edges),
         "edges-relayed": alone(check_edges, maps_host=False),
         "deep-ep": alone(check_deep_ep, 2, small),

@@ -213,6 +213,36 @@ def interrupt(ranks: RankProcess, epoch: int) -> Reply:
     return {"said_ns": said}
 
 
+def meet(ranks: RankProcess, rows: list[list[int]], early: bool) -> Reply:
+    """The hosts' meetings; behind the last one an all_gather on the device, or before it, so that it still waits."""
+    comm = ranks.comm
+    own = torch.tensor(rows[-1], device=ranks.device)
+    began = time.monotonic()
+    met = [comm.meet(row) for row in rows[:-1]]
+    gathered = comm.all_gather(own) if early else None
+    met.append(comm.meet(rows[-1]))
+    seconds = time.monotonic() - began
+    if gathered is None:
+        gathered = comm.all_gather(own)
+    last, status = met[-1]
+    answer = ranks.status()
+    return {
+        **answer, "rows": [rows.tolist() for rows, _ in met], "gathered": gathered.tolist(), "seconds": seconds,
+        "lost_by_host": sorted(status.lost), "causes_by_host": dict(status.causes), "last": last.tolist(),
+    }  # fmt: skip
+
+
+def watch(ranks: RankProcess) -> Reply:
+    """Wait for a kernel that waits for a peer, as the engine's runner does: watching whether peers end."""
+    began = time.monotonic()
+    ranks.comm.all_gather(torch.tensor([1], dtype=torch.int64, device=ranks.device))
+    over = torch.cuda.Event()
+    over.record()
+    while not over.query():
+        ranks.comm.watch()
+    return {**ranks.status(), "seconds": time.monotonic() - began}
+
+
 def sleep(ranks: RankProcess, seconds: float) -> Reply:
     print('{"asleep": true}', flush=True)
     return {"woken": ranks.comm.sleep(seconds)}
@@ -282,9 +312,9 @@ def raises(ranks: RankProcess, what: str, **arguments: Any) -> Reply:
 
 COMMANDS = {
     "exchange": exchange, "same_bits": same_bits, "capture": capture, "serve": serve, "wait_for_peers": wait_for_peers,
-    "interrupt": interrupt, "sleep": sleep, "ring": ring, "raises": raises, "deep_ep": deep_ep,
+    "interrupt": interrupt, "meet": meet, "watch": watch, "sleep": sleep, "ring": ring, "raises": raises,
     "expect": expect_members,
-    "deep_ep_capture": deep_ep_capture, "deep_ep_replay": deep_ep_replay,
+    "deep_ep": deep_ep, "deep_ep_capture": deep_ep_capture, "deep_ep_replay": deep_ep_replay,
 }  # fmt: skip
 
 

@@ -281,7 +281,7 @@ def _gate_case(device: torch.device, num_experts: int, top_k: int, tokens: int) 
     want = table[0][chosen, (positions.long() % 3)[:, None]]
     want[real:] = -1
     assert torch.equal(slots.cpu(), want), (slots.cpu()[:3], want[:3])
-    load.count()
+    load.count(load.step_LE.cpu())
     assert load.read()[0].tolist() == torch.bincount(chosen[:real].flatten(), minlength=num_experts).tolist()
     bank.close()
 
@@ -351,8 +351,9 @@ def on_device(device: torch.device, board: NoticeBoard) -> Any:
     return parts
 
 
-def check_engine(device: torch.device, large: bool) -> None:
-    """Logits against the CPU's; and under `deterministic` the same tokens whatever the batch, the chunking, graphs."""
+@contextmanager
+def served(large: bool) -> Iterator[ServeConfig]:
+    """A small model, and how one rank is to serve it; tiny for an interpreter."""
     sizes: dict[str, Any] = {
         "layers": 2, "hidden": 64, "head_dim": 16, "heads": 2, "kv_heads": 1, "expert_width": 32, "experts": 4,
     }  # fmt: skip
@@ -361,12 +362,17 @@ def check_engine(device: torch.device, large: bool) -> None:
             "layers": 4, "hidden": 512, "head_dim": 64, "heads": 8, "kv_heads": 2, "expert_width": 128,
             "experts": 32, "top_k": 4,
         }  # fmt: skip
-    board = NoticeBoard.create(1)
     with checkpoint(**sizes) as path:
-        base = ServeConfig(
+        yield ServeConfig(
             model=path, num_kv_blocks=256, max_model_len=700, max_num_batched_tokens=64, max_num_seqs=16,
             cuda_graph_max_bs=16 if large else 0,
         )  # fmt: skip
+
+
+def check_engine(device: torch.device, large: bool) -> None:
+    """Logits against the CPU's; and under `deterministic` the same tokens whatever the batch, the chunking, graphs."""
+    board = NoticeBoard.create(1)
+    with served(large) as base:
         # The interpreter cuts bfloat16 where a device rounds; float16 it rounds as well.
         _compare_logits(
             base if large else replace_config(base, dtype="float16"), device, board, 8e-2 if large else 5e-3

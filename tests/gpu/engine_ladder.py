@@ -16,7 +16,7 @@ from phalanx.comm.notices import NoticeBoard
 from phalanx.config import ServeConfig
 from phalanx.engine.batch import build as build_batch
 from phalanx.engine.step import Engine
-from phalanx.messages import Abort, SamplingParams, Submit
+from phalanx.messages import Abort, Pause, Resume, SamplingParams, Submit
 from phalanx.model.config import ModelConfig
 from phalanx.model.layers import DenseWeights, LayerWeights
 from phalanx.world import Member, Placement, View, World
@@ -118,6 +118,9 @@ def decode(ranks: RankProcess, batch: int, profile: bool) -> Reply:
     while len(served.engine.next_plan().chunks) < batch or any(c.length > 1 for c in served.engine.next_plan().chunks):
         prefill_s += _timed(served.engine.step, 1)
     step_s = _timed(served.engine.step, STEPS)
+    served.engine.accept([Pause()])
+    served.engine.step()  # the step that is under way by then
+    served.engine.accept([Resume()])
     # The same decode again and again, without engine, header and commit: all that it writes it writes again.
     forward = build_batch(served.engine.next_plan())
     assert len(forward.samples) == batch, f"{len(forward.samples)} of {batch} requests decode"

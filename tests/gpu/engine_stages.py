@@ -23,6 +23,8 @@ SERVICE_NEEDS = ("zmq", "msgspec", "fastapi", "uvicorn", "pydantic")
 def stages(interpret: bool) -> dict[str, Stage]:
     """Name -> stage, in the order of running."""
     import engine_checks as checks
+    from engine_flights import check_flights
+    from engine_pair import check_pair
     from engine_price import price
     from hub_checks import check_hub_logits
 
@@ -34,6 +36,8 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "experts": Stage(lambda: checks.check_experts(device, large), 60 if large else 280, 2),
         "sampler": Stage(lambda: checks.check_sampler(device, large), 40 if large else 280, 2),
         "engine-one": Stage(lambda: checks.check_engine(device, large), 80 if large else 280, 3),
+        "flights": Stage(lambda: check_flights(device, large), 60 if large else 280, 3),
+        "pair": Stage(lambda: check_pair(count, interpret=interpret), 90 if large else 280, 1),
         "logits": Stage(lambda: check_hub_logits(device, large), 70 if large else 280, 5),
     }
     if interpret:

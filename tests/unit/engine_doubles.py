@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.base import Communicator, Dispatched, Status
-from phalanx.engine import sampler
-from phalanx.engine.runner import Runner
+from phalanx.engine import device_sampler, sampler
+from phalanx.engine.batch import StepBatch
+from phalanx.engine.request import Request
+from phalanx.engine.runner import Ran, Runner
 from phalanx.engine.scheduler import Limits
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import PeerLost
@@ -142,6 +144,110 @@ class PagedModel:
         return logits_of(digest(np.array(tokens, np.int64)))
 
 
+class Device(Runner):
+    """A runner whose batches run later than they are launched, one after the other, as on a device.
+
+    A batch runs when somebody waits for it or, by the toss of `eager`, as soon as it is launched. It takes the tokens
+    that are not known from those that the batch before it chose, as they stand when it runs. Once a batch has failed,
+    those behind it fail too, until the next World."""
+
+    weather: Weather
+    eager: Callable[[], bool] = staticmethod(lambda: False)
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.queue: list[DeviceFlight] = []
+        self.chosen: list[int] = []
+        self.launches: list[bool] = []
+        """Of each, whether it was behind another one."""
+        self.failed = Status()
+
+    def launch(self, batch: StepBatch) -> DeviceFlight:
+        assert len(self.queue) < 2, "two batches are under way already"
+        self.launches.append(bool(self.queue))
+        flight = DeviceFlight(self, batch, self.weather.today == "forward")
+        self.queue.append(flight)
+        if self.eager():
+            self.run_until(flight)
+        return flight
+
+    def may_lead(self, batch: StepBatch) -> bool:
+        return not batch.prompts and all(device_sampler.on_device(request) for request, _ in batch.samples)
+
+    def adopt(self, routes_LEW: Any) -> None:
+        assert not self.queue, "a World is adopted while a batch is under way"
+        self.failed = Status()
+
+    def meet_peers(self, fails: bool) -> None:
+        """What the collectives of a batch do; `failed` says what came of it."""
+        if fails and self.failed.clean:
+            self.failed = Status(lost=frozenset({1}), causes=((1, "notice"),), detect_s=((1, 0.0),))
+
+    def run_until(self, flight: DeviceFlight) -> None:
+        for each in self.queue:
+            each.run()
+            if each is flight:
+                return
+
+
+class DeviceFlight:
+    def __init__(self, device: Device, batch: StepBatch, fails: bool) -> None:
+        self._device, self._batch, self._fails = device, batch, fails
+        self._ran: Ran | None = None
+        # What the sampler is told of a request is written when its batch is launched.
+        self._told = [([*request.tokens, *[-1] * batch.later], request) for request, _ in batch.samples]
+
+    def run(self) -> None:
+        if self.over:
+            return
+        device, batch = self._device, self._batch
+        device.meet_peers(self._fails)
+        forward = batch.forward
+        tokens = [device.chosen[-1 - token] if token < 0 else token for token in forward.token_ids_T.tolist()]
+        whole = ForwardBatch(torch.tensor(tokens, dtype=torch.int64), forward.positions_T, forward.slices)
+        hidden_TD = self._forward(whole, not device.failed.clean)
+        logits_NV = device.logits(hidden_TD, [row for _, row in batch.samples])
+        device.chosen = [
+            self._choose(logits_V, told, request)
+            for logits_V, (told, request) in zip(logits_NV, self._told, strict=True)
+        ]
+        chosen = {
+            row: token
+            for (request, row), token in zip(batch.samples, device.chosen, strict=True)
+            if device_sampler.on_device(request)
+        }
+        self._ran = Ran(lambda rows: device.logits(hidden_TD, rows), chosen, device.failed)
+
+    @property
+    def over(self) -> bool:
+        return self._ran is not None
+
+    def finish(self) -> Ran:
+        assert self._device.queue[0] is self, "flights end in the order of their launches"
+        self.discard()
+        assert self._ran is not None
+        return self._ran
+
+    def discard(self) -> None:
+        if self in self._device.queue:
+            self._device.run_until(self)
+            self._device.queue.remove(self)
+
+    def _forward(self, batch: ForwardBatch, fails: bool) -> Tensor:
+        """Under the weather of its own launch. Of a failure only the device's own words tell."""
+        weather = self._device.weather
+        before = weather.today, weather.status
+        weather.today = "forward" if fails else "clear"
+        hidden_TD = self._device.forward(batch)
+        weather.today, weather.status = before
+        return hidden_TD
+
+    def _choose(self, logits_V: sampler.FloatRow, told: list[int], request: Request) -> int:
+        if sampler.adjusts(request.sampling, len(told) - request.prompt_length, request.stop_ids):
+            return 0  # not for the device
+        return sampler.choose(logits_V, request.sampling, told, request.prompt_length, request.stop_ids)
+
+
 class NoRoutes:
     def adopt(self, table_LEW: Any) -> None: ...
 
@@ -162,6 +268,8 @@ class Bench:
         self.comm = LoneCommunicator(self.weather, ep_size)
         self.model = PagedModel(limits, self.weather)
         self.runner = runner(self.model, None, NoRoutes(), VOCAB)
+        if isinstance(self.runner, Device):
+            self.runner.weather = self.weather
         self.engine = Engine(limits, self.runner, self.comm, [EOS], faults)
         self.epoch = 0
         self.outputs: dict[str, list[TokenOut]] = {}
@@ -183,6 +291,7 @@ class Bench:
         try:
             result = self.engine.step()
         except PeerLost:
+            assert not isinstance(self.runner, Device) or not self.runner.queue, "a failure leaves something running"
             self.engine.check()
             self.meet()
             return None

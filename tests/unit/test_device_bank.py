@@ -91,12 +91,14 @@ def test_peers_are_told_that_there_is_nothing_to_read(bank: DeviceBank) -> None:
     peer.close()
 
 
-def test_loads_of_steps_that_are_run_again_are_not_counted() -> None:
+def test_only_loads_of_whole_steps_are_counted_although_the_next_step_runs_by_then() -> None:
     load = DeviceLoad(1, 3, torch.device("cpu"))
-    load.step_LE += torch.tensor([[1, 2, 3]], dtype=torch.int32)
-    load.drop()
-    load.step_LE += torch.tensor([[4, 0, 1]], dtype=torch.int32)
-    load.count()
-    load.step_LE += torch.tensor([[1, 0, 0]], dtype=torch.int32)
-    load.count()
+    landings = [load.landing() for _ in range(3)]
+    for row, landing in zip(([1, 2, 3], [4, 0, 1], [1, 0, 0]), landings, strict=True):
+        load.step_LE += torch.tensor([row], dtype=torch.int32)
+        load.end(landing)
+    load.count(landings[1])  # the one before it was not whole
+    before = load.read()
+    load.count(landings[2])
     assert load.read().tolist() == [[5, 0, 1]]
+    assert before.tolist() == [[4, 0, 1]]

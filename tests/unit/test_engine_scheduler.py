@@ -207,3 +207,34 @@ def test_a_block_that_is_still_known_is_never_handed_out_as_clean() -> None:
     assert known == blocks[:2]
     assert set(pool.next_clean(2)) == set(blocks[2:])
     pool.check([])
+
+
+def test_blocks_of_a_launched_step_are_in_no_other_plan_and_come_back_when_it_is_dropped() -> None:
+    scheduler = scheduler_with(request("a", range(4)), request("b", range(10, 14)))
+    first = scheduler.schedule()
+    scheduler.depart(first)
+    second = scheduler.follow(first)
+    assert second is not None
+    assert shape(second) == [("a", 4, 1), ("b", 4, 1)]
+    scheduler.depart(second)
+    scheduler.check()
+    taken = [block for plan in (first, second) for chunk in plan.chunks for block in chunk.new]
+    assert len(taken) == len(set(taken)) == 4
+    assert not set(taken) & set(scheduler.pool.next_clean(2))
+    scheduler.drop(second)
+    scheduler.drop(first)
+    assert scheduler.schedule() == first
+    scheduler.check()
+
+
+def test_what_follows_leaves_out_who_ends_for_certain_and_says_nothing_when_more_may_happen() -> None:
+    scheduler = scheduler_with(request("a", [1, 2], max_tokens=1), request("b", [3, 4]))
+    plan = scheduler.schedule()
+    scheduler.depart(plan)
+    following = scheduler.follow(plan)
+    assert following is not None
+    assert shape(following) == [("b", 2, 1)]
+    scheduler.add(request("c", [5]))
+    assert scheduler.follow(plan) is None, "c could be let in"
+    commit(scheduler, plan)
+    assert [name for name, _, _ in shape(scheduler.schedule())] == ["b", "c"]
