@@ -3,7 +3,7 @@
 
     benchmarks/experts_gpu.py                   every tiling for 2, 32, 128, 256 and 512 tokens of all ranks together
     benchmarks/experts_gpu.py --tokens 256
-    benchmarks/experts_gpu.py --fp8 --tokens 128,512    weights in e4m3 with a scale a block, beside the usual tilings
+    benchmarks/experts_gpu.py --fp8 --tokens 128,512    weights in e4m3 with a scale a block, beside plain ones as served
 
 Every figure: a graph of LAYERS layers with weights of their own (more than any cache holds), replayed REPLAYS times;
 the device time of a layer, median; and the rate at which the weights of the experts that were asked for must have been
@@ -107,7 +107,7 @@ def rig(expert_format: ExpertFormat, device: torch.device) -> tuple[DeviceBank, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--tokens", help="tokens of all ranks, separated by commas", default="2,32,128,256,512")
-    parser.add_argument("--fp8", action="store_true", help="weights in e4m3 with a scale a block, too")
+    parser.add_argument("--fp8", action="store_true", help="e4m3 with a scale a block, and plain ones as served")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("experts_gpu: this machine has no CUDA device")
@@ -121,8 +121,12 @@ def main() -> int:
         chosen = torch.rand(tokens, EXPERTS, device=device, generator=generator).argsort(1)[:, :TOP_K].flatten()
         slot_M = chosen[chosen < SLOTS].sort().values
         x = torch.randn(tokens, HIDDEN, device=device, generator=generator).to(torch.bfloat16)
+        served = Tiling.of(len(slot_M), SLOTS, exact=False)
+        fits = {16: (16, 32), 32: (16, 32, 64), 64: (32, 64)}[served.rows]
         for bank, experts, tilings in kinds:
             reference: torch.Tensor | None = None
+            if options.fp8:
+                tilings = tuple(t for t in tilings if t.rows in fits) if tilings is BLOCK_TILINGS else (served,)
             for tiling in tilings:
                 us, got = layer_us(experts, x, slot_M, tiling)
                 reference = got if reference is None else reference
