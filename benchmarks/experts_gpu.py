@@ -3,7 +3,7 @@
 
     benchmarks/experts_gpu.py                   every tiling for 2, 32, 128, 256 and 512 tokens of all ranks together
     benchmarks/experts_gpu.py --tokens 256
-    benchmarks/experts_gpu.py --fp8 --tokens 128,512    weights in e4m3 with a scale a block, beside plain ones as served
+    benchmarks/experts_gpu.py --fp8 --tokens 128,512    e4m3 with a scale a block, beside plain ones as served
 
 Every figure: a graph of LAYERS layers with weights of their own (more than any cache holds), replayed REPLAYS times;
 the device time of a layer, median; and the rate at which the weights of the experts that were asked for must have been
