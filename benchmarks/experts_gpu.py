@@ -3,6 +3,7 @@
 
     benchmarks/experts_gpu.py                   every tiling for 2, 32, 128, 256 and 512 tokens of all ranks together
     benchmarks/experts_gpu.py --tokens 256
+    benchmarks/experts_gpu.py --fp8 --tokens 128,512    e4m3 with a scale a block, beside plain ones as served
 
 Every figure: a graph of LAYERS layers with weights of their own (more than any cache holds), replayed REPLAYS times;
 the device time of a layer, median; and the rate at which the weights of the experts that were asked for must have been
@@ -23,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, DeviceLoad, Tiling
+from phalanx.moe.cuda_blocks import BlockExperts, BlockTiling, kind_for
 from phalanx.moe.gate import RouteTable
+from phalanx.moe.layout import ExpertFormat
 
 SLOTS, EXPERTS, TOP_K, HIDDEN, WIDTH = 64, 128, 8, 2048, 768
 LAYERS, REPLAYS = 8, 15
@@ -37,18 +40,38 @@ TILINGS = (
     Tiling(rows=32),
     Tiling.of(64 * SLOTS, SLOTS, exact=False),
 )
+BLOCK_TILINGS = (
+    BlockTiling(),
+    BlockTiling(programs=3),
+    BlockTiling(up_stages=3, down_stages=4, programs=4),
+    BlockTiling(up_stages=6, down_stages=8),
+    BlockTiling(up=32, down=32, up_stages=6, down_stages=8),
+    BlockTiling(up=128, down=128, up_stages=3, down_stages=4),
+    BlockTiling(swapped=True),
+    BlockTiling(up=128, down=128, up_stages=3, down_stages=4, swapped=True),
+    BlockTiling(rows=32),
+    BlockTiling(rows=32, swapped=True),
+    BlockTiling.of(Tiling.of(64 * SLOTS, SLOTS, exact=False)),
+    BlockTiling(rows=64, up_stages=3, down_stages=3),
+    BlockTiling(rows=64, up_stages=3, down_stages=4, swapped=True),
+)
 
 
 def layer_us(
-    experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling
+    experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling | BlockTiling
 ) -> tuple[float, torch.Tensor]:
     """Microseconds of a layer, and its result."""
     first = torch.searchsorted(slot_M, torch.arange(SLOTS + 1, device=x.device)).to(torch.int32)
     rows = torch.arange(len(slot_M), device=x.device) % len(x)
 
+    def one(layer: int) -> torch.Tensor:
+        if isinstance(tiling, Tiling):
+            return experts.experts(layer, x, rows, first, tiling)
+        return cast(BlockExperts, experts).products(layer, x, rows, first, tiling)
+
     def run() -> None:
         for layer in range(LAYERS):
-            experts.experts(layer, x, rows, first, tiling)
+            one(layer)
 
     run()
     torch.cuda.synchronize()
@@ -63,40 +86,57 @@ def layer_us(
         end.record()
         end.synchronize()
         samples.append(start.elapsed_time(end) * 1e3 / LAYERS)
-    return statistics.median(samples[2:]), experts.experts(0, x, rows, first, tiling)[: len(slot_M)].clone()
+    return statistics.median(samples[2:]), one(0)[: len(slot_M)].clone()
+
+
+def rig(expert_format: ExpertFormat, device: torch.device) -> tuple[DeviceBank, DeviceExperts]:
+    """Slots full of random weights, and what computes with them."""
+    bank = DeviceBank(LAYERS, SLOTS, HIDDEN, WIDTH, torch.bfloat16, device, expert_format)
+    if expert_format == "plain":
+        bank.weights_LSX.normal_(0, 0.03)
+    else:
+        bank.weights_LSX.random_(0, 256)
+        bank.weights_LSX[:, :, bank.layout.scales_start :].view(torch.float32).uniform_(1e-4, 5e-4)
+    experts = kind_for(bank)(
+        bank, RouteTable(LAYERS, EXPERTS, 1, device), cast(Any, None), DeviceLoad(LAYERS, EXPERTS, device),
+        top_k=TOP_K, num_experts=EXPERTS, norm_topk=True, pairs=8192, weigh_early=False,
+    )  # fmt: skip
+    return bank, experts
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--tokens", help="tokens of all ranks, separated by commas", default="2,32,128,256,512")
+    parser.add_argument("--fp8", action="store_true", help="e4m3 with a scale a block, and plain ones as served")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("experts_gpu: this machine has no CUDA device")
         return 0
     device = torch.device("cuda", 0)
-    bank = DeviceBank(LAYERS, SLOTS, HIDDEN, WIDTH, torch.bfloat16, device)
-    bank.weights_LSX.normal_(0, 0.03)
-    experts = DeviceExperts(
-        bank, RouteTable(LAYERS, EXPERTS, 1, device), cast(Any, None), DeviceLoad(LAYERS, EXPERTS, device),
-        top_k=TOP_K, num_experts=EXPERTS, norm_topk=True, pairs=8192, weigh_early=False,
-    )  # fmt: skip
+    kinds: list[tuple[DeviceBank, DeviceExperts, tuple[Tiling | BlockTiling, ...]]] = [(*rig("plain", device), TILINGS)]
+    if options.fp8:
+        kinds.append((*rig("fp8", device), BLOCK_TILINGS))
     generator = torch.Generator(device).manual_seed(0)
     for tokens in map(int, options.tokens.split(",")):
         chosen = torch.rand(tokens, EXPERTS, device=device, generator=generator).argsort(1)[:, :TOP_K].flatten()
         slot_M = chosen[chosen < SLOTS].sort().values
         x = torch.randn(tokens, HIDDEN, device=device, generator=generator).to(torch.bfloat16)
-        read = len(slot_M.unique()) * bank.expert_bytes
-        reference: torch.Tensor | None = None
-        for tiling in TILINGS:
-            us, got = layer_us(experts, x, slot_M, tiling)
-            reference = got if reference is None else reference
-            error = float((got.float() - reference.float()).norm() / reference.float().norm())
-            rate = read / us / 1e6
-            print(
-                f"{tokens:4d} tokens, {len(slot_M):4d} pairs: {us:7.1f} us, {rate:5.2f} TB/s, "
-                f"error {error:.0e}, {tiling}",
-                flush=True,
-            )
+        served = Tiling.of(len(slot_M), SLOTS, exact=False)
+        fits = {16: (16, 32), 32: (16, 32, 64), 64: (32, 64)}[served.rows]
+        for bank, experts, tilings in kinds:
+            reference: torch.Tensor | None = None
+            if options.fp8:
+                tilings = tuple(t for t in tilings if t.rows in fits) if tilings is BLOCK_TILINGS else (served,)
+            for tiling in tilings:
+                us, got = layer_us(experts, x, slot_M, tiling)
+                reference = got if reference is None else reference
+                error = float((got.float() - reference.float()).norm() / reference.float().norm())
+                rate = len(slot_M.unique()) * bank.expert_bytes / us / 1e6
+                print(
+                    f"{tokens:4d} tokens, {len(slot_M):4d} pairs: {us:7.1f} us, {rate:5.2f} TB/s, "
+                    f"error {error:.0e}, {tiling}",
+                    flush=True,
+                )
     return 0
 
 

@@ -73,7 +73,7 @@ class Rig:
             Move(layer, expert, expert) for layer in range(model.num_moe_layers) for expert in range(model.num_experts)
         ][:limit]
         shape = model.num_moe_layers, model.num_experts, model.hidden, model.expert_width
-        self.bank, self._peer = SlotBank(*shape, DTYPE), SlotBank(*shape, DTYPE)
+        self.bank, self._peer = (SlotBank(*shape, DTYPE, model.expert_format) for _ in range(2))
         self.size = len(self.moves) * self.bank.expert_bytes
         memory = VaultMemory(VaultShape(*shape[:2], self.bank.expert_bytes, 0, 1, Share(1, 2, 2)))
         keeper = Vault.open_for_writing(memory.address)

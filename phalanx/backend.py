@@ -107,7 +107,9 @@ class CpuBackend:
     def __init__(self, place: Place) -> None:
         config, model, dtype = place.config, place.model, place.dtype
         self._place = place
-        self.bank = SlotBank(model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype)
+        self.bank = SlotBank(
+            model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype, model.expert_format
+        )
         self.comm: Communicator = CpuCommunicator(
             place.rank,
             config.places,
@@ -181,7 +183,7 @@ class CudaBackend:
         self._graph_sizes = graph_sizes if device.type == "cuda" else ()
         shape = LaunchShape.of(model.hidden) if device.type == "cuda" else LaunchShape.of(model.hidden, programs=2)
         self.bank: DeviceBank = bank or DeviceBank(
-            model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype, device
+            model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype, device, model.expert_format
         )
         self.comm = self._comm = (make_comm or CudaCommunicator)(
             place.rank,
@@ -211,12 +213,12 @@ class CudaBackend:
         from phalanx.engine.cuda import CudaRunner
         from phalanx.engine.kv_room import DeviceMemory, blocks_that_fit, check_fit
         from phalanx.model.cuda import DeviceKV, DeviceModel, table_shape, to_device
-        from phalanx.moe.cuda import DeviceExperts
+        from phalanx.moe.cuda_blocks import kind_for
 
         config, model, device = self._place.config, self._place.model, self._device
         exact = config.deterministic
         routes = RouteTable(model.num_moe_layers, model.num_experts, self._place.route_width, device)
-        experts = DeviceExperts(
+        experts = kind_for(self.bank)(
             self.bank, routes, self._comm, self._load, top_k=model.top_k, num_experts=model.num_experts,
             norm_topk=model.norm_topk, pairs=config.places * config.max_num_batched_tokens * model.top_k,
             weigh_early=not exact,

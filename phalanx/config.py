@@ -20,6 +20,7 @@ from phalanx.wire import split_address
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+Quantization = Literal["none", "fp8"]
 Backup = Literal["dram", "disk", "none"]
 VaultTransport = Literal["auto", "mooncake", "tcp"]
 
@@ -50,6 +51,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Dtype = "bfloat16"
     load_format: LoadFormat = "auto"
     """Where the weights come from: the checkpoint, or a generator of random ones (for benchmarks)."""
+    quantization: Quantization = "none"
+    """What the experts of a checkpoint in a wider type are made into when they are read."""
     device: Device = "cpu"
     deterministic: bool = False
     """On cuda: every sum in one order whatever the batch and the placement, at a price. On cpu it is always so."""

@@ -66,7 +66,6 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(("--trust-remote-code",), "accepted", "no code that comes with a checkpoint is ever run"),
     Foreign(("--context-length",), "alias", "tokens of prompt and answer together", "int", target="--max-model-len"),
     Foreign(("--random-seed",), "alias", "for requests that bring no seed", "int", target="--seed"),
-    Foreign(("--quantization",), "refused", "weights are served as they are, in --dtype", "text"),
     Foreign(("--speculative-algorithm",), "refused", "each token is computed by the model itself", "text"),
     # ranks
     Foreign(("--tp", "--tp-size", "--tensor-parallel-size"), "alias", _EACH_RANK, "int", target="--ep-size",

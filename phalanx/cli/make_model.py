@@ -29,7 +29,7 @@ from phalanx.errors import BadConfig
 @click.option("--head-dim", type=int, help="Width of a head.  [default: 16]")
 @click.option("--vocab", type=int, help="Tokens; 259 are used.  [default: 259]")
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float32"]), help="How weights are stored.  [default: bfloat16]"
+    "--dtype", type=click.Choice(["bfloat16", "float32", "fp8"]), help="How weights are stored.  [default: bfloat16]"
 )
 @click.option("--shards", type=int, help="Weight files, at most.  [default: 2]")
 @click.option(

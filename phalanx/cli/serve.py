@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from phalanx.cli import aliases
-from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, LoadFormat, ServeConfig, VaultTransport
+from phalanx.config import ELEMENT_BYTES, Backup, Device, Dtype, LoadFormat, Quantization, ServeConfig, VaultTransport
 from phalanx.errors import PhalanxError
 
 log = logging.getLogger("phalanx.launcher")
@@ -43,6 +43,9 @@ def _option(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
     "--load-format",
     "auto: the checkpoint's weights. dummy: random ones of its shape, for benchmarks; MODEL needs no weights then.",
     type=click.Choice(get_args(LoadFormat)),
+)
+@_option(
+    "--quantization", "fp8: halve the experts' weights as they are read.", type=click.Choice(get_args(Quantization))
 )
 @_option("--device", "Where to compute.", type=DEVICE, metavar="|".join(get_args(Device)))
 @click.option("--deterministic", is_flag=True, help="On cuda: the same tokens whatever the batch (on cpu always).")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from phalanx.errors import BadCheckpoint
+from phalanx.moe.layout import BLOCK, ExpertFormat, ExpertLayout
 
 Architecture = Literal["qwen3_moe", "mixtral"]
 Json = dict[str, Any]
@@ -56,6 +57,8 @@ class ModelConfig:
     """Tokens that end a text."""
     dtype: str
     """What the checkpoint says that it is stored in; the tensors themselves decide."""
+    expert_format: ExpertFormat = "plain"
+    """How experts are held: as the checkpoint stores them, unless `--quantization` says otherwise."""
 
     @property
     def num_moe_layers(self) -> int:
@@ -64,6 +67,10 @@ class ModelConfig:
     def kv_bytes(self, tokens: int, element_bytes: int) -> int:
         """What the keys and values of some tokens take in all layers together. LOCAL."""
         return self.num_layers * tokens * 2 * self.num_kv_heads * self.head_dim * element_bytes
+
+    def expert_layout(self, element_bytes: int) -> ExpertLayout:
+        """An expert's bytes, in a run whose type has so many an element. LOCAL."""
+        return ExpertLayout(self.hidden, self.expert_width, element_bytes, self.expert_format)
 
     @classmethod
     def read(cls, path: str | Path) -> ModelConfig:
@@ -131,8 +138,6 @@ def _parse(fields: _Fields, generation: Json) -> ModelConfig:
     activation = fields.any_of(("hidden_act",), "silu")
     if activation != "silu":
         raise fields.fail(f"hidden_act {activation!r} is not supported, only 'silu'")
-    if "quantization_config" in fields.raw:
-        raise fields.fail("quantized checkpoints are not supported: use one in bfloat16, float16 or float32")
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     layers = fields.integer("num_hidden_layers")
     config = ModelConfig(
@@ -158,6 +163,7 @@ def _parse(fields: _Fields, generation: Json) -> ModelConfig:
         sliding_window=_sliding_window(fields, qwen),
         eos_ids=_eos_ids(fields, generation),
         dtype=str(fields.any_of(("dtype", "torch_dtype"), "")),
+        expert_format=_expert_format(fields),
     )
     if config.num_heads % config.num_kv_heads:
         raise fields.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_kv_heads}")
@@ -182,6 +188,26 @@ def _architecture(fields: _Fields) -> Architecture:
         return known
     shown = ", ".join(map(str, named)) or model_type or "none named"
     raise fields.fail(f"architecture {shown} is not supported: Phalanx serves {', '.join(_ARCHITECTURES)}")
+
+
+def _expert_format(fields: _Fields) -> ExpertFormat:
+    """fp8 for weights in e4m3 with a scale a block; any other quantization is refused."""
+    said = fields.any_of(("quantization_config",))
+    if said is None:
+        return "plain"
+    if not isinstance(said, dict):
+        raise fields.fail(f"quantization_config must be an object, not {said!r}")
+    supported = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK],
+    }  # fmt: skip
+    usual = {"fmt": "e4m3", "activation_scheme": "dynamic"}
+    for key, only in supported.items():
+        if (value := said.get(key, usual.get(key))) != only:
+            raise fields.fail(
+                f"quantization_config.{key} {value!r} is not supported, only {only!r}: use a checkpoint in fp8 with a "
+                "scale a block, or one in bfloat16 (--quantization fp8 makes its experts fp8)"
+            )
+    return "fp8"
 
 
 def _rope_theta(fields: _Fields, default: float) -> float:

@@ -46,6 +46,7 @@ class Drawn:
         self._shapes = shapes
         self._starts = {name: i * _STRIDE % POOL for i, name in enumerate(shapes)}
         self._scaled: dict[tuple[float, torch.dtype], Tensor] = {}
+        self._blocks: dict[float, tuple[Tensor, float]] = {}
 
     def read(self, name: str) -> Tensor:
         """See `loader.Tensors`. In bfloat16, whatever the run's type: a checkpoint is stored in one type, too."""
@@ -64,6 +65,25 @@ class Drawn:
             out.fill_(0.0 if name.endswith(".bias") else 1.0)
             return
         pool = self._pool(1.0 if "embed_tokens" in name else shape[-1] ** -0.5, out.dtype)
+        self._copy(name, pool, out)
+
+    def fill_blocks(self, name: str, weight: Tensor, scales: Tensor) -> None:
+        """See `loader.Tensors`. All blocks have one scale, that of the largest number in the pool."""
+        import torch
+
+        from phalanx.moe.blocks import scales_of
+
+        deviation = self._shapes[name][-1] ** -0.5
+        if deviation not in self._blocks:
+            pool = self._pool(deviation, torch.bfloat16)
+            scale = float(scales_of(pool.abs().max().view(1, 1)))
+            self._blocks[deviation] = (pool.float() / scale).to(weight.dtype), scale
+        bits, scale = self._blocks[deviation]
+        self._copy(name, bits, weight)
+        scales.fill_(scale)
+
+    def _copy(self, name: str, pool: Tensor, out: Tensor) -> None:
+        """The window of a tensor."""
         flat, at, begin = out.view(-1), 0, self._starts[name]
         while at < len(flat):
             size = min(len(flat) - at, POOL - begin)
@@ -73,6 +93,7 @@ class Drawn:
     def close(self) -> None:
         """See `loader.Tensors`."""
         self._scaled.clear()
+        self._blocks.clear()
 
     def _pool(self, deviation: float, dtype: torch.dtype) -> Tensor:
         """[POOL] with this standard deviation, rounded to bfloat16 first, so that every type has the same values."""

@@ -7,6 +7,7 @@ the model's description along, and touches the directory only when something has
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phalanx.config import ServeConfig
-from phalanx.errors import BadCheckpoint
+from phalanx.errors import BadCheckpoint, BadConfig
 from phalanx.model.config import ModelConfig
 from phalanx.model.dummy import draw
 from phalanx.model.loader import Checkpoint
@@ -30,13 +31,25 @@ if TYPE_CHECKING:
 
 def open_model(config: ServeConfig) -> Checkpoint:
     """The weights that a service with this config serves: what its model directory holds, or random ones of its shape
-    (`--load-format`). Raises BadCheckpoint. LOCAL."""
-    return draw(config.model) if config.load_format == "dummy" else Checkpoint.open(config.model)
+    (`--load-format`), the experts made into what `--quantization` says. Raises BadCheckpoint, BadConfig. LOCAL."""
+    found = draw(config.model) if config.load_format == "dummy" else Checkpoint.open(config.model)
+    return found.served_as(_quantized(config, found.config))
 
 
 def described(config: ServeConfig) -> bytes:
-    """What `KnownCheckpoint` is made from: the shape of what is served. Raises BadCheckpoint. LOCAL."""
-    return msgspec.msgpack.encode(ModelConfig.read(config.model))
+    """What `KnownCheckpoint` is made from: the shape of what is served. Raises BadCheckpoint, BadConfig. LOCAL."""
+    return msgspec.msgpack.encode(_quantized(config, ModelConfig.read(config.model)))
+
+
+def _quantized(config: ServeConfig, model: ModelConfig) -> ModelConfig:
+    if config.quantization == "none":
+        return model
+    if model.expert_format != "plain":
+        raise BadConfig(
+            f"--quantization {config.quantization}: the experts of {config.model} are {model.expert_format} already "
+            "(config.json, quantization_config): leave the flag out"
+        )
+    return replace(model, expert_format=config.quantization)
 
 
 class KnownCheckpoint:

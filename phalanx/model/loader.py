@@ -7,8 +7,8 @@ bytes of its own experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,18 +19,22 @@ from safetensors import SafetensorError, safe_open
 
 from phalanx.errors import BadCheckpoint
 from phalanx.model.config import ModelConfig
+from phalanx.moe.layout import blocks_in
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from phalanx.model.layers import DenseWeights, LayerWeights
+    from phalanx.moe.blocks import BlockWeights
 
 Shape = tuple[int, ...]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _STORED_DTYPES = frozenset({"BF16", "F16", "F32"})
+_BLOCKS = "F8_E4M3"
+"""Stored so, a tensor `X` has its scales, one a block, in `X_scale_inv`: what its values are to be multiplied by."""
 
 
 class Tensors(Protocol):
@@ -41,6 +45,9 @@ class Tensors(Protocol):
 
     def fill(self, name: str, out: Tensor, index: int | None = None) -> None:
         """Write a tensor, or the one at `index` of a stack of them, over `out`, in the type of `out`. LOCAL."""
+
+    def fill_blocks(self, name: str, weight: Tensor, scales: Tensor) -> None:
+        """Write a matrix over e4m3 `weight` [O, I] and float32 `scales` [OB, IB] (`moe.blocks`). LOCAL."""
 
     def close(self) -> None:
         """Let go of what is open. LOCAL."""
@@ -61,31 +68,47 @@ class Checkpoint:
         directory = Path(path)
         config = ModelConfig.read(directory)
         files = _tensor_files(directory)
-        shapes: dict[str, Shape] = {}
+        headers: dict[str, _Header] = {}
         for file in sorted(set(files.values())):
-            shapes |= _read_header(file, [name for name, where in files.items() if where == file])
-        names = Names.of(config, shapes)
+            headers |= _read_header(file, [name for name, where in files.items() if where == file])
+        names = Names.of(config, headers.keys())
         for name, shape in names.expected():
-            if name not in shapes:
+            if name not in headers:
                 raise BadCheckpoint(
                     f"{directory}: tensor {name} is missing: the checkpoint is incomplete, fetch it again"
                 )
-            if shapes[name] != shape:
+            if headers[name].shape != shape:
                 raise BadCheckpoint(
-                    f"{files[name]}: tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
+                    f"{files[name]}: tensor {name} has shape {list(headers[name].shape)}, config.json asks for "
+                    f"{list(shape)}"
                 )
+            if headers[name].dtype == _BLOCKS:
+                _check_blocks(directory, config, name, headers)
+        if config.expert_format != "plain":
+            _check_experts(config, names, files, headers)
         return cls(directory, config, names, Stored(files))
 
+    def served_as(self, config: ModelConfig) -> Checkpoint:
+        """The same tensors, for a model that holds its experts as this config says. LOCAL."""
+        return Checkpoint(self.path, config, self._names, self._tensors)
+
     def read_expert(self, layer: int, expert: int, out: npt.NDArray[np.uint8], dtype: torch.dtype) -> None:
-        """Read one expert into `out`, the bytes of a slot: w13 [2F, D] (gate, then up), then w2 [D, F], in `dtype`.
+        """Read one expert into `out`, the bytes of a slot (`moe.layout`), for a run in `dtype`.
 
         layer: index among the MoE layers. Only this expert's bytes are touched on disk. LOCAL."""
         import torch
 
+        from phalanx.moe.blocks import BlockWeights
+
         names = self._names
         width, hidden = self.config.expert_width, self.config.hidden
+        layout = self.config.expert_layout(dtype.itemsize)
+        assert out.nbytes == layout.total_bytes, "out is not a slot of this model"
+        if layout.format == "fp8":
+            out[layout.weight_bytes :] = 0  # what only aligns is a part of the digest
+            self._read_blocks(layer, expert, BlockWeights.of(torch.from_numpy(out), layout))
+            return
         flat = torch.from_numpy(out).view(dtype)
-        assert flat.numel() == 3 * width * hidden, "out is not a slot of this model"
         rows = flat[: 2 * width * hidden].view(2, width, hidden)
         w2 = flat[2 * width * hidden :].view(hidden, width)
         if names.fused:
@@ -94,6 +117,23 @@ class Checkpoint:
             return
         for name, part in zip(names.expert(layer, expert), (rows[0], rows[1], w2), strict=True):
             self._tensors.fill(name, part)
+
+    def _read_blocks(self, layer: int, expert: int, blocks: BlockWeights) -> None:
+        import torch
+
+        from phalanx.moe.blocks import quantize
+
+        names, parts = self._names, blocks.parts()
+        if not names.fused:
+            for name, (weight, scales) in zip(names.expert(layer, expert), parts, strict=True):
+                self._tensors.fill_blocks(name, weight, scales)
+            return
+        for name, members in ((names.gate_up(layer), parts[:2]), (names.down(layer), parts[2:])):
+            rows = [weight.shape[0] for weight, _ in members]
+            stored = torch.empty(sum(rows), members[0][0].shape[1])
+            self._tensors.fill(name, stored, expert)
+            for part, (weight, scales) in zip(torch.split(stored, rows), members, strict=True):
+                quantize(part, weight, scales)
 
     def dense_weights(self, dtype: torch.dtype) -> DenseWeights:
         """All that every rank holds: embeddings, attention, norms, routers, dense MLPs, head, in `dtype`. LOCAL."""
@@ -160,9 +200,29 @@ class Stored:
         self._open: dict[Path, Any] = {}
 
     def read(self, name: str) -> Tensor:
-        """See `Tensors`; in the type that it is stored in."""
-        tensor: Tensor = self._handle(name).get_tensor(name)
-        return tensor
+        """See `Tensors`; in the type that it is stored in, blocks in float32."""
+        tensor = self._stored(name)
+        if tensor.dtype.itemsize > 1:
+            return tensor
+        import torch
+
+        from phalanx.moe.blocks import dequantized
+
+        return dequantized(self._checked(name, tensor), self._stored(_scales_of(name)), torch.float32)
+
+    def fill_blocks(self, name: str, weight: Tensor, scales: Tensor) -> None:
+        """See `Tensors`: as they are stored, or made here. Raises BadCheckpoint for what cannot be made into blocks."""
+        from phalanx.moe.blocks import NotFinite, quantize
+
+        tensor = self._stored(name)
+        if tensor.dtype == weight.dtype:
+            weight.copy_(self._checked(name, tensor))
+            scales.copy_(self._stored(_scales_of(name)))
+            return
+        try:
+            quantize(tensor, weight, scales)
+        except NotFinite as error:
+            raise BadCheckpoint(f"{self._files[name]}: tensor {name} cannot be made fp8: {error}") from error
 
     def fill(self, name: str, out: Tensor, index: int | None = None) -> None:
         """See `Tensors`."""
@@ -171,6 +231,19 @@ class Stored:
     def close(self) -> None:
         """See `Tensors`."""
         self._open.clear()
+
+    def _checked(self, name: str, weight: Tensor) -> Tensor:
+        from phalanx.moe.blocks import NotFinite, check_numbers
+
+        try:
+            check_numbers(weight)
+        except NotFinite as error:
+            raise BadCheckpoint(f"{self._files[name]}: tensor {name} is damaged: {error}") from error
+        return weight
+
+    def _stored(self, name: str) -> Tensor:
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
 
     def _handle(self, name: str) -> Any:
         file = self._files[name]
@@ -192,7 +265,7 @@ class Names:
         self._parts = ("w1", "w3", "w2") if own else ("gate_proj", "up_proj", "down_proj")
 
     @classmethod
-    def of(cls, config: ModelConfig, present: dict[str, Shape]) -> Names:
+    def of(cls, config: ModelConfig, present: Collection[str]) -> Names:
         """The naming that the checkpoint with these tensors uses. LOCAL."""
         return cls(config, f"model.layers.{config.moe_layers[0]}.mlp.experts.gate_up_proj" in present)
 
@@ -214,6 +287,10 @@ class Names:
     def expected(self) -> Iterator[tuple[str, Shape]]:
         """Every tensor that is read, with its shape."""
         yield from self.dense()
+        yield from self.experts()
+
+    def experts(self) -> Iterator[tuple[str, Shape]]:
+        """The experts' own tensors, with their shapes."""
         for layer in range(self.config.num_moe_layers):
             yield from self._experts(layer)
 
@@ -292,9 +369,17 @@ def _names_in(file: Path) -> list[str]:
         return list(handle.keys())
 
 
-def _read_header(file: Path, names: list[str]) -> dict[str, Shape]:
-    """Shapes of the tensors that `file` must hold."""
-    shapes: dict[str, Shape] = {}
+@dataclass(frozen=True)
+class _Header:
+    """What a file's header says of a tensor; dtype as safetensors spells it."""
+
+    shape: Shape
+    dtype: str
+
+
+def _read_header(file: Path, names: list[str]) -> dict[str, _Header]:
+    """Shapes and types of the tensors that `file` must hold."""
+    headers: dict[str, _Header] = {}
     with _opened(file) as handle:
         present = set(handle.keys())
         for name in names:
@@ -303,12 +388,55 @@ def _read_header(file: Path, names: list[str]) -> dict[str, Shape]:
                     f"{file}: tensor {name} is missing, though the index says it is here: fetch it again"
                 )
             header = handle.get_slice(name)
-            if header.get_dtype() not in _STORED_DTYPES:
-                raise BadCheckpoint(
-                    f"{file}: tensor {name} is stored as {header.get_dtype()}, supported are {sorted(_STORED_DTYPES)}"
-                )
-            shapes[name] = tuple(header.get_shape())
-    return shapes
+            found = headers[name] = _Header(tuple(header.get_shape()), header.get_dtype())
+            if found.dtype not in _STORED_DTYPES and (found.dtype != _BLOCKS or len(found.shape) != 2):
+                supported = sorted(_STORED_DTYPES | ({_BLOCKS} if len(found.shape) == 2 else set()))
+                raise BadCheckpoint(f"{file}: tensor {name} is stored as {found.dtype}, supported are {supported}")
+    return headers
+
+
+def _scales_of(name: str) -> str:
+    return f"{name}_scale_inv"
+
+
+def _check_blocks(directory: Path, config: ModelConfig, name: str, headers: Mapping[str, _Header]) -> None:
+    """That the scales of a tensor in blocks are there, and as many as it has blocks."""
+    if config.expert_format == "plain":
+        raise BadCheckpoint(
+            f"{directory}: tensor {name} is stored as {_BLOCKS}, but config.json has no quantization_config that says "
+            "so: fetch both from one place"
+        )
+    scales = _scales_of(name)
+    if scales not in headers:
+        raise BadCheckpoint(
+            f"{directory}: tensor {scales} is missing, without which {name}, stored as {_BLOCKS}, means nothing: fetch "
+            "the checkpoint again"
+        )
+    rows, columns = headers[name].shape
+    found, wanted = headers[scales], (blocks_in(rows), blocks_in(columns))
+    if found.shape != wanted or found.dtype not in _STORED_DTYPES:
+        raise BadCheckpoint(
+            f"{directory}: tensor {scales} is {found.dtype} of shape {list(found.shape)}, the blocks of {name} ask for "
+            f"{list(wanted)} in one of {sorted(_STORED_DTYPES)}"
+        )
+
+
+def _check_experts(
+    config: ModelConfig, names: Names, files: Mapping[str, Path], headers: Mapping[str, _Header]
+) -> None:
+    """That experts are stored as config.json says, each in tensors of its own."""
+    for name, _ in names.experts():
+        if names.fused:
+            raise BadCheckpoint(
+                f"{files[name]}: tensor {name} has all experts of a layer, which with {config.expert_format} is not "
+                "supported: use a checkpoint with tensors for each expert"
+            )
+        if headers[name].dtype != _BLOCKS:
+            raise BadCheckpoint(
+                f"{files[name]}: tensor {name} is stored as {headers[name].dtype}, but config.json "
+                f"(quantization_config) says that experts are {config.expert_format}: use a checkpoint in which all "
+                "of them are"
+            )
 
 
 def _opened(file: Path, framework: str = "np") -> Any:

@@ -21,6 +21,7 @@ from phalanx.comm.cuda import CudaCommunicator
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
+from phalanx.moe.layout import ExpertFormat
 
 log = logging.getLogger("phalanx.moe")
 
@@ -32,7 +33,8 @@ class DeviceMemoryShort(PhalanxError):
 
 
 class DeviceBank(SlotBank):
-    """Expert slots in device memory, [L, S, 3 F D] at a fixed address, filled from the host.
+    """Expert slots in device memory, [L, S, 3 F D] at a fixed address, filled from the host; with fp8 the bytes of a
+    slot, uint8 [L, S, X].
 
     To peers every slot seems borrowed: they restore from their vault or from disk. A restore of borrowed bytes (the
     vault's) copies from where they lie; bytes that a source writes land in one pinned buffer first. Copies run on a
@@ -40,13 +42,14 @@ class DeviceBank(SlotBank):
 
     def __init__(
         self, num_layers: int, slots_per_rank: int, hidden: int, expert_width: int, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, expert_format: ExpertFormat = "plain",
     ) -> None:  # fmt: skip
-        super().__init__(num_layers, slots_per_rank, hidden, expert_width, dtype)
+        super().__init__(num_layers, slots_per_rank, hidden, expert_width, dtype, expert_format)
         self._borrowed_LS[:] = 1
-        elements = 3 * hidden * expert_width
+        kind = dtype if expert_format == "plain" else torch.uint8
+        elements = self.expert_bytes // kind.itemsize
         try:
-            self.weights_LSX = torch.empty(num_layers, slots_per_rank, elements, dtype=dtype, device=device)
+            self.weights_LSX = torch.empty(num_layers, slots_per_rank, elements, dtype=kind, device=device)
         except torch.OutOfMemoryError as error:
             size = num_layers * slots_per_rank * self.expert_bytes / 1e9
             raise DeviceMemoryShort(
@@ -54,7 +57,7 @@ class DeviceBank(SlotBank):
                 "have: lower --slots-per-rank, or raise --min-ranks, from which it follows"
             ) from error
         on_device = device.type == "cuda"
-        self._landing = torch.empty(elements, dtype=dtype, pin_memory=on_device)
+        self._landing = torch.empty(elements, dtype=kind, pin_memory=on_device)
         self._landed: tuple[int, int] | None = None
         self._pinned: list[int] = []
         self._refused = False

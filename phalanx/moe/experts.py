@@ -1,7 +1,8 @@
 """The expert slots of one rank: plain bytes in shared memory, that peers can read when they must restore an expert.
 
 A slot holds one expert of one layer, contiguous: w13 [2F, D] (the gate's rows, then the up projection's), then
-w2 [D, F]. Which expert stands in which slot is data (`held_LS`), so a re-placement only copies bytes.
+w2 [D, F], then with fp8 their scales (`moe.layout`). Which expert stands in which slot is data (`held_LS`), so a
+re-placement only copies bytes.
 
 Shape suffixes: L MoE layers, S slots a rank, F expert width, D model width, M rows, N tokens.
 """
@@ -23,11 +24,16 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from phalanx.errors import PhalanxError
+from phalanx.moe.blocks import BlockSwiGlu, BlockWeights
+from phalanx.moe.layout import ExpertFormat, ExpertLayout
 from phalanx.moe.linear import Products, SwiGlu
 from phalanx.pages import FilePart, MemoryFile
 
 Bytes = npt.NDArray[np.uint8]
-ExpertWeights = tuple[Tensor, Tensor]
+ExpertWeights = tuple[Tensor, ...]
+"""(w13 [2F, D], w2 [D, F]), in e4m3 followed by the scales of both, as in `BlockWeights`."""
+
+Expert = SwiGlu | BlockSwiGlu
 
 _MAGIC = b"PHXSLOTS"
 _HEADER = struct.Struct("=8s16s")
@@ -76,11 +82,14 @@ class SlotBank:
     """
 
     def __init__(
-        self, num_layers: int, slots_per_rank: int, hidden: int, expert_width: int, dtype: torch.dtype
-    ) -> None:
+        self, num_layers: int, slots_per_rank: int, hidden: int, expert_width: int, dtype: torch.dtype,
+        expert_format: ExpertFormat = "plain",
+    ) -> None:  # fmt: skip
+        """dtype: what experts compute in, and what the weights of plain ones are."""
         self.num_layers, self.slots_per_rank = num_layers, slots_per_rank
         self.hidden, self.expert_width, self.dtype = hidden, expert_width, dtype
-        self.expert_bytes = 3 * hidden * expert_width * dtype.itemsize
+        self.layout = ExpertLayout(hidden, expert_width, dtype.itemsize, expert_format)
+        self.expert_bytes = self.layout.total_bytes
         self._stride = -(-self.expert_bytes // _PAGE) * _PAGE  # whole pages, so that clearing gives memory back
         token = os.urandom(16)
         self._start = _slots_start(num_layers, slots_per_rank)
@@ -93,7 +102,7 @@ class SlotBank:
         self._held_LS = np.full((num_layers, slots_per_rank), _EMPTY, np.int32)
         self._digest_LS = np.zeros((num_layers, slots_per_rank), np.uint64)
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
-        self._experts: dict[tuple[int, int], SwiGlu] = {}
+        self._experts: dict[tuple[int, int], Expert] = {}
         self._packed: set[tuple[int, int]] = set()
         self.products = Products.usual(dtype)
         """How the experts are computed; the model sets it after its check, before the first step."""
@@ -131,36 +140,45 @@ class SlotBank:
         return self._bytes[start : start + self.expert_bytes]
 
     def weights(self, layer: int, slot: int) -> ExpertWeights:
-        """(w13 [2F, D], w2 [D, F]) of a slot; at a fixed address as long as it does not borrow. LOCAL."""
-        pair = self._weights.get((layer, slot))
-        if pair is None:
-            pair = self._weights[layer, slot] = self._pair(self._slot(layer, slot))
-        return pair
+        """What a slot computes with, as tensors at a fixed address as long as it does not borrow. LOCAL."""
+        found = self._weights.get((layer, slot))
+        if found is None:
+            found = self._weights[layer, slot] = self._views(self._slot(layer, slot))
+        return found
 
-    def _pair(self, data: Bytes) -> ExpertWeights:
+    def _views(self, data: Bytes) -> ExpertWeights:
+        if self.layout.format == "fp8":
+            blocks = BlockWeights.of(torch.from_numpy(data), self.layout)
+            return blocks.w13, blocks.w2, blocks.scales13, blocks.scales2
         flat = torch.from_numpy(data).view(self.dtype)
         middle = 2 * self.expert_width * self.hidden
         w13 = flat[:middle].view(2 * self.expert_width, self.hidden)
         return w13, flat[middle:].view(self.hidden, self.expert_width)
 
-    def expert(self, layer: int, slot: int) -> SwiGlu:
+    def expert(self, layer: int, slot: int) -> Expert:
         """The slot's expert, to be called: [N, D] -> [N, D]. LOCAL."""
         key = layer, slot
         if key not in self._experts:
-            self._experts[key] = SwiGlu(*self.weights(layer, slot), self.products, packed=False)
+            self._experts[key] = self._made(self.weights(layer, slot), packed=False)
         return self._experts[key]
+
+    def _made(self, weights: ExpertWeights, *, packed: bool) -> Expert:
+        if self.layout.format == "fp8":
+            return BlockSwiGlu(BlockWeights(*weights), self.products, self.dtype)
+        w13, w2 = weights
+        return SwiGlu(w13, w2, self.products, packed=packed)
 
     def pack(self, limit: int | None = None) -> int:
         """Give up to `limit` experts (None: all) that lack it a packed copy of their weights: twice the memory, half
         the time for few rows, the same bits. How many it did; 0 also where packing is of no use. LOCAL.
 
         A restored expert computes from its plain bytes until its turn comes, so that a recovery need not wait."""
-        if not self.products.packed:
+        if not self.products.packed or self.layout.format == "fp8":
             return 0
         held = zip(*(index.tolist() for index in np.nonzero(self._held_LS != _EMPTY)), strict=True)
         due = [key for key in held if key not in self._packed][:limit]
         for key in due:
-            self._experts[key] = SwiGlu(*self.weights(*key), self.products, packed=True)
+            self._experts[key] = self._made(self.weights(*key), packed=True)
             self._packed.add(key)
         return len(due)
 
@@ -180,7 +198,7 @@ class SlotBank:
         must stay as they are for as long as the slot is not cleared. Copies nothing. LOCAL."""
         assert data.nbytes == self.expert_bytes, (data.nbytes, self.expert_bytes)
         self._unpack(layer, slot)
-        self._weights[layer, slot] = self._pair(data)
+        self._weights[layer, slot] = self._views(data)
         self._experts.pop((layer, slot), None)
         self._borrowed_LS[layer, slot] = 1
         self.mark(layer, slot, expert, digest)

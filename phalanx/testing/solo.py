@@ -60,7 +60,9 @@ class SoloEngine:
         else:
             self.limits = limits_for(config, model, KVStore.block_bytes(model, config.block_size, dtype))
             self.comm = comm or LocalCommunicator()
-            self._bank = SlotBank(model.num_moe_layers, model.num_experts, model.hidden, model.expert_width, dtype)
+            self._bank = SlotBank(
+                model.num_moe_layers, model.num_experts, model.hidden, model.expert_width, dtype, model.expert_format
+            )
             routes = RouteTable(model.num_moe_layers, model.num_experts, 1)
             transformer = Transformer(model, weights, self._bank, routes, self.comm, dtype)
             kv = KVStore(model, self.limits.num_blocks, self.limits.block_size, dtype)

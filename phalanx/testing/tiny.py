@@ -23,15 +23,23 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from phalanx.errors import BadConfig
+from phalanx.moe.blocks import E4M3, quantize
+from phalanx.moe.layout import BLOCK, blocks_in
 from phalanx.testing.writer import CHATML_TEMPLATE, Texts, write_model
 
 Arch = Literal["qwen3-moe", "mixtral"]
 Spelling = Literal["hub", "transformers5"]
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {
+    "bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
+"""How weights may be stored. fp8: all but embeddings, norms, routers and head, with a bfloat16 scale a block."""
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258
 BYTE_VOCAB = 256 + len(SPECIAL_TOKENS)
+
+_IN_BLOCKS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+"""How the names end of what is stored in blocks."""
 
 # Standard deviations, for inputs of unit variance. Attention scores of about 3 look at few tokens, so that the text
 # depends on positions; the residual stream gets as much from attention and experts as it held before.
@@ -159,7 +167,7 @@ def write_random(
     write_model(
         Path(path),
         _texts(shape, dtype, spelling),
-        _tensors(shape, seed, DTYPES[dtype]) if weights else None,
+        _stored(_tensors(shape, seed), DTYPES[dtype]) if weights else None,
         shard_bytes=max(1, -(-size // shards)),
         force=force,
         progress=progress,
@@ -246,7 +254,23 @@ def _mlp(prefix: str, names: tuple[str, str, str], width: int, inner: int) -> It
     yield f"{prefix}{down}.weight", (width, inner), _BRANCH_STD * inner**-0.5, 0.0
 
 
-def _tensors(shape: Shape, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _stored(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors in the type of the files, with their scales."""
+    for name, tensor in tensors:
+        if dtype is not E4M3:
+            yield name, tensor.to(dtype)
+        elif not name.endswith(_IN_BLOCKS):
+            yield name, tensor.to(torch.bfloat16)
+        else:
+            weight = torch.empty(tensor.shape, dtype=dtype)
+            scales = torch.empty(blocks_in(tensor.shape[0]), blocks_in(tensor.shape[1]))
+            quantize(tensor, weight, scales)
+            yield name, weight
+            yield f"{name}_scale_inv", scales.to(torch.bfloat16)  # powers of two: nothing is lost
+
+
+def _tensors(shape: Shape, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """All weights, in float32."""
     for name, size, std, mean in _layout(shape):
         # A generator for each name: a tensor does not depend on the order or on what else the model has.
         values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(size, np.float32)
@@ -255,7 +279,7 @@ def _tensors(shape: Shape, seed: int, dtype: torch.dtype) -> Iterator[tuple[str,
             common = np.zeros(shape.vocab, bool)
             common[[ord("\n"), *range(0x20, 0x7F)]] = True
             values[~common] *= np.float32(_RARE_ROW)
-        yield name, torch.from_numpy(values).to(dtype)
+        yield name, torch.from_numpy(values)
 
 
 # --- the files beside them
@@ -322,6 +346,11 @@ def _config(shape: Shape, dtype: str, spelling: Spelling) -> dict[str, Any]:
             "rms_norm_eps": 1e-6,
             "use_sliding_window": False,
         }
+    if dtype == "fp8":
+        dtype = "bfloat16"
+        common["quantization_config"] = {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK],
+        }  # fmt: skip
     if spelling == "hub":
         return common | {"rope_theta": shape.rope_theta, "torch_dtype": dtype, "transformers_version": "4.51.0"}
     rope = {"rope_theta": shape.rope_theta, "rope_type": "default"}

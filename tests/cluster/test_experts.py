@@ -17,17 +17,21 @@ pytestmark = pytest.mark.cluster
 
 Serve = Callable[..., Service]
 
-KINDS: dict[str, dict[str, object]] = {
-    "random": {"load_format": "dummy", "expert_backup": "disk"},
+KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "random, made fp8": ("", {"load_format": "dummy", "quantization": "fp8", "expert_backup": "disk"}),
+    "fp8": ("fp8", {"expert_backup": "dram"}),
 }
+"""How the checkpoint is stored, if there is one, and flags."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rank_killed_in_mid_stream_changes_no_stream_whatever_its_experts_are_made_of(
     serve: Serve, tmp_path: Path, kind: str
 ) -> None:
-    model = write_random(tmp_path / "tiny", Shape("qwen3-moe", layers=2, experts=8), weights=False)
-    service = serve(model=model, ep_size=2, **KINDS[kind])
+    stored, flags = KINDS[kind]
+    shape = Shape("qwen3-moe", layers=2, experts=8)
+    model = write_random(tmp_path / "tiny", shape, weights=bool(stored), dtype=stored or "bfloat16")
+    service = serve(model=model, ep_size=2, **flags)
     options = {"temperature": [0.0, 0.8] * (len(PROMPTS) // 2), "seed": list(range(len(PROMPTS))), "max_tokens": 60}
     unfailed = Streams(service.url, PROMPTS, **options).start().join()
     assert len({text for text, *_ in unfailed}) == len(PROMPTS), unfailed
@@ -36,5 +40,5 @@ def test_a_rank_killed_in_mid_stream_changes_no_stream_whatever_its_experts_are_
     running.wait_for_chunks(5)
     service.signal(1, signal.SIGKILL)
     assert running.join() == unfailed
-    source = str(KINDS[kind]["expert_backup"]).replace("dram", "vault")
+    source = str(flags["expert_backup"]).replace("dram", "vault")
     eventually(lambda: restored(service)[source] > before.get(source, 0))

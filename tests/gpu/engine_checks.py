@@ -232,18 +232,8 @@ def _experts_case(device: torch.device, slots: int, hidden: int, width: int, pai
         bank.slot_bytes(0, slot)[:] = weights[slot].view(torch.uint8).numpy()
         bank.mark(0, slot, slot, 1)
     bank.ready()
-    counts = torch.rand(slots, generator=g).mul(torch.rand(slots, generator=g) > 0.3)
-    slot_M = torch.multinomial(counts + 1e-9, pairs, replacement=True, generator=g).sort().values
-    first = torch.searchsorted(slot_M, torch.arange(slots + 1)).to(torch.int32)
-    x = torch.randn(pairs + 3, hidden, generator=g).to(torch.bfloat16)
-    row_M = torch.randint(0, pairs + 3, (pairs,), generator=g)
-    want = torch.empty(pairs, hidden)
-    for slot in range(slots):
-        rows = x[row_M[first[slot] : first[slot + 1]]].float()
-        w13, w2 = weights[slot].float().split([2 * width * hidden, width * hidden])
-        gate, up = (rows @ w13.view(2 * width, hidden).t()).chunk(2, dim=1)
-        inner = (F.silu(gate) * up).to(torch.bfloat16).float()
-        want[first[slot] : first[slot + 1]] = inner @ w2.view(hidden, width).t()
+    x, row_M, first = pairs_of(slots, hidden, pairs, g)
+    want = through_experts(x, row_M, first, weights.float(), width)
     on_device = x.to(device), row_M.to(device), first.to(device)
     worst, exact_bits = 0.0, []
     for exact in (False, True):
@@ -260,6 +250,32 @@ def _experts_case(device: torch.device, slots: int, hidden: int, width: int, pai
     bank.close()
     assert same, f"{slots} slots, {hidden} x {width}, {pairs} pairs: bits depend on the tiling"
     return worst
+
+
+def pairs_of(
+    slots: int, hidden: int, pairs: int, g: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, the row of each pair, and where each slot's pairs begin: some slots have none, some many."""
+    counts = torch.rand(slots, generator=g).mul(torch.rand(slots, generator=g) > 0.3)
+    slot_M = torch.multinomial(counts + 1e-9, pairs, replacement=True, generator=g).sort().values
+    first = torch.searchsorted(slot_M, torch.arange(slots + 1)).to(torch.int32)
+    x = torch.randn(pairs + 3, hidden, generator=g).to(torch.bfloat16)
+    return x, torch.randint(0, pairs + 3, (pairs,), generator=g), first
+
+
+def through_experts(
+    x: torch.Tensor, row_M: torch.Tensor, first: torch.Tensor, weights: torch.Tensor, width: int
+) -> torch.Tensor:
+    """What experts with these weights, float32 [S, 3 F D], make of the pairs; the middle is rounded to bfloat16."""
+    hidden = x.shape[1]
+    want = torch.empty(len(row_M), hidden)
+    for slot, flat in enumerate(weights):
+        rows = x[row_M[first[slot] : first[slot + 1]]].float()
+        w13, w2 = flat.split([2 * width * hidden, width * hidden])
+        gate, up = (rows @ w13.view(2 * width, hidden).t()).chunk(2, dim=1)
+        inner = (F.silu(gate) * up).to(torch.bfloat16).float()
+        want[first[slot] : first[slot + 1]] = inner @ w2.view(hidden, width).t()
+    return want
 
 
 def _gate_case(device: torch.device, num_experts: int, top_k: int, tokens: int) -> None:
@@ -352,7 +368,7 @@ def on_device(device: torch.device, board: NoticeBoard) -> Any:
 
 
 @contextmanager
-def served(large: bool) -> Iterator[ServeConfig]:
+def served(large: bool, **flags: Any) -> Iterator[ServeConfig]:
     """A small model, and how one rank is to serve it; tiny for an interpreter."""
     sizes: dict[str, Any] = {
         "layers": 2, "hidden": 64, "head_dim": 16, "heads": 2, "kv_heads": 1, "expert_width": 32, "experts": 4,
@@ -365,14 +381,14 @@ def served(large: bool) -> Iterator[ServeConfig]:
     with checkpoint(**sizes) as path:
         yield ServeConfig(
             model=path, num_kv_blocks=256, max_model_len=700, max_num_batched_tokens=64, max_num_seqs=16,
-            cuda_graph_max_bs=16 if large else 0,
+            cuda_graph_max_bs=16 if large else 0, **flags,
         )  # fmt: skip
 
 
-def check_engine(device: torch.device, large: bool) -> None:
+def check_engine(device: torch.device, large: bool, **flags: Any) -> None:
     """Logits against the CPU's; and under `deterministic` the same tokens whatever the batch, the chunking, graphs."""
     board = NoticeBoard.create(1)
-    with served(large) as base:
+    with served(large, **flags) as base:
         # The interpreter cuts bfloat16 where a device rounds; float16 it rounds as well.
         _compare_logits(
             base if large else replace_config(base, dtype="float16"), device, board, 8e-2 if large else 5e-3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from phalanx.engine.step import Engine
 from phalanx.messages import Abort, Pause, Resume, SamplingParams, Submit
 from phalanx.model.config import ModelConfig
 from phalanx.model.layers import DenseWeights, LayerWeights
+from phalanx.moe.cuda import DeviceBank
 from phalanx.world import Member, Placement, View, World
 
 BATCHES = (1, 16, 64, 128, 256)
@@ -69,13 +70,14 @@ class Served:
 
 
 def make(
-    ranks: RankProcess, rank: int, ep_size: int, device: int, board: str, layers: int, deterministic: bool
+    ranks: RankProcess, rank: int, ep_size: int, device: int, board: str, layers: int, deterministic: bool,
+    quantization: str,
 ) -> Reply:  # fmt: skip
     """The parts of a rank, random weights, graphs of all sizes."""
     began = time.monotonic()
     torch.cuda.set_device(device)
     torch.set_grad_enabled(False)
-    model = qwen3_30b_a3b(layers)
+    model = replace(qwen3_30b_a3b(layers), expert_format="fp8" if quantization == "fp8" else "plain")
     config = ServeConfig(
         model="random", device="cuda", ep_size=ep_size, max_num_batched_tokens=CHUNK, max_num_seqs=max(BATCHES),
         max_model_len=512, num_kv_blocks=max(BATCHES) * 20, enable_prefix_caching=False, deterministic=deterministic,
@@ -84,7 +86,7 @@ def make(
     place = Place(config, model, rank, 0, NoticeBoard.open(board), 1)
     made = CudaBackend(place, graph_sizes=BATCHES)
     for layer in range(layers):
-        made.bank.weights_LSX[layer].normal_(0, 0.03)
+        _fill(made.bank, layer)
     runner = made.runner(random_weights(model, made.bank.weights_LSX.device))
     loaded = time.monotonic()
     runner.warm_up(made.limits)
@@ -94,6 +96,16 @@ def make(
         "address": made.comm.address, "load_s": loaded - began, "warm_s": time.monotonic() - loaded,
         "memory_gb": torch.cuda.memory_allocated() / 1e9,
     }  # fmt: skip
+
+
+def _fill(bank: DeviceBank, layer: int) -> None:
+    """Random weights in a layer's slots."""
+    weights = bank.weights_LSX[layer]
+    if bank.layout.format == "plain":
+        weights.normal_(0, 0.03)
+    else:
+        weights.random_(0, 256)
+        weights[:, bank.layout.scales_start :].view(torch.float32).uniform_(1e-4, 5e-4)
 
 
 def serve_alike(ranks: RankProcess, epoch: int, members: list[dict[str, Any]]) -> Reply:
@@ -161,11 +173,13 @@ def _profiled(do: Any) -> list[str]:
 COMMANDS = {"make": make, "serve_alike": serve_alike, "decode": decode}
 
 
-def ladder(devices: int, *, layers: int, deterministic: bool = False, batches: Any = BATCHES) -> None:
+def ladder(
+    devices: int, *, layers: int, deterministic: bool = False, batches: Any = BATCHES, quantization: str = "none"
+) -> None:
     """Build, then one line a batch size, each as soon as it is known."""
     ep_size = 2 if devices > 1 else 1
     with party(str(Path(__file__).resolve()), ep_size, devices) as p:
-        _open(p, layers, deterministic)
+        _open(p, layers, deterministic, quantization)
         for batch in batches:
             answers = p.all("decode", batch=batch, profile=False) if batch != 64 else _with_profile(p, batch)
             worst = {name: max(a[name] for a in answers.values()) for name in ("step_ms", "run_ms", "worst_ms")}
@@ -188,11 +202,11 @@ def _with_profile(p: Party, batch: int) -> dict[int, Reply]:
     return {rank: m.reply() for rank, m in p.ranks.items()}
 
 
-def _open(p: Party, layers: int, deterministic: bool) -> None:
+def _open(p: Party, layers: int, deterministic: bool, quantization: str) -> None:
     for m in p.ranks.values():
         m.send(
             "make", rank=m.rank, ep_size=p.ep_size, device=m.device, board=p.board.address, layers=layers,
-            deterministic=deterministic,
+            deterministic=deterministic, quantization=quantization,
         )  # fmt: skip
     for m in p.ranks.values():
         answer = m.reply()

@@ -22,6 +22,7 @@ SERVICE_NEEDS = ("zmq", "msgspec", "fastapi", "uvicorn", "pydantic")
 
 def stages(interpret: bool) -> dict[str, Stage]:
     """Name -> stage, in the order of running."""
+    import block_checks
     import engine_checks as checks
     from engine_flights import check_flights
     from engine_pair import check_pair
@@ -34,6 +35,7 @@ def stages(interpret: bool) -> dict[str, Stage]:
     table = {
         "attention": Stage(lambda: checks.check_attention(device, large), 60 if large else 280, 1),
         "experts": Stage(lambda: checks.check_experts(device, large), 60 if large else 280, 2),
+        "experts-fp8": Stage(lambda: block_checks.check_blocks(device, large), 90 if large else 280, 4),
         "sampler": Stage(lambda: checks.check_sampler(device, large), 40 if large else 280, 2),
         "engine-one": Stage(lambda: checks.check_engine(device, large), 80 if large else 280, 3),
         "flights": Stage(lambda: check_flights(device, large), 60 if large else 280, 3),
@@ -55,6 +57,7 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "rejoin64": Stage(engine_failures.returns_under_64_streams, 105),
         "failures": Stage(engine_failures.every_failure, 120),
         "vault": Stage(engine_failures.restore_from_the_vault, 120),
+        "ladder-fp8": Stage(lambda: ladder(count, layers=48, quantization="fp8", batches=(1, 64, 256)), 75),
         "ladder-exact": Stage(lambda: ladder(count, layers=48, deterministic=True, batches=(1, 64, 256)), 75),
     }  # fmt: skip
 

@@ -21,7 +21,7 @@ ON_DEVICES = (
     "exchange-large-fast", "four-exchange", "eight-exchange", "kill", "kill-unseen", "stop", "waits", "meet",
     "four-kill", "four-stop", "eight-kill",
 )  # fmt: skip
-ENGINE = ("attention", "experts", "sampler", "engine-one", "flights", "pair", "logits")
+ENGINE = ("attention", "experts", "experts-fp8", "sampler", "engine-one", "flights", "pair", "logits")
 ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "failures", "vault")
 ENGINE_INTERPRETED = (*ENGINE, "price")
 INTERPRETED = (

@@ -15,16 +15,16 @@ from phalanx.moe.experts import BorrowedSlot, PeerBank, digest
 LAYERS, SLOTS, HIDDEN, WIDTH = 2, 3, 16, 8
 
 
-@pytest.fixture
-def bank() -> Iterator[DeviceBank]:
-    made = DeviceBank(LAYERS, SLOTS, HIDDEN, WIDTH, torch.bfloat16, torch.device("cpu"))
+@pytest.fixture(params=["plain", "fp8"])
+def bank(request: pytest.FixtureRequest) -> Iterator[DeviceBank]:
+    made = DeviceBank(LAYERS, SLOTS, HIDDEN, WIDTH, torch.bfloat16, torch.device("cpu"), request.param)
     made.weights_LSX.zero_()
     yield made
     made.close()
 
 
-def expert(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, 3 * HIDDEN * WIDTH * 2, np.uint8)
+def expert(bank: DeviceBank, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, bank.expert_bytes, np.uint8)
 
 
 def sent(bank: DeviceBank, layer: int, slot: int) -> bytes:
@@ -33,7 +33,7 @@ def sent(bank: DeviceBank, layer: int, slot: int) -> bytes:
 
 
 def test_an_expert_that_a_source_wrote_is_sent_to_its_slot_and_no_other(bank: DeviceBank) -> None:
-    data = expert(1)
+    data = expert(bank, 1)
     bank.slot_bytes(1, 2)[:] = data
     assert bank.held_LS[1, 2] == -1
     bank.mark(1, 2, 7, digest(data.data))
@@ -43,7 +43,7 @@ def test_an_expert_that_a_source_wrote_is_sent_to_its_slot_and_no_other(bank: De
 
 
 def test_an_expert_that_is_lent_is_copied_so_that_the_lender_may_go(bank: DeviceBank) -> None:
-    data = expert(2)
+    data = expert(bank, 2)
     kept = data.tobytes()
     bank.borrow(0, 1, 4, digest(data.data), data)
     bank.ready()
@@ -55,7 +55,7 @@ def test_an_expert_that_is_lent_is_copied_so_that_the_lender_may_go(bank: Device
 def test_a_slot_keeps_its_address_whatever_it_holds(bank: DeviceBank) -> None:
     before = bank.weights_LSX.data_ptr()
     for number in range(4):
-        bank.slot_bytes(0, 0)[:] = expert(number)
+        bank.slot_bytes(0, 0)[:] = expert(bank, number)
         bank.mark(0, 0, number, number)
         bank.clear(0, 0)
     assert bank.held_LS[0, 0] == -1
@@ -63,8 +63,8 @@ def test_a_slot_keeps_its_address_whatever_it_holds(bank: DeviceBank) -> None:
 
 
 def test_a_copy_that_was_refused_leaves_the_slot_empty_for_the_next(bank: DeviceBank) -> None:
-    bank.slot_bytes(0, 0)[:] = expert(1)  # damaged: never marked
-    data = expert(2)
+    bank.slot_bytes(0, 0)[:] = expert(bank, 1)  # damaged: never marked
+    data = expert(bank, 2)
     bank.slot_bytes(0, 1)[:] = data
     bank.mark(0, 1, 5, digest(data.data))
     assert bank.held_LS[0].tolist() == [-1, 5, -1]
@@ -78,7 +78,7 @@ def test_a_slot_that_nobody_filled_is_not_marked(bank: DeviceBank) -> None:
 
 
 def test_peers_are_told_that_there_is_nothing_to_read(bank: DeviceBank) -> None:
-    bank.slot_bytes(0, 0)[:] = expert(3)
+    bank.slot_bytes(0, 0)[:] = expert(bank, 3)
     bank.mark(0, 0, 1, 1)
     peer = PeerBank.open(bank.address.replace("/proc/self", f"/proc/{os.getpid()}"))
     for layer in range(LAYERS):

@@ -56,6 +56,7 @@ MIXTRAL = {
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
 }
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
 def without(config: dict, *keys: str) -> dict:
@@ -109,6 +110,16 @@ def test_the_ids_that_end_a_text_come_from_the_generation_config_first(read):
     assert read(QWEN, {"eos_token_id": [151645, 151643]}).eos_ids == (151645, 151643)
 
 
+def test_weights_in_fp8_with_a_scale_a_block_are_known_by_the_config(read):
+    assert read(QWEN).expert_format == "plain"
+    assert read(QWEN | {"quantization_config": None}).expert_format == "plain"
+    for said in (FP8, FP8 | {"modules_to_not_convert": ["lm_head"]}, without(FP8, "fmt", "activation_scheme")):
+        config = read(QWEN | {"quantization_config": said})
+        assert config.expert_format == "fp8"
+        assert config.expert_layout(2).total_bytes == 3 * 2048 * 768 + 4 * 3 * 16 * 6
+    assert read(QWEN).expert_layout(2).total_bytes == 2 * 3 * 2048 * 768
+
+
 def test_a_missing_head_size_is_the_width_over_the_heads(read):
     assert read(without(QWEN, "head_dim")).head_dim == 64
 
@@ -134,7 +145,18 @@ def test_a_sliding_window_counts_only_where_it_is_switched_on(read):
         (QWEN | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         (QWEN | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type 'linear' is not supported"),
         (QWEN | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        (QWEN | {"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints are not supported"),
+        (
+            QWEN | {"quantization_config": FP8 | {"quant_method": "awq"}},
+            r"quantization_config\.quant_method 'awq' is not supported",
+        ),
+        (QWEN | {"quantization_config": without(FP8, "weight_block_size")}, "weight_block_size None is not supported"),
+        (
+            QWEN | {"quantization_config": FP8 | {"weight_block_size": [64, 128]}},
+            r"weight_block_size \[64, 128\] is not",
+        ),
+        (QWEN | {"quantization_config": FP8 | {"activation_scheme": "static"}}, "activation_scheme 'static'"),
+        (QWEN | {"quantization_config": FP8 | {"fmt": "e5m2"}}, r"quantization_config\.fmt 'e5m2'"),
+        (QWEN | {"quantization_config": "fp8"}, "quantization_config must be an object"),
         (QWEN | {"num_key_value_heads": 5}, "not a multiple of num_key_value_heads 5"),
         (QWEN | {"num_experts_per_tok": 129}, "more than num_experts 128"),
         (QWEN | {"head_dim": 15}, "head_dim 15 is odd"),

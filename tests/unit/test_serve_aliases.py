@@ -148,7 +148,6 @@ REFUSED = [
     ("--elastic-ep-join-mode scale", "POST /scale_elastic_ep"),
     ("--elastic-ep-join-rank-offset 4", "POST /scale_elastic_ep"),
     ("--ep-dispatch-algorithm fake", "leave the text as it is"),
-    ("--quantization fp8", "--dtype"),
     ("--eplb-config '{}'", "--eplb-interval"),
 ]  # fmt: skip
 

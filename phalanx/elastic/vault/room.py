@@ -51,12 +51,13 @@ def room_for(
     shape = VaultShape(
         model.num_moe_layers,
         model.num_experts,
-        3 * model.hidden * model.expert_width * itemsize,
+        model.expert_layout(itemsize).total_bytes,
         sum(dense) * itemsize,
         len(dense),
         share,
     )
     copies = 2 if config.dtype == "bfloat16" else 1  # plain, and in the layout that oneDNN computes from
+    copies_of_experts = copies if model.expert_format == "plain" else 1
     if config.device == "cuda":  # a rank's memory is the device's; the dense weights only pass through the host's
         ranks = -(-config.ep_size // share.nnodes) * (shape.dense_bytes + PROCESS_BYTES)
         return Room(shape, available_bytes() if available is None else available, ranks)
@@ -64,7 +65,7 @@ def room_for(
     block_bytes = model.kv_bytes(config.block_size, itemsize)
     kv = config.kv_blocks(block_bytes) * block_bytes
     a_rank = copies * shape.dense_bytes + kv + PROCESS_BYTES
-    ranks = copies * -(-experts // share.nnodes) + -(-config.ep_size // share.nnodes) * a_rank
+    ranks = copies_of_experts * -(-experts // share.nnodes) + -(-config.ep_size // share.nnodes) * a_rank
     return Room(shape, available_bytes() if available is None else available, ranks)
 
 

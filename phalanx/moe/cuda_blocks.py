@@ -1,0 +1,75 @@
+"""Experts in e4m3 with a scale a block on a device: `DeviceExperts` with the kernels that read half the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from phalanx.moe.cuda import DeviceBank, DeviceExperts, Tiling
+from phalanx.moe.layout import BLOCK
+
+
+@dataclass(frozen=True)
+class BlockTiling:
+    """As `Tiling`, for weights in blocks: a round is always one block deep. up, down: divisors of 128.
+
+    swapped: the weights are the left side of the product, so that tensor cores take 64 rows of them at once, however
+    few pairs there are. programs: a processor."""
+
+    rows: int = 16
+    up: int = 64
+    down: int = 64
+    up_stages: int = 4
+    down_stages: int = 6
+    swapped: bool = False
+    programs: int = 2
+
+    @classmethod
+    def of(cls, tiling: Tiling) -> BlockTiling:
+        """For the pairs that `tiling` was chosen for; those for `exact` ones give a row the same bits. LOCAL, pure."""
+        if tiling.rows <= 32:
+            return cls(rows=tiling.rows, up=tiling.up)
+        return cls(rows=64, up=64, down=128, up_stages=3, down_stages=3)
+
+
+class BlockExperts(DeviceExperts):
+    """The MoE layers of a rank whose bank holds blocks."""
+
+    def experts(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: Tiling) -> Tensor:
+        """See `DeviceExperts.experts`. LOCAL."""
+        return self.products(layer, x_ND, row_M, first_S, BlockTiling.of(tiling))
+
+    def products(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: BlockTiling) -> Tensor:
+        """The same, cut in this way. LOCAL."""
+        from triton import next_power_of_2
+
+        from phalanx.moe import block_kernels
+
+        bank, t = self._bank, tiling
+        weights, programs = bank.weights_LSX[layer], t.programs * self._count
+        shape = {
+            "S": bank.slots_per_rank, "SP": next_power_of_2(bank.slots_per_rank), "F": bank.expert_width,
+            "D": bank.hidden, "X": bank.expert_bytes, "AT": bank.layout.scales_start, "PROGRAMS": programs,
+            "BM": t.rows, "BK": BLOCK, "SWAPPED": t.swapped, "num_warps": 4,
+        }  # fmt: skip
+        block_kernels.up_kernel[(programs,)](
+            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_stages=t.up_stages
+        )
+        block_kernels.down_kernel[(programs,)](
+            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_stages=t.down_stages
+        )
+        return self._y_MD
+
+    @cached_property
+    def _count(self) -> int:
+        """Processors of the device."""
+        device = self._bank.weights_LSX.device
+        return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def kind_for(bank: DeviceBank) -> type[DeviceExperts]:
+    """What computes with this bank's slots. LOCAL."""
+    return DeviceExperts if bank.layout.format == "plain" else BlockExperts
