@@ -129,7 +129,7 @@ def check_pair(devices: int, *, interpret: bool) -> None:
             "layers": 4, "hidden": 512, "head_dim": 64, "heads": 8, "kv_heads": 2, "expert_width": 128,
             "experts": 32, "top_k": 4,
         }  # fmt: skip
-    streams, length = (2, 8) if interpret else (6, 200)
+    streams, length = (2, 6) if interpret else (6, 200)
     with checkpoint(**sizes) as path:
 
         def run(grounded: bool, dies_after: int) -> dict[int, Reply]:
