@@ -276,4 +276,7 @@ class CudaRunner:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 hidden_TD = self._compute(on_device, size)
             self._pool = graph.pool()
+            graph.replay()  # its first replay uploads it, which is nothing for a step that others wait for
+            page.mark()
+            self.wait(page)
         return Replay(graph, hidden_TD)
