@@ -14,12 +14,25 @@ Replay = TypeVar("Replay")
 
 _SMALL = (1, 2, 4, 8)
 _STEP, _LARGE_STEP, _LARGE = 8, 16, 128
+_FEWEST_TOKENS = 64
 
 
 def ladder(largest: int) -> tuple[int, ...]:
     """Sizes up to `largest`, which is one of them; none for 0. Finer where a row more costs more of the step. LOCAL."""
     sizes = [*_SMALL, *range(_SMALL[-1] + _STEP, _LARGE, _STEP), *range(_LARGE, largest, _LARGE_STEP), largest]
     return tuple(sorted({size for size in sizes if 0 < size <= largest}))
+
+
+def token_ladder(largest: int) -> tuple[int, ...]:
+    """Sizes for steps with prefills, in tokens, up to `largest`, which is one of them; none for 0. LOCAL.
+
+    Each is twice the one before, for each takes a capture in every warm-up, and a row that pads costs little: it has no
+    attention and no expert. A long prompt fills the largest in every step but its last."""
+    sizes, size = {largest} if largest > 0 else set(), _FEWEST_TOKENS
+    while size < largest:
+        sizes.add(size)
+        size *= 2
+    return tuple(sorted(sizes))
 
 
 class Graphs(Generic[Replay]):

@@ -83,9 +83,12 @@ class AttentionRig:
         kv = DeviceKV(config, blocks.size, 16, torch.bfloat16, device)
         kv.data.fill_(float("nan"))  # what nobody wrote must not be seen
         shape = table_shape(
-            config, rows=512, sequences=64, max_model_len=longest, block_size=16, num_blocks=blocks.size, exact=exact
-        )
-        self.shape = replace(shape, split=min(shape.split, max(64, longest // 2 // 64 * 64)))
+            config, rows=512, sequences=64, max_model_len=longest, block_size=16, num_blocks=blocks.size, exact=exact,
+            device=device,
+        )  # fmt: skip
+        # Splits and parts so short that there are several of them.
+        split = min(shape.split, max(64, longest // 2 // 64 * 64))
+        self.shape = replace(shape, split=split, cut=shape.cut and replace(shape.cut, part=64))
         norms = [self.random(config.head_dim) for _ in range(2)]
         nothing = torch.empty(0, dtype=torch.bfloat16, device=device)
         layer = LayerWeights(
@@ -114,7 +117,7 @@ class AttentionRig:
         batch = ForwardBatch(torch.zeros(count, dtype=torch.int64), torch.tensor(positions), tuple(slices))
         written = device_tables.write(self.words, self.shape, batch, count + padding)
         words = torch.from_numpy(self.words.copy()).to(self.device)
-        on_device = DeviceBatch.of(words, self.shape, count + padding, written, Tiling())
+        on_device = DeviceBatch.of(words, self.shape, count + padding, written.pieces > 0, Tiling())
         qkv = torch.cat([*rows, self.random(padding, rows[0].shape[1])]).to(self.device)
         out = self.model.attend(0, qkv, on_device)[:count].cpu()
         return list(out.split([chunk.length for chunk in chunks]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phalanx.engine.graphs import Graphs, ladder
+from phalanx.engine.graphs import Graphs, ladder, token_ladder
 from phalanx.engine.runner import largest_chunks
 from phalanx.engine.scheduler import Limits
 
@@ -27,6 +27,24 @@ def test_padding_costs_at_most_fifteen_rows(rows: int) -> None:
 def test_a_ladder_up_to_nothing_has_no_graphs() -> None:
     assert ladder(0) == ()
     assert Graphs[int](()).find(1) is None
+
+
+@pytest.mark.parametrize("largest", [1, 24, 64, 65, 512, 600, 2048, 8192])
+def test_token_sizes_are_few_end_with_the_largest_and_pad_to_less_than_twice_the_tokens(largest: int) -> None:
+    sizes = token_ladder(largest)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == largest
+    assert len(sizes) <= max(1, largest // 64).bit_length() + 1
+    graphs = Graphs[str](sizes)
+    for tokens in range(1, largest + 1):
+        size = graphs.size_for(tokens)
+        assert size is not None
+        assert tokens <= size <= max(64, 2 * tokens)
+    assert graphs.size_for(largest + 1) is None
+
+
+def test_without_graphs_for_prefills_there_are_no_token_sizes() -> None:
+    assert token_ladder(0) == ()
 
 
 def test_each_size_is_captured_once_the_largest_first() -> None:
