@@ -203,6 +203,7 @@ class Tiling:
     depth: int = 128
     up_stages: int = 3
     down_stages: int = 4
+    warps: int = 4
 
     @classmethod
     def of(cls, pairs: int, slots: int, *, exact: bool) -> Tiling:
@@ -275,10 +276,10 @@ class DeviceExperts:
             "D": bank.hidden, "PROGRAMS": self._programs, "BM": t.rows, "BK": t.depth,
         }  # fmt: skip
         self._code.up_kernel[(self._programs,)](
-            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_warps=4, num_stages=t.up_stages
+            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_warps=t.warps, num_stages=t.up_stages
         )
         self._code.down_kernel[(self._programs,)](
-            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=4, num_stages=t.down_stages
+            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=t.warps, num_stages=t.down_stages
         )
         return self._y_MD
 
