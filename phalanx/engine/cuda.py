@@ -2,7 +2,8 @@
 
 A step of decodes alone replays the CUDA graph of the next size, and one with a prefill that of the next number of
 tokens; what has no graph is launched eagerly, by the same code. Tokens are chosen on the device (within the graph where
-every row has one to choose), and the communicator's status words travel to the host with them.
+every row has one to choose), and the communicator's status words travel to the host with them. Beside a peer that has
+many more tokens a batch takes a larger graph than it needs, one whose experts' tiles suit what all ranks send them.
 
 Two batches may be under way. What the second one needs of the first, its tokens, it reads where the first one's sampler
 left them. Device memory at fixed addresses (tables, tokens, the gates' counts) is written and read in the order of the
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.cuda import CudaCommunicator
-from phalanx.engine import device_sampler
+from phalanx.engine import device_sampler, graphs
 from phalanx.engine.batch import StepBatch
 from phalanx.engine.graphs import Graphs
 from phalanx.engine.runner import Flight, Ran, largest_chunks, scratch_batch
@@ -47,11 +48,12 @@ _NAP_S = 20e-6
 @dataclass(frozen=True)
 class Replay:
     """A captured step. hidden: [size, D], where each replay leaves its hidden states. chooses: whether it goes on to
-    the tokens and to what the host reads."""
+    the tokens. tile: rows of the experts' tiles."""
 
     graph: Any
     hidden: Tensor
     chooses: bool
+    tile: int
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,7 @@ class CudaRunner:
 
     def launch(self, batch: StepBatch) -> Flight:
         """See `StepRunner`. COLLECTIVE; does not wait. A batch is laid out for the graph that fits it."""
-        count = batch.forward.token_ids_T.shape[0]
-        found = self._graphs.find(count) if count == len(batch.forward.slices) else None
-        rows, replay = found or self._token_graphs.find(count) or (max(1, count), None)
+        rows, replay = self._fitting(batch)
         self._turn ^= 1
         page, samples = self._pages[self._turn], len(batch.samples)
         written = self._lay_out(batch, page, rows)
@@ -124,7 +124,8 @@ class CudaRunner:
                 replay.graph.replay()
                 hidden_TD = replay.hidden
             else:
-                hidden_TD = self._model.forward(self._batch(rows, written.pieces > 0, self._shape.rows))
+                # One tiling, for the most rows: the warm-up compiled it.
+                hidden_TD = self._model.forward(self._batch(rows, written.pieces > 0, self._tiling(self._shape.rows)))
             if not replay or not replay.chooses:
                 self._choose(hidden_TD, samples)
             page.tokens[:samples].copy_(self._tokens[:samples], non_blocking=True)
@@ -243,11 +244,21 @@ class CudaRunner:
         self._words[: written.used].copy_(page.words[: written.used], non_blocking=True)
         self._told.copy_(page.told, non_blocking=True)
 
-    def _batch(self, rows: int, prefills: bool, most: int) -> DeviceBatch:
-        """most: rows that this rank or a peer may have, which the experts' tiling is chosen for."""
+    def _fitting(self, batch: StepBatch) -> tuple[int, Replay | None]:
+        """The rows to pad the batch to, and the graph for it; None: it is launched eagerly."""
+        count = batch.forward.token_ids_T.shape[0]
+        mean = -(-batch.step_tokens // self._comm.ep_size) or count
+        decodes = count == len(batch.forward.slices)
+        ladders = (self._graphs, self._token_graphs) if decodes else (self._token_graphs,)
+        return graphs.find(ladders, count, self._tiling(mean).rows) or (max(1, count), None)
+
+    def _tiling(self, rows: int) -> Tiling:
+        """How the experts cut their work when every rank has so many rows on average."""
         config = self._model.config
         slots = -(-config.num_experts // self._comm.ep_size)  # with replicas, too, that many are asked for at least
-        tiling = Tiling.of(most * config.top_k, slots, exact=self._exact)
+        return Tiling.of(rows * config.top_k, slots, exact=self._exact)
+
+    def _batch(self, rows: int, prefills: bool, tiling: Tiling) -> DeviceBatch:
         return DeviceBatch.of(self._words, self._shape, rows, prefills, tiling, self._tokens)
 
     def _choose(self, hidden_TD: Tensor, samples: int) -> None:
@@ -276,7 +287,8 @@ class CudaRunner:
         """A graph of `size` rows. chooses: they are decodes, each with a token to choose; else the step has prefills,
         and `_choose` follows. Its first, eager, run compiles what is missing."""
         batch = StepBatch(scratch_batch(chunks, block_size), (), ())
-        on_device = self._batch(size, not chooses, size)
+        tiling = self._tiling(size)
+        on_device = self._batch(size, not chooses, tiling)
 
         def compute() -> Tensor:
             hidden_TD = self._model.forward(on_device)
@@ -298,4 +310,4 @@ class CudaRunner:
             graph.replay()  # its first replay uploads it, which is nothing for a step that others wait for
             page.mark()
             self.wait(page)
-        return Replay(graph, hidden_TD, chooses)
+        return Replay(graph, hidden_TD, chooses, tiling.rows)
