@@ -52,11 +52,11 @@ LAYERS, BLOCK, REPEATS = 12, 16, 5
 LONG = 8192
 DECODES = 64
 TILINGS = (
-    PrefillTiling(rows=64, warps=4, stages=2),
-    PrefillTiling(rows=64, warps=4, stages=3),
-    PrefillTiling(rows=128, stages=2),
-    PrefillTiling(rows=128, stages=3),
-    PrefillTiling(rows=128, stages=4),
+    PrefillTiling(rows=64, block=64, warps=4, stages=2),
+    PrefillTiling(rows=64, block=64, warps=4, stages=3),
+    PrefillTiling(rows=128, block=64, stages=2),
+    PrefillTiling(rows=128, block=64, stages=3),
+    PrefillTiling(rows=128, block=64, stages=4),
     PrefillTiling(rows=128, block=128, stages=2),
 )
 KINDS = {
