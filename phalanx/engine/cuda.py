@@ -186,7 +186,7 @@ class CudaRunner:
             raise DeviceMemoryShort(
                 f"{self._device} has no room beside weights and KV cache for a step of {limits.max_num_batched_tokens} "
                 "tokens and the graphs: lower --mem-fraction-static (or --num-kv-blocks, where it is given), "
-                "--max-num-batched-tokens or --cuda-graph-max-bs"
+                "--max-num-batched-tokens, --cuda-graph-max-bs or --cuda-graph-max-tokens"
             ) from error
 
     def _warm_up(self, limits: Limits) -> None:
@@ -216,6 +216,7 @@ class CudaRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._graphs.clear()
+        self._token_graphs.clear()
 
     # --- parts
 
