@@ -2,6 +2,7 @@
 """Times the experts' grouped products by tiling, on one CUDA device: the shape of Qwen3-30B-A3B, half of its experts.
 
     benchmarks/experts_gpu.py                   every tiling for 2, 32, 128, 256 and 512 tokens of all ranks together
+    benchmarks/experts_gpu.py --tokens 512,1024,2048,4096    prefills
     benchmarks/experts_gpu.py --tokens 256
     benchmarks/experts_gpu.py --fp8 --tokens 128,512    e4m3 with a scale a block, beside plain ones as served
 
@@ -38,7 +39,11 @@ TILINGS = (
     Tiling(depth=64, up_stages=4, down_stages=5),
     Tiling(up=64, down=128, depth=64, up_stages=5, down_stages=5),
     Tiling(rows=32),
-    Tiling.of(64 * SLOTS, SLOTS, exact=False),
+    Tiling(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3),
+    Tiling(rows=128, up=64, down=128, depth=64, up_stages=3, down_stages=3, warps=8),
+    Tiling(rows=128, up=64, down=128, depth=64, up_stages=4, down_stages=4, warps=8),
+    Tiling(rows=128, up=128, down=128, depth=64, up_stages=3, down_stages=4, warps=8),
+    Tiling(rows=128, up=128, down=256, depth=64, up_stages=3, down_stages=3, warps=8),
 )
 BLOCK_TILINGS = (
     BlockTiling(),
@@ -99,7 +104,7 @@ def rig(expert_format: ExpertFormat, device: torch.device) -> tuple[DeviceBank, 
         bank.weights_LSX[:, :, bank.layout.scales_start :].view(torch.float32).uniform_(1e-4, 5e-4)
     experts = kind_for(bank)(
         bank, RouteTable(LAYERS, EXPERTS, 1, device), cast(Any, None), DeviceLoad(LAYERS, EXPERTS, device),
-        top_k=TOP_K, num_experts=EXPERTS, norm_topk=True, pairs=8192, weigh_early=False,
+        top_k=TOP_K, num_experts=EXPERTS, norm_topk=True, pairs=1 << 15, weigh_early=False,
     )  # fmt: skip
     return bank, experts
 

@@ -157,8 +157,9 @@ def _our_model(
 
     each = -(-length // BLOCK)
     shape = table_shape(
-        config, rows=rows, sequences=rows, max_model_len=length, block_size=BLOCK, num_blocks=rows * each, exact=False
-    )
+        config, rows=rows, sequences=rows, max_model_len=length, block_size=BLOCK, num_blocks=rows * each, exact=False,
+        device=device,
+    )  # fmt: skip
     nothing = torch.empty(0, dtype=torch.bfloat16, device=device)
     layer = LayerWeights(nothing, nothing, None, *norms, nothing, None, nothing, None, None, None)
     dense = DenseWeights(nothing, (layer,) * LAYERS, nothing, nothing)
@@ -169,5 +170,5 @@ def _our_model(
     )
     forward = ForwardBatch(torch.zeros(rows, dtype=torch.int64), torch.full((rows,), length - 1), slices)
     words = np.zeros(shape.size, np.int32)
-    written = device_tables.write(words, shape, forward, rows)
-    return model, DeviceBatch.of(torch.from_numpy(words).to(device), shape, rows, written, Tiling())
+    device_tables.write(words, shape, forward, rows)
+    return model, DeviceBatch.of(torch.from_numpy(words).to(device), shape, rows, False, Tiling())

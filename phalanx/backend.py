@@ -20,7 +20,7 @@ from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.peer_memory import PeerMemory
 from phalanx.config import ServeConfig
-from phalanx.engine.graphs import ladder
+from phalanx.engine.graphs import ladder, token_ladder
 from phalanx.engine.runner import Runner, StepRunner, limits_for
 from phalanx.engine.scheduler import Limits
 from phalanx.errors import BadConfig
@@ -181,6 +181,8 @@ class CudaBackend:
         if graph_sizes is None:
             graph_sizes = ladder(min(config.cuda_graph_max_bs, config.max_num_seqs))
         self._graph_sizes = graph_sizes if device.type == "cuda" else ()
+        token_sizes = token_ladder(min(config.cuda_graph_max_tokens, config.max_num_batched_tokens))
+        self._token_sizes = token_sizes if self._graph_sizes else ()
         shape = LaunchShape.of(model.hidden) if device.type == "cuda" else LaunchShape.of(model.hidden, programs=2)
         self.bank: DeviceBank = bank or DeviceBank(
             model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype, device, model.expert_format
@@ -235,6 +237,7 @@ class CudaBackend:
         shape = table_shape(
             model, rows=limits.max_num_batched_tokens, sequences=limits.max_num_seqs,
             max_model_len=limits.max_model_len, block_size=limits.block_size, num_blocks=limits.num_blocks, exact=exact,
+            device=device,
         )  # fmt: skip
         decoder = DeviceModel(model, weights, experts, kv, shape, exact=exact)
         return CudaRunner(
@@ -245,6 +248,7 @@ class CudaBackend:
             self._load,
             self.bank,
             graph_sizes=self._graph_sizes,
+            token_sizes=self._token_sizes,
             exact=exact,
             device=device,
         )

@@ -57,7 +57,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     """On cuda: every sum in one order whatever the batch and the placement, at a price. On cpu it is always so."""
     cuda_graph_max_bs: int = 256
-    """The largest batch of decodes that a CUDA graph is captured for; 0: none."""
+    """The largest batch of decodes that a CUDA graph is captured for; 0: nothing is captured."""
+    cuda_graph_max_tokens: int = 2048
+    """The most tokens of a step with prefills that a CUDA graph is captured for; 0: such steps are launched eagerly."""
     chat_template: str = ""
     seed: int = 0
 
@@ -227,6 +229,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         not_negative = (
             "num_redundant_experts", "slots_per_rank", "max_restarts", "max_model_len", "num_kv_blocks",
             "kv_cache_memory_mb", "eplb_interval", "eplb_min_gain", "max_ep_size", "cuda_graph_max_bs",
+            "cuda_graph_max_tokens",
         )  # fmt: skip
         for field in not_negative:
             if getattr(self, field) < 0:

@@ -140,8 +140,12 @@ FOREIGN: tuple[Foreign, ...] = (
             target="--cuda-graph-max-bs"),
     Foreign(("--disable-cuda-graph", "--enforce-eager"), "alias", "nothing is captured in CUDA graphs",
             target="--cuda-graph-max-bs", value=0),
+    Foreign(("--piecewise-cuda-graph-max-tokens",), "alias", "the most tokens of a step with prefills in a CUDA graph",
+            "int", target="--cuda-graph-max-tokens"),
+    Foreign(("--disable-piecewise-cuda-graph",), "alias", "steps with prefills are launched eagerly",
+            target="--cuda-graph-max-tokens", value=0),
     Foreign(("--cuda-graph-backend-decode", "--cuda-graph-backend-prefill"), "accepted",
-            "decodes are captured up to --cuda-graph-max-bs, prefills are not", "text"),
+            "whole steps are captured, up to --cuda-graph-max-bs and --cuda-graph-max-tokens", "text"),
     # around it
     Foreign(("--enable-metrics",), "accepted", "/metrics is always there"),
 )  # fmt: skip

@@ -26,12 +26,14 @@ class PromptRows:
 @dataclass(frozen=True)
 class StepBatch:
     """samples: each request that gets a token, with the row whose logits choose it. later: by how many tokens each of
-    them will have grown by then; 1 in a batch behind another one that is under way, whose tokens may be `chosen`."""
+    them will have grown by then; 1 in a batch behind another one that is under way, whose tokens may be `chosen`.
+    step_tokens: of all ranks in this step, as far as that is known; 0: as if each had as many as this batch."""
 
     forward: ForwardBatch
     samples: tuple[tuple[Request, int], ...]
     prompts: tuple[PromptRows, ...]
     later: int = 0
+    step_tokens: int = 0
 
 
 def build(plan: Plan) -> StepBatch:

@@ -1,7 +1,9 @@
 """Runs batches on a device: tables in, tokens and status out, and one wait for each batch, which need not be at once.
 
-A step of decodes alone replays the CUDA graph of the next size; anything with a prefill is launched eagerly, by the
-same code. Tokens are chosen on the device, and the communicator's status words travel to the host with them.
+A step of decodes alone replays the CUDA graph of the next size, and one with a prefill that of the next number of
+tokens; what has no graph is launched eagerly, by the same code. Tokens are chosen on the device (within the graph where
+every row has one to choose), and the communicator's status words travel to the host with them. Beside a peer that has
+many more tokens a batch takes a larger graph than it needs, one whose experts' tiles suit what all ranks send them.
 
 Two batches may be under way. What the second one needs of the first, its tokens, it reads where the first one's sampler
 left them. Device memory at fixed addresses (tables, tokens, the gates' counts) is written and read in the order of the
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.cuda import CudaCommunicator
-from phalanx.engine import device_sampler
+from phalanx.engine import device_sampler, graphs
 from phalanx.engine.batch import StepBatch
 from phalanx.engine.graphs import Graphs
 from phalanx.engine.runner import Flight, Ran, largest_chunks, scratch_batch
@@ -45,10 +47,13 @@ _NAP_S = 20e-6
 
 @dataclass(frozen=True)
 class Replay:
-    """A captured decode. hidden: [size, D], where each replay leaves its hidden states."""
+    """A captured step. hidden: [size, D], where each replay leaves its hidden states. chooses: whether it goes on to
+    the tokens. tile: rows of the experts' tiles."""
 
     graph: Any
     hidden: Tensor
+    chooses: bool
+    tile: int
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,11 @@ class CudaRunner:
 
     def __init__(
         self, model: DeviceModel, shape: TableShape, comm: CudaCommunicator, routes: RouteTable, load: DeviceLoad,
-        bank: DeviceBank, *, graph_sizes: tuple[int, ...], exact: bool, device: torch.device,
+        bank: DeviceBank, *, graph_sizes: tuple[int, ...], token_sizes: tuple[int, ...] = (), exact: bool,
+        device: torch.device,
     ) -> None:  # fmt: skip
-        """graph_sizes: batches of decodes to capture graphs for; none where the device has no graphs. exact: a row's
-        bits must not depend on its batch."""
+        """graph_sizes: batches of decodes to capture graphs for; none where the device has no graphs. token_sizes: the
+        same for steps with prefills, in tokens. exact: a row's bits must not depend on its batch."""
         from phalanx.engine import kernels
 
         self._code = kernels
@@ -97,6 +103,7 @@ class CudaRunner:
         self.vocab_size = model.config.vocab_size
         self._exact, self._device = exact, device
         self._graphs: Graphs[Replay] = Graphs(tuple(size for size in graph_sizes if size <= shape.rows))
+        self._token_graphs: Graphs[Replay] = Graphs(tuple(size for size in token_sizes if size <= shape.rows))
         self._pool: Any = None
         self._places = device_sampler.offsets(shape.rows)
         self._words = torch.zeros(shape.size, dtype=torch.int32, device=device)
@@ -106,11 +113,8 @@ class CudaRunner:
         self._turn = 0
 
     def launch(self, batch: StepBatch) -> Flight:
-        """See `StepRunner`. COLLECTIVE; does not wait. A batch that is made of decodes alone is laid out for the graph
-        that fits it."""
-        count = batch.forward.token_ids_T.shape[0]
-        found = self._graphs.find(count) if count == len(batch.forward.slices) else None
-        rows, replay = found or (max(1, count), None)
+        """See `StepRunner`. COLLECTIVE; does not wait. A batch is laid out for the graph that fits it."""
+        rows, replay = self._fitting(batch)
         self._turn ^= 1
         page, samples = self._pages[self._turn], len(batch.samples)
         written = self._lay_out(batch, page, rows)
@@ -120,7 +124,10 @@ class CudaRunner:
                 replay.graph.replay()
                 hidden_TD = replay.hidden
             else:
-                hidden_TD = self._compute(self._batch(rows, written, self._shape.rows), samples)
+                # One tiling, for the most rows: the warm-up compiled it.
+                hidden_TD = self._model.forward(self._batch(rows, written.pieces > 0, self._tiling(self._shape.rows)))
+            if not replay or not replay.chooses:
+                self._choose(hidden_TD, samples)
             page.tokens[:samples].copy_(self._tokens[:samples], non_blocking=True)
             page.status.copy_(self._comm.status_words, non_blocking=True)
             self._load.end(page.load)
@@ -179,7 +186,7 @@ class CudaRunner:
             raise DeviceMemoryShort(
                 f"{self._device} has no room beside weights and KV cache for a step of {limits.max_num_batched_tokens} "
                 "tokens and the graphs: lower --mem-fraction-static (or --num-kv-blocks, where it is given), "
-                "--max-num-batched-tokens or --cuda-graph-max-bs"
+                "--max-num-batched-tokens, --cuda-graph-max-bs or --cuda-graph-max-tokens"
             ) from error
 
     def _warm_up(self, limits: Limits) -> None:
@@ -194,8 +201,13 @@ class CudaRunner:
             self._sample(self._model.logits(torch.zeros_like(self._hidden_row())), 1)
 
         def capture(size: int) -> Replay:
-            return self._capture(size, [(length - 1, 1)] * size, limits.block_size)
+            return self._capture(size, [one] * size, limits.block_size, chooses=True)
 
+        def capture_tokens(size: int) -> Replay:
+            # What a graph computes stands in tables: one short prefill serves to capture any.
+            return self._capture(size, [(0, min(length, size))], limits.block_size, chooses=False)
+
+        self._token_graphs.capture(capture_tokens)
         self._graphs.capture(capture)
         self._load.step_LE.zero_()
 
@@ -204,6 +216,7 @@ class CudaRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._graphs.clear()
+        self._token_graphs.clear()
 
     # --- parts
 
@@ -232,21 +245,32 @@ class CudaRunner:
         self._words[: written.used].copy_(page.words[: written.used], non_blocking=True)
         self._told.copy_(page.told, non_blocking=True)
 
-    def _batch(self, rows: int, written: Written, most: int) -> DeviceBatch:
-        """most: rows that this rank or a peer may have, which the experts' tiling is chosen for."""
+    def _fitting(self, batch: StepBatch) -> tuple[int, Replay | None]:
+        """The rows to pad the batch to, and the graph for it; None: it is launched eagerly."""
+        count = batch.forward.token_ids_T.shape[0]
+        mean = -(-batch.step_tokens // self._comm.ep_size) or count
+        decodes = count == len(batch.forward.slices)
+        ladders = (self._graphs, self._token_graphs) if decodes else (self._token_graphs,)
+        return graphs.find(ladders, count, self._tiling(mean).rows) or (max(1, count), None)
+
+    def _tiling(self, rows: int) -> Tiling:
+        """How the experts cut their work when every rank has so many rows on average."""
         config = self._model.config
         slots = -(-config.num_experts // self._comm.ep_size)  # with replicas, too, that many are asked for at least
-        tiling = Tiling.of(most * config.top_k, slots, exact=self._exact)
-        return DeviceBatch.of(self._words, self._shape, rows, written, tiling, self._tokens)
+        return Tiling.of(rows * config.top_k, slots, exact=self._exact)
 
-    def _compute(self, batch: DeviceBatch, samples: int) -> Tensor:
-        """Launch a step: hidden states, and tokens of the first `samples` rows told of."""
-        hidden_TD = self._model.forward(batch)
+    def _batch(self, rows: int, prefills: bool, tiling: Tiling) -> DeviceBatch:
+        return DeviceBatch.of(self._words, self._shape, rows, prefills, tiling, self._tokens)
+
+    def _choose(self, hidden_TD: Tensor, samples: int) -> None:
+        """Launch what follows the model: tokens of the first `samples` rows told of.
+
+        Padded to a size that a graph has: its product, chosen and loaded by size, was run in the warm-up."""
         if samples:
+            samples = self._graphs.size_for(samples) or samples
             at = self._places["rows"]
             rows = self._told[at : at + samples]
             self._sample(self._model.logits(hidden_TD.index_select(0, rows)), samples)
-        return hidden_TD
 
     def _sample(self, logits_NV: Tensor, samples: int) -> None:
         floats, at = self._told.view(torch.float32), self._places
@@ -260,23 +284,31 @@ class CudaRunner:
     def _hidden_row(self) -> Tensor:
         return torch.empty(1, self._model.config.hidden, dtype=self._bank.dtype, device=self._device)
 
-    def _capture(self, size: int, chunks: list[tuple[int, int]], block_size: int) -> Replay:
-        """A graph of `size` decodes, each with a token to choose. Its first, eager, run compiles what is missing."""
+    def _capture(self, size: int, chunks: list[tuple[int, int]], block_size: int, *, chooses: bool) -> Replay:
+        """A graph of `size` rows. chooses: they are decodes, each with a token to choose; else the step has prefills,
+        and `_choose` follows. Its first, eager, run compiles what is missing."""
         batch = StepBatch(scratch_batch(chunks, block_size), (), ())
+        tiling = self._tiling(size)
+        on_device = self._batch(size, not chooses, tiling)
+
+        def compute() -> Tensor:
+            hidden_TD = self._model.forward(on_device)
+            if chooses:
+                self._choose(hidden_TD, size)
+            return hidden_TD
+
         with torch.inference_mode():
             page = self._pages[0]
-            written = self._lay_out(batch, page, size)
-            self._send(page, written)
-            on_device = self._batch(size, written, size)
-            self._compute(on_device, size)
+            self._send(page, self._lay_out(batch, page, size))
+            compute()
             page.mark()
             self.wait(page)
             graph = torch.cuda.CUDAGraph()
             # Another thread may register the vault's memory meanwhile, which is none of the capture's business.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                hidden_TD = self._compute(on_device, size)
+                hidden_TD = compute()
             self._pool = graph.pool()
             graph.replay()  # its first replay uploads it, which is nothing for a step that others wait for
             page.mark()
             self.wait(page)
-        return Replay(graph, hidden_TD)
+        return Replay(graph, hidden_TD, chooses, tiling.rows)

@@ -16,7 +16,7 @@ steps, when n failed. What was committed before the failure was noticed is told 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -235,9 +235,10 @@ class Engine:
         batch = build(plan) if behind is None else build_behind(plan, behind.plan)
         prompt_tokens = sum(min(c.length, max(0, c.request.prompt_length - c.start)) for c in plan.chunks)
         flight = None
-        if header_RN[:, _TOKENS].any():
+        step_tokens = int(header_RN[:, _TOKENS].sum())
+        if step_tokens:
             self._faults.point("prefill" if prompt_tokens else "decode")
-            flight = self._runner.launch(batch)
+            flight = self._runner.launch(replace(batch, step_tokens=step_tokens))
         self._scheduler.depart(plan)
         number = int(header_RN[:, _STEP].max())
         self._launched.append(_Launched(plan, batch, number, prompt_tokens, flight))

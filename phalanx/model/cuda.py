@@ -19,34 +19,76 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phalanx.model.config import ModelConfig
-from phalanx.model.device_tables import NUM_ITEMS, NUM_ROWS, PARTS, TableShape, Written
+from phalanx.model.device_tables import (
+    MERGES_AT,
+    NUM_ITEMS,
+    NUM_MERGES,
+    NUM_PIECES,
+    NUM_ROWS,
+    PARTS,
+    PIECES_AT,
+    TableShape,
+)
 from phalanx.model.layers import DenseWeights, LayerWeights
+from phalanx.model.tiles import Cut
 from phalanx.moe.cuda import DeviceExperts, Tiling
 
 SPLIT = 512
 """KV positions an item of a decode looks at; more with very long contexts, so that a row has at most 32 items."""
 
 _MAX_SPLITS = 32
-_TILE_ROWS = 64
 _BLOCK_N = 64
+_MERGERS = 256
+_PIECES_A_PROCESSOR = 3
+
+
+@dataclass(frozen=True)
+class PrefillTiling:
+    """How attention cuts prefills. rows: queries a tile, of all heads that share keys; block: keys at once."""
+
+    rows: int = 128
+    block: int = 128
+    warps: int = 8
+    stages: int = 2
+
+    @classmethod
+    def of(cls, head_dim: int) -> PrefillTiling:
+        """The tiling for heads of this size. LOCAL, pure.
+
+        Blocks of 128 keys are the fastest behind a long context, where attention is most of a step; without one, of
+        64 take a twentieth less of what is then little."""
+        return cls() if head_dim <= 128 else cls(rows=64, block=32, warps=4, stages=2)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; for kernels that an interpreter runs, two. LOCAL."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def table_shape(
-    config: ModelConfig, *, rows: int, sequences: int, max_model_len: int, block_size: int, num_blocks: int, exact: bool
+    config: ModelConfig, *, rows: int, sequences: int, max_model_len: int, block_size: int, num_blocks: int,
+    exact: bool, device: torch.device, prefill: PrefillTiling | None = None,
 ) -> TableShape:  # fmt: skip
-    """The tables for this model and these limits. LOCAL."""
+    """The tables for this model and these limits. prefill: instead of what suits the model. LOCAL."""
     split = SPLIT
     while split * _MAX_SPLITS < max_model_len:
         split *= 2
     group = config.num_heads // config.num_kv_heads
+    prefill = prefill or PrefillTiling.of(config.head_dim)
+    cut = Cut(
+        tokens=max(1, prefill.rows // group),
+        block=prefill.block,
+        part=min(split, SPLIT),
+        shares=max(1, _PIECES_A_PROCESSOR * processors(device) // config.num_kv_heads),
+        window=config.sliding_window or 0,
+    )
     return TableShape(
         rows=rows,
         sequences=sequences,
         max_blocks=-(-max_model_len // block_size),
         block_size=block_size,
         split=split,
-        tile=max(1, _TILE_ROWS // group),
-        alike=exact,
+        cut=None if exact else cut,
         spare_block=num_blocks,
     )
 
@@ -66,8 +108,9 @@ class DeviceKV:
 class DeviceBatch:
     """A batch on the device: `rows` rows, padding included; tensors are views of the tables' words.
 
-    num_rows, num_items: int32 [1]. tiles_at, tiles: of prefills, in the tail; no graph has any. tiling: how the experts
-    cut their work. chosen: int64, the tokens that the batch before chose: token -1 - i is its i-th."""
+    num_rows, num_items: int32 [1]. pieces, merges: int32 [1] each, how many there are and where they begin in the tail.
+    prefills: whether there may be pieces. tiling: how the experts cut their work. chosen: int64, the tokens that the
+    batch before chose: token -1 - i is its i-th."""
 
     rows: int
     tokens: Tensor
@@ -78,23 +121,28 @@ class DeviceBatch:
     tail: Tensor
     num_rows: Tensor
     num_items: Tensor
-    tiles_at: int
-    tiles: int
+    pieces: tuple[Tensor, Tensor]
+    merges: tuple[Tensor, Tensor]
+    prefills: bool
     tiling: Tiling
     chosen: Tensor | None = None
 
     @classmethod
     def of(
-        cls, words: Tensor, shape: TableShape, rows: int, written: Written, tiling: Tiling,
-        chosen: Tensor | None = None,
-    ) -> DeviceBatch:  # fmt: skip
-        """Views of `words`, which hold what `written` says. LOCAL."""
+        cls, words: Tensor, shape: TableShape, rows: int, prefills: bool, tiling: Tiling, chosen: Tensor | None = None
+    ) -> DeviceBatch:
+        """Views of `words`, which `device_tables.write` filled, or will, before what is launched with them runs.
+        prefills: whether there may be any. LOCAL."""
         at = shape.offsets
         parts = {name: words[at[name] : at[name] + rows + (name == "items_at")] for name in PARTS}
+
+        def word(index: int) -> Tensor:
+            return words[index : index + 1]
+
         return cls(
-            rows=rows, **parts, tail=words[at["tail"] :], num_rows=words[NUM_ROWS : NUM_ROWS + 1],
-            num_items=words[NUM_ITEMS : NUM_ITEMS + 1], tiles_at=written.tiles_at, tiles=written.tiles, tiling=tiling,
-            chosen=chosen,
+            rows=rows, **parts, tail=words[at["tail"] :], num_rows=word(NUM_ROWS), num_items=word(NUM_ITEMS),
+            pieces=(word(NUM_PIECES), word(PIECES_AT)), merges=(word(NUM_MERGES), word(MERGES_AT)),
+            prefills=prefills and shape.cut is not None, tiling=tiling, chosen=chosen,
         )  # fmt: skip
 
 
@@ -131,30 +179,29 @@ class DeviceModel:
 
     def __init__(
         self, config: ModelConfig, weights: DenseWeights, experts: DeviceExperts, kv: DeviceKV, shape: TableShape, *,
-        exact: bool,
+        exact: bool, prefill: PrefillTiling | None = None,
     ) -> None:  # fmt: skip
-        from phalanx.model import kernels
+        """prefill: the one that `shape` was made with."""
+        from phalanx.model import kernels, prefill_kernels
 
         self.config, self._weights, self._experts, self._kv, self._shape = config, weights, experts, kv, shape
-        self._code = kernels
+        self._code, self._prefill_code = kernels, prefill_kernels
         self._linear: Linear = ExactLinear() if exact else _linear
         device, dtype = weights.embed.device, weights.embed.dtype
         self._device = device
         self._cos, self._sin = _angles(config, device)
         self._group = config.num_heads // config.num_kv_heads
         self._tile_m = _power_of_two(max(16, self._group))
-        self._prefill_m = _power_of_two(max(16, shape.tile * self._group))
+        self._prefill = prefill or PrefillTiling.of(config.head_dim)
+        self._prefill_m = _power_of_two(max(16, (shape.cut.tokens if shape.cut else 1) * self._group))
         self._sizes = {"H": config.num_heads, "C": config.head_dim, "CP": _power_of_two(max(16, config.head_dim))}
         self._reads = {
-            **self._sizes, "HKV": config.num_kv_heads, "BS": shape.block_size, "BN": _BLOCK_N,
-            "WINDOW": config.sliding_window or 0,
+            **self._sizes, "HKV": config.num_kv_heads, "BS": shape.block_size, "WINDOW": config.sliding_window or 0,
         }  # fmt: skip
-        items = shape.max_items if shape.max_splits > 1 else 1
-        self._sums = torch.empty(items, config.num_heads, config.head_dim, dtype=torch.float32, device=device)
-        self._peaks = torch.empty(items, 2, config.num_heads, dtype=torch.float32, device=device)
-        self._programs = 8
-        if device.type == "cuda":
-            self._programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+        entries = shape.max_entries if shape.max_splits > 1 else 1
+        self._sums = torch.empty(entries, config.num_heads, config.head_dim, dtype=torch.float32, device=device)
+        self._peaks = torch.empty(entries, 2, config.num_heads, dtype=torch.float32, device=device)
+        self._programs = 4 * processors(device)
         ones = torch.ones(config.head_dim, dtype=dtype, device=device)
         self._head_norms = [(w.q_norm, w.k_norm) if w.q_norm is not None else (ones, ones) for w in weights.layers]
 
@@ -227,18 +274,20 @@ class DeviceModel:
         scale = config.head_dim**-0.5 * math.log2(math.e)
         code.decode_kernel[(self._programs,)](
             qkv_TX, batch.positions, batch.blocks_at, batch.items_at, batch.tail, batch.num_items, kv, out, self._sums,
-            self._peaks, scale, **self._reads, M=self._tile_m, SPLIT=self._shape.split, PROGRAMS=self._programs,
-            num_warps=4, num_stages=2,
+            self._peaks, scale, **self._reads, BN=_BLOCK_N, M=self._tile_m, SPLIT=self._shape.split,
+            PROGRAMS=self._programs, num_warps=4, num_stages=2,
         )  # fmt: skip
-        if self._shape.max_splits > 1:
-            code.merge_kernel[(batch.rows, heads)](
-                batch.items_at, out, self._sums, self._peaks, **self._sizes, num_warps=1
-            )
-        if batch.tiles:
-            code.prefill_kernel[(batch.tiles, kv_heads)](
-                qkv_TX, batch.positions, batch.blocks_at, batch.tail, batch.tiles_at, kv, out, scale, **self._reads,
-                M=self._prefill_m, num_warps=4, num_stages=2,
+        if batch.prefills:
+            how = self._prefill
+            self._prefill_code.prefill_kernel[(self._programs,)](
+                qkv_TX, batch.positions, batch.blocks_at, *batch.pieces, batch.tail, kv, out, self._sums, self._peaks,
+                scale, **self._reads, BN=how.block, M=self._prefill_m, PROGRAMS=self._programs, num_warps=how.warps,
+                num_stages=how.stages,
             )  # fmt: skip
+        if self._shape.max_splits > 1:
+            code.merge_kernel[(min(batch.rows, _MERGERS), heads)](
+                *batch.merges, batch.tail, out, self._sums, self._peaks, **self._sizes, num_warps=1
+            )
         return out
 
 

@@ -1,15 +1,17 @@
 """A batch as the kernels read it: one array of int32 words, written on the host and copied in one piece.
 
-    words      [64]      how many rows and items there are
+    words      [64]      how many rows, items, pieces and merges there are, and where in the tail the last two begin
     tokens     [rows]    token ids, or -1 - i for the i-th that the batch before chose
     positions  [rows]    where they stand in their sequences
     kv_rows    [rows]    where their keys and values go: block * block_size + offset
     blocks_at  [rows]    where the blocks of their sequence begin in the tail
     items_at   [rows+1]  where their items begin; a row without items is not attended by `decode_kernel`
-    tail                 (row, split) of every item, then (first row, tokens) of every tile, then blocks by sequence
+    tail                 (row, split) of every item, the pieces of prefills and the rows to be merged (`model.tiles`),
+                         then blocks by sequence
 
-Every part but the tail stands at a fixed place, so that captured graphs find it; only what is used is copied. Rows
-beyond the batch's own pad it to the size of a graph: they have no items, and their keys go to a block of nobody's.
+Every part but the tail stands at a fixed place, so that captured graphs find it, and what is in the tail is found by
+words; only what is used is copied. Rows beyond the batch's own pad it to the size of a graph: they have no items, and
+their keys go to a block of nobody's.
 No tensor of a device here: numbers in, numbers out.
 """
 
@@ -21,11 +23,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from phalanx.model import tiles
 from phalanx.model.attention import ForwardBatch
+from phalanx.model.tiles import MERGE_WORDS, PIECE_WORDS, Cut
 
 Words = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 
-NUM_ROWS, NUM_ITEMS = 0, 1
+NUM_ROWS, NUM_ITEMS, NUM_PIECES, PIECES_AT, NUM_MERGES, MERGES_AT = range(6)
 """Words at the start."""
 
 _HEADER = 64
@@ -38,8 +43,8 @@ class TableShape:
     """What the tables hold at most, and how attention is cut.
 
     rows: tokens a step. sequences: requests a step. max_blocks: KV blocks a sequence. split: KV positions an item.
-    tile: tokens a tile of a prefill. alike: every token is an item of its own, so that it has the same bits in a
-    prefill and in a decode. spare_block: the KV block of nobody's.
+    cut: how prefills are cut; None: every token is an item of its own, so that it has the same bits in a prefill and
+    in a decode. spare_block: the KV block of nobody's.
     """
 
     rows: int
@@ -47,8 +52,7 @@ class TableShape:
     max_blocks: int
     block_size: int
     split: int
-    tile: int
-    alike: bool
+    cut: Cut | None
     spare_block: int
 
     @cached_property
@@ -68,21 +72,27 @@ class TableShape:
 
     @property
     def max_items(self) -> int:
-        return (self.rows if self.alike else min(self.rows, self.sequences)) * self.max_splits
+        return (min(self.rows, self.sequences) if self.cut else self.rows) * self.max_splits
+
+    @property
+    def max_entries(self) -> int:
+        """Partial sums of attention: of items, then of parts of tiles."""
+        return self.max_items + (self.cut.max_entries if self.cut else 0)
 
     @property
     def size(self) -> int:
         """Words in all."""
-        return self.offsets["tail"] + 2 * self.max_items + 2 * self.rows + self.sequences * self.max_blocks
+        pieces = self.rows + self.cut.max_parts if self.cut else 0
+        tail = 2 * self.max_items + PIECE_WORDS * pieces + MERGE_WORDS * self.rows + self.sequences * self.max_blocks
+        return self.offsets["tail"] + tail
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a batch took: words to copy; where in the tail the tiles of its prefills begin, and how many there are."""
+    """What a batch took: words to copy, and how many pieces its prefills have."""
 
     used: int
-    tiles_at: int
-    tiles: int
+    pieces: int
 
 
 def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> Written:
@@ -97,24 +107,26 @@ def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> 
     begins = np.zeros(len(slices) + 1, np.int64)
     np.cumsum(np.array([len(piece.blocks) for piece in slices], np.int64), out=begins[1:])
     sequence_T = np.repeat(np.arange(len(slices)), lengths)
-    alone_T = np.repeat(lengths == 1, lengths) | shape.alike
+    alone_T = np.repeat(lengths == 1, lengths) | (shape.cut is None)
     splits_T = np.where(alone_T, positions // shape.split + 1, 0)
     items_at = np.zeros(padded + 1, np.int64)
     np.cumsum(splits_T, out=items_at[1 : count + 1])
     items = int(items_at[count])
     items_at[count + 1 :] = items
-    tiles = [] if shape.alike else _tiles(lengths, shape.tile)
-
-    tail = words[shape.offsets["tail"] :]
+    at = shape.offsets
+    tail = words[at["tail"] :]
     pairs = tail[: 2 * items].reshape(items, 2)
     pairs[:, 0] = np.repeat(np.arange(count), splits_T)
     pairs[:, 1] = np.arange(items) - np.repeat(items_at[:count], splits_T)
-    blocks_at = 2 * items + 2 * len(tiles)
-    tail[2 * items : blocks_at] = np.array(tiles, np.int32).reshape(-1)
+    pieces, merges = _work(shape, lengths, positions, splits_T, items_at)
+    pieces_at = 2 * items
+    merges_at = pieces_at + pieces.size
+    blocks_at = merges_at + merges.size
+    tail[pieces_at:merges_at] = pieces.reshape(-1)
+    tail[merges_at:blocks_at] = merges.reshape(-1)
     tail[blocks_at : blocks_at + len(blocks)] = blocks
 
-    words[NUM_ROWS], words[NUM_ITEMS] = count, items
-    at = shape.offsets
+    words[: MERGES_AT + 1] = count, items, len(pieces), pieces_at, len(merges), merges_at
     block_T = blocks[begins[sequence_T] + positions // shape.block_size].astype(np.int64)
     values: dict[str, tuple[npt.NDArray[np.int64], int]] = {
         "tokens": (batch.token_ids_T.numpy(), 0),
@@ -126,14 +138,16 @@ def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> 
         words[at[name] : at[name] + count] = column
         words[at[name] + count : at[name] + padded] = padding
     words[at["items_at"] : at["items_at"] + padded + 1] = items_at
-    return Written(at["tail"] + blocks_at + len(blocks), 2 * items, len(tiles))
+    return Written(at["tail"] + blocks_at + len(blocks), len(pieces))
 
 
-def _tiles(lengths: npt.NDArray[np.int64], tile: int) -> list[tuple[int, int]]:
-    """(first row, tokens) of the tiles of all slices that are longer than one token."""
-    tiles, start = [], 0
-    for length in lengths.tolist():
-        if length > 1:
-            tiles += [(start + i, min(tile, length - i)) for i in range(0, length, tile)]
-        start += length
-    return tiles
+def _work(shape: TableShape, lengths: Ints, positions: Ints, splits_T: Ints, items_at: Ints) -> tuple[Ints, Ints]:
+    """The pieces of prefills, and the rows of several splits or parts: see `model.tiles`."""
+    rows = np.flatnonzero(splits_T > 1)
+    merges = np.stack([rows, items_at[rows], np.ones_like(rows), splits_T[rows]], axis=1)
+    if shape.cut is None:
+        return np.zeros((0, PIECE_WORDS), np.int64), merges
+    starts = np.cumsum(lengths) - lengths
+    long = lengths > 1
+    found = tiles.pieces(shape.cut, starts[long], lengths[long], positions[starts[long]], int(items_at[-1]))
+    return found.pieces, np.concatenate([merges, found.merges])

@@ -199,59 +199,37 @@ def decode_kernel(
 
 
 @triton.jit
-def merge_kernel(first_items, out, sums, peaks, H: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
-    """Put the splits of each row together, in their order. Rows of one split are done. Grid: (T, H)."""
-    row = tl.program_id(0)
+def merge_kernel(
+    num_merges, merges_at, tail, out, sums, peaks,
+    H: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """Put the splits of decodes, and the parts of tiles, together, in their order; what is whole is done.
+
+    tail: from merges_at[0] on, row, first entry, entries from one to the next, and how many. Grid: (any, H)."""
     head = tl.program_id(1)
     c = tl.arange(0, CP)
-    first = tl.load(first_items + row)
-    last = tl.load(first_items + row + 1)
-    if last - first > 1:
+    table = tail + tl.load(merges_at)
+    for work in range(tl.program_id(0), tl.load(num_merges), tl.num_programs(0)):
+        row = tl.load(table + 4 * work)
+        entry = tl.load(table + 4 * work + 1)
+        step = tl.load(table + 4 * work + 2)
+        count = tl.load(table + 4 * work + 3)
         greatest = tl.full((), float("-inf"), tl.float32)
         weight = tl.full((), 0.0, tl.float32)
         sum_C = tl.zeros([CP], tl.float32)
-        for item in range(first, last):
-            peak = peaks + tl.cast(item, tl.int64) * (2 * H) + head
+        for i in range(count):
+            at = (entry + i * step).to(tl.int64)
+            peak = peaks + at * (2 * H) + head
             theirs = tl.load(peak)
             new = tl.maximum(greatest, theirs)
             base = tl.where(new == float("-inf"), 0.0, new)
             keep, take = tl.exp2(greatest - base), tl.exp2(theirs - base)
-            part_C = tl.load(sums + tl.cast(item, tl.int64) * (H * C) + head * C + c, mask=c < C, other=0.0)
+            part_C = tl.load(sums + at * (H * C) + head * C + c, mask=c < C, other=0.0)
             sum_C = sum_C * keep + part_C * take
             weight = weight * keep + tl.load(peak + H) * take
             greatest = new
-        at = out + row.to(tl.int64) * (H * C) + head * C + c
-        tl.store(at, (sum_C / weight).to(out.dtype.element_ty), mask=c < C)
-
-
-@triton.jit(do_not_specialize=["tiles_at"])
-def prefill_kernel(
-    qkv, positions, first_blocks, tail, tiles_at, kv, out, scale,
-    H: tl.constexpr, HKV: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BS: tl.constexpr,
-    BN: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Attention of tiles of tokens that follow one another. tail: (first row, tokens) of each tile, from `tiles_at` on.
-
-    Grid: (tiles, Hkv)."""
-    G: tl.constexpr = H // HKV
-    tile = tl.program_id(0)
-    h = tl.program_id(1)
-    m = tl.arange(0, M)
-    c = tl.arange(0, CP)
-    row = tl.load(tail + tiles_at + 2 * tile)
-    tokens = tl.load(tail + tiles_at + 2 * tile + 1)
-    first = tl.load(positions + row)
-    j = m // G
-    inside = (j < tokens)[:, None] & (c < C)[None, :]
-    heads = (h * G + m % G)[:, None] * C + c[None, :]
-    row_M = (row + j).to(tl.int64)[:, None]
-    q_MC = tl.load(qkv + row_M * ((H + 2 * HKV) * C) + heads, mask=inside, other=0.0)
-    position_M = first + tl.minimum(j, tokens - 1)
-    sum_MC, _, weight_M = _walk(
-        q_MC, position_M, tail, tl.load(first_blocks + row), kv, h, _lowest(first, 0, BN, WINDOW), first + tokens,
-        scale, HKV, C, CP, M, BS, BN, WINDOW,
-    )  # fmt: skip
-    tl.store(out + row_M * (H * C) + heads, (sum_MC / weight_M[:, None]).to(out.dtype.element_ty), mask=inside)
+        to = out + row.to(tl.int64) * (H * C) + head * C + c
+        tl.store(to, (sum_C / weight).to(out.dtype.element_ty), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["rows"])

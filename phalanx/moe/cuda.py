@@ -189,6 +189,9 @@ class DeviceLoad:
 _FEW = 9.0
 """Pairs a slot that nearly always fit into 16 rows; measured with 8.2 (16 rows are the fastest) and 33 (64 are)."""
 
+_MANY = 48.0
+"""Pairs a slot from which tiles of 128 rows are faster than of 64; measured with 33 (64 rows are) and 65 (128 are)."""
+
 _VERY_FEW = 32
 """Pairs at a rank for which tiles of 64 outputs are fewer than the device's processors."""
 
@@ -203,6 +206,7 @@ class Tiling:
     depth: int = 128
     up_stages: int = 3
     down_stages: int = 4
+    warps: int = 4
 
     @classmethod
     def of(cls, pairs: int, slots: int, *, exact: bool) -> Tiling:
@@ -217,7 +221,9 @@ class Tiling:
             return cls(up=32, up_stages=4) if pairs <= _VERY_FEW else cls()
         if exact or a_slot <= 2 * _FEW:
             return cls(rows=32)
-        return cls(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3)
+        if a_slot <= _MANY:
+            return cls(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3)
+        return cls(rows=128, up=128, down=256, depth=64, up_stages=3, down_stages=3, warps=8)
 
 
 class DeviceExperts:
@@ -275,10 +281,10 @@ class DeviceExperts:
             "D": bank.hidden, "PROGRAMS": self._programs, "BM": t.rows, "BK": t.depth,
         }  # fmt: skip
         self._code.up_kernel[(self._programs,)](
-            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_warps=4, num_stages=t.up_stages
+            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_warps=t.warps, num_stages=t.up_stages
         )
         self._code.down_kernel[(self._programs,)](
-            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=4, num_stages=t.down_stages
+            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=t.warps, num_stages=t.down_stages
         )
         return self._y_MD
 

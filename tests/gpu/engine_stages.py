@@ -27,6 +27,7 @@ def stages(interpret: bool) -> dict[str, Stage]:
     from engine_flights import check_flights
     from engine_pair import check_pair
     from engine_price import price
+    from engine_skew import skew
     from hub_checks import check_hub_logits
 
     count = torch.cuda.device_count() if not interpret else 0
@@ -43,7 +44,11 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "logits": Stage(lambda: check_hub_logits(device, large), 70 if large else 280, 5),
     }
     if interpret:
-        return {**table, "price": Stage(lambda: price(0, layers=1, batches=(2,), rounds=1, steps=2, tiny=True), 280)}
+        return {
+            **table,
+            "price": Stage(lambda: price(0, layers=1, batches=(2,), rounds=1, steps=2, tiny=True), 280),
+            "skew": Stage(lambda: skew(0, layers=1, rounds=1, tiny=True), 280),
+        }
     import engine_failures
     from engine_ladder import ladder
 
@@ -53,6 +58,7 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "four": Stage(engine_failures.four_ranks_on_two_devices, 95, 4),
         "ladder": Stage(lambda: ladder(count, layers=48), 100),
         "price": Stage(lambda: price(count, layers=48), 115),
+        "skew": Stage(lambda: skew(count, layers=48), 75),
         "kill64": Stage(kill_under_64_streams, 75),
         "rejoin64": Stage(engine_failures.returns_under_64_streams, 105),
         "failures": Stage(engine_failures.every_failure, 120),

@@ -1,6 +1,6 @@
 """The checks of scripts/gpu_check as tests: on devices, or in Triton's interpreter where it is installed.
 
-Decode times are no test: `scripts/gpu_check engine --only ladder,price` measures them."""
+Decode times are no test: `scripts/gpu_check engine --only ladder,price,skew` measures them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ON_DEVICES = (
 )  # fmt: skip
 ENGINE = ("attention", "experts", "experts-fp8", "sampler", "engine-one", "flights", "pair", "logits")
 ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "failures", "vault")
-ENGINE_INTERPRETED = (*ENGINE, "price")
+ENGINE_INTERPRETED = (*ENGINE, "price", "skew")
 INTERPRETED = (
     "exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "meet", "edges", "edges-relayed", "deep-ep",
     "deep-ep-fp8",

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phalanx.engine import sampler
+from phalanx.engine.batch import StepBatch
+from phalanx.engine.runner import Flight, Runner
 from phalanx.messages import Abort, Pause, Resume, Stop, Submit, TokenOut
 from phalanx.testing.faults import FaultInjector, InjectedFault
 
@@ -228,6 +230,27 @@ def test_a_rank_without_work_runs_an_empty_batch_when_a_peer_has_tokens() -> Non
     assert not result.idle
     assert [len(batch.token_ids_T) for batch in bench.model.batches] == [0]
     assert result.step == bench.engine.steps == 41  # the number of a step is the same on all ranks
+
+
+class Listening(Runner):
+    """A runner that keeps what it is told of each step's size."""
+
+    step_tokens: list[int]
+
+    def launch(self, batch: StepBatch) -> Flight:
+        self.step_tokens.append(batch.step_tokens)
+        return super().launch(batch)
+
+
+def test_the_runner_is_told_how_many_tokens_all_ranks_have_in_the_step() -> None:
+    bench = Bench(limits(), ep_size=3, runner=Listening)
+    assert isinstance(bench.runner, Listening)
+    bench.runner.step_tokens = []
+    bench.accept(submit("a", range(5), max_tokens=3))
+    for tokens in (2048, 7, 0):
+        bench.comm.peer_rows = [peer_row(tokens=tokens, wants=1), [0] * 6]
+        assert bench.step() is not None
+    assert bench.runner.step_tokens == [5 + 2048, 1 + 7, 1]
 
 
 def test_all_are_idle_only_when_nobody_wants_the_step() -> None:

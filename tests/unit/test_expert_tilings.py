@@ -7,7 +7,7 @@ import pytest
 from phalanx.moe.cuda import Tiling
 
 
-@pytest.mark.parametrize(("pairs", "rows"), [(8, 16), (525, 16), (1050, 32), (2109, 64), (8000, 64)])
+@pytest.mark.parametrize(("pairs", "rows"), [(8, 16), (525, 16), (1050, 32), (2109, 64), (4152, 128), (16000, 128)])
 def test_more_pairs_a_slot_make_taller_tiles(pairs: int, rows: int) -> None:
     assert Tiling.of(pairs, 64, exact=False).rows == rows
 
