@@ -200,7 +200,7 @@ def combine_kernel(
     owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, group, rows, S, K, KP, T_MAX, MODE)
     if MODE != FAST:
         pair, at = _first_rows(position, counts, rank, group, rows, R, K, T_MAX, GROUPS, ROWS_AT_ONCE)
-    expected, parity, alive_P = begin(own, state, CUT_AT, COMBINE, PROGRAMS, R, P, GUARD)
+    expected, parity, alive_P = begin(own, state, CUT_AT, COMBINE, R, P, GUARD)
     others_P = tl.where(r == rank, 0, alive_P)
     if MODE == FAST:
         _send_sums(

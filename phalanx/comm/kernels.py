@@ -56,6 +56,8 @@ TURN_BITS: tl.constexpr = tl.constexpr(16)
 """A program's turn to read host memory lasts 2**16 ns."""
 PATIENT_NS: tl.constexpr = tl.constexpr(200_000)
 """Waits shorter than this never read host memory."""
+TICKETS: tl.constexpr = tl.constexpr(1 << 16)
+"""Tickets that the programs of one launch draw together, however many they are."""
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def _look(pointers, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _now(INTERPRETED: tl.constexpr):
+def now_ns(INTERPRETED: tl.constexpr):
     """Nanoseconds of the device's clock. The interpreter has no clock: no wait times out there."""
     if INTERPRETED:
         return tl.full((), 0, tl.int64)
@@ -84,20 +86,17 @@ def element(vector_P, index, P: tl.constexpr):
 
 
 @triton.jit
-def begin(
-    own, state, cut_at, kind: tl.constexpr, PROGRAMS: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
-    GUARD: tl.constexpr,
-):  # fmt: skip
+def begin(own, state, cut_at, kind: tl.constexpr, R: tl.constexpr, P: tl.constexpr, GUARD: tl.constexpr):
     """What every program reads first: (expected flag word, parity, alive_P).
 
-    The number of this collective follows from a ticket that each of the grid's PROGRAMS programs draws once
-    (`draw_ticket`), after it has read it: nobody has to reset it, and no program waits for another."""
+    The number of this collective follows from the tickets that the programs of earlier launches drew, each after it
+    had read it (`draw_ticket`): nobody has to reset it, and no program waits for another."""
     r = tl.arange(0, P)
     epoch = tl.load(state + EPOCH)
-    sequence = tl.load(state + TICKET + kind) // PROGRAMS + 1
+    sequence = tl.load(state + TICKET + kind) // TICKETS + 1
     if GUARD:
         alive_P = tl.load(state + MASK + r, mask=r < R, other=0).to(tl.int32)
-        cut_P = tl.load((own + cut_at).to(tl.pointer_type(tl.int64)) + r, mask=r < R, other=0, volatile=True)
+        cut_P = tl.load((own + cut_at).to(tl.pointer_type(tl.int64)) + r, mask=r < R, other=0)
         interrupted = tl.load(state + INTERRUPTED)
         newly_cut = (alive_P > 0) & (cut_P >= epoch)
         tl.store(state + MASK + P + r, CUT, mask=newly_cut)
@@ -110,12 +109,23 @@ def begin(
 
 @triton.jit
 def draw_ticket(state, expected, kind: tl.constexpr):
-    """Draw this program's ticket. What is added depends on the number read, so the read is over before: no fence."""
-    tl.atomic_add(state + TICKET + kind, (expected >= 0).to(tl.int64), sem="relaxed", scope="gpu")
+    """Draw this program's ticket; the first program draws those that are left over. What is added depends on the number
+    read, and all warps have read it before: no fence."""
+    tl.debug_barrier()
+    drawn = tl.where(tl.program_id(0) == 0, TICKETS - tl.num_programs(0) + 1, 1)
+    tl.atomic_add(state + TICKET + kind, tl.where(expected >= 0, drawn, 0).to(tl.int64), sem="relaxed", scope="gpu")
 
 
 @triton.jit
-def _give_up(
+def agreed(value):
+    """A scalar int64 that each warp may have loaded at another moment: the least of theirs, the same for all warps.
+
+    Warps of a program must take the same way wherever barriers stand on it, and a reduction is one."""
+    return tl.min(tl.zeros([1024], tl.int64) + value)
+
+
+@triton.jit
+def give_up(
     own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, elapsed, turn,
     R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +185,7 @@ def wait_for(
     flag_P = (own + flags_at).to(tl.pointer_type(tl.int64)) + tl.minimum(r, R - 1) * stride
     seen_P = _look(flag_P, INTERPRETED)
     waiting_P = tl.where(seen_P >= expected, 0, awaited_P)
-    started = _now(INTERPRETED)
+    started = now_ns(INTERPRETED)
     rounds = 0
     while tl.max(waiting_P) > 0:
         seen_P = _look(flag_P, INTERPRETED)
@@ -183,11 +193,11 @@ def wait_for(
         rounds += 1
         if GUARD:  # noqa: SIM102  (compiled away)
             if rounds % POLL == 0:
-                now = _now(INTERPRETED)
+                now = now_ns(INTERPRETED)
                 elapsed = now - started
                 turn = (now >> TURN_BITS) % tl.num_programs(0) == tl.program_id(0)
                 turn = INTERPRETED or (turn and elapsed > PATIENT_NS)
-                waiting_P = _give_up(
+                waiting_P = give_up(
                     own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, elapsed, turn,
                     R, P,
                 )  # fmt: skip
@@ -224,7 +234,7 @@ def gather_kernel(
 
     0 words: a barrier. Grid: one program.
     """
-    expected, parity, alive_P = begin(own, state, CUT_AT, GATHER, 1, R, P, GUARD)
+    expected, parity, alive_P = begin(own, state, CUT_AT, GATHER, R, P, GUARD)
     r = tl.arange(0, P)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = (column < words) & (r < R)
