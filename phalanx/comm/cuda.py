@@ -79,6 +79,7 @@ class CudaCommunicator(Communicator):
         """
         assert dtype.itemsize == 2, f"rows of {dtype} are not supported: bfloat16 or float16"
         assert ep_size <= 62, f"ep_size {ep_size}: ranks are told by the bits of a word"
+        assert slots_per_rank < (1 << 16) - 1, f"lists name slots in 16 bits, not {slots_per_rank}"
         self.rank, self.ep_size = rank, ep_size
         self._me = Member(rank, incarnation)
         self.slots_per_rank, self._top_k, self._hidden = slots_per_rank, top_k, hidden

@@ -86,6 +86,13 @@ def element(vector_P, index, P: tl.constexpr):
 
 
 @triton.jit
+def bits_of(flag_P, P: tl.constexpr):
+    """Bit r is set where flag_P[r] > 0."""
+    r = tl.arange(0, P).to(tl.int64)
+    return tl.sum(tl.where(flag_P > 0, tl.full([P], 1, tl.int64) << r, 0))
+
+
+@triton.jit
 def begin(own, state, cut_at, kind: tl.constexpr, R: tl.constexpr, P: tl.constexpr, GUARD: tl.constexpr):
     """What every program reads first: (expected flag word, parity, alive_P).
 

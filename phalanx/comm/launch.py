@@ -30,7 +30,8 @@ class LaunchShape:
     """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
-    program sends at once.
+    program sends at once. tagged: lists of slots say themselves that they are there, instead of by a flag, as far as
+    they fit a program's registers.
     """
 
     chunk: int = 1024
@@ -40,6 +41,7 @@ class LaunchShape:
     combine_groups: int = 36
     combine_rows: int = 16
     combine_warps: int = 4
+    tagged: bool = True
 
     @classmethod
     def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
@@ -106,11 +108,12 @@ class Kernels:
             "T_MAX": fixed.max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(fixed.hidden),
             "WEIGHTS": at["weights"],
         }  # fmt: skip
-        pairs = power_of_two(fixed.max_tokens * fixed.top_k)
+        # At least an element a thread: a reduction over all of them is one that all warps share.
+        pairs = max(power_of_two(fixed.max_tokens * fixed.top_k), 32 * shape.dispatch_warps // fixed.padded)
         block = pairs if pairs * fixed.padded <= _PAIRS_IN_REGISTERS else 1024
         self._dispatch = {
             **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
-            "BLOCKS": -(-pairs // block),
+            "BLOCKS": -(-pairs // block), "TAGGED": pairs == block and shape.tagged,
             "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast", "META": at["meta"], "COUNT": at["count"],
             "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
         }  # fmt: skip

@@ -356,7 +356,10 @@ def checks() -> dict[str, Stage]:
 def interpreted() -> dict[str, Stage]:
     """What Triton's interpreter can run, one after the other."""
     small = {"max_tokens": 4, "hidden": 256, "top_k": 2, "slots_per_rank": 3}
-    shape = {"chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "combine_groups": 2, "combine_rows": 4}
+    shape = {
+        "chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "dispatch_warps": 1, "combine_groups": 2,
+        "combine_rows": 4,
+    }  # fmt: skip
 
     def alone(check: Callable[..., None], *arguments: Any, **options: Any) -> Stage:
         return Stage(partial(check, *arguments, **options, interpret=True, shape=shape), 280.0)

@@ -44,7 +44,7 @@ def test_every_part_of_a_buffer_has_the_room_that_its_kernel_addresses(
     at = layout(*geometry).offsets
     ends = dict(zip(at, list(at.values())[1:], strict=False))
     pairs = 2 * ep_size * tokens * top_k
-    assert ends["meta"] - at["meta"] >= 4 * pairs
+    assert ends["meta"] - at["meta"] >= 8 * pairs
     assert ends["weights"] - at["weights"] >= 4 * pairs
     assert ends["x"] - at["x"] >= 2 * ep_size * tokens * hidden * x_itemsize
     assert ends["results"] - at["results"] >= 2 * max(ep_size, top_k) * tokens * hidden * 2
