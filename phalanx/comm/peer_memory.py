@@ -40,11 +40,11 @@ class BufferLayout:
     everything that is received, because a peer may be one collective of a kind ahead:
 
         x           2 * R * T * D * b          (+ 2 * R * T * D / 128 * 4 for the scales of fp8)
-        results     2 * max(K, R) * T * D * 2  (a row per (token, k); under `fast` a row per (rank, token))
+        results     2 * max(K, R) * T * D / 60 * 128  (a row per (token, k); under `fast` a row per (rank, token))
         slot lists  2 * R * T * K * 12         (a word a slot, float32 weight)
         flags       8 * R words a program, and a few lines of counters
 
-    2 ranks, T = 128, D = 7168, K = 8, fp8: 33.2 MB. It grows with T: larger batches of prefill go in several waves.
+    2 ranks, T = 128, D = 7168, K = 8, fp8: 35.3 MB. It grows with T: larger batches of prefill go in several waves.
     """
 
     ep_size: int
@@ -69,6 +69,7 @@ class BufferLayout:
         sizes = {
             "cut": 8 * R,
             "opened": 8 * R,
+            "begun": 8 * R,
             "meta_flag": 8 * R,
             "row_flag": 8 * R,
             "data_flag": 8 * R * self.dispatch_programs,
@@ -79,7 +80,7 @@ class BufferLayout:
             "weights": 2 * 4 * R * T * K,
             "scales": 2 * 4 * R * T * (D // 128) if self.x_itemsize == 1 else 0,
             "x": 2 * R * T * D * self.x_itemsize,
-            "results": 2 * max(R, K) * T * D * self.result_itemsize,
+            "results": 2 * max(R, K) * T * lines(D, self.result_itemsize) * _LINE,
         }
         offsets, at = {}, 0
         for name, size in sizes.items():
@@ -91,6 +92,11 @@ class BufferLayout:
     @property
     def nbytes(self) -> int:
         return self.offsets["end"]
+
+
+def lines(hidden: int, itemsize: int) -> int:
+    """How many lines a row of results fills: 120 bytes of it each, and a word that numbers the collective. LOCAL."""
+    return -(-hidden * itemsize // (_LINE - 8))
 
 
 class PeerMemory(ABC):

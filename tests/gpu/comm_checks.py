@@ -358,7 +358,7 @@ def interpreted() -> dict[str, Stage]:
     small = {"max_tokens": 4, "hidden": 256, "top_k": 2, "slots_per_rank": 3}
     shape = {
         "chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "dispatch_warps": 1, "combine_groups": 2,
-        "combine_rows": 4,
+        "combine_rows": 4, "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2, "line_ahead": 2,
     }  # fmt: skip
 
     def alone(check: Callable[..., None], *arguments: Any, **options: Any) -> Stage:
