@@ -10,130 +10,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phalanx.comm.kernels import (
-    DISPATCH,
-    MASK,
-    PATIENT_NS,
-    POLL,
-    TURN_BITS,
-    agreed,
-    begin,
-    bits_of,
-    draw_ticket,
-    element,
-    give_up,
-    now_ns,
-    raise_flag,
-    wait_for,
-)
-
-TAG_BITS: tl.constexpr = tl.constexpr(16)
-"""A word of a list is `expected << TAG_BITS | value`: it says itself of which collective it is, so that a list needs no
-fence and no flag. What is lost of `expected` is the upper half of the epoch."""
-
-VALUE: tl.constexpr = tl.constexpr((1 << 16) - 1)
-END: tl.constexpr = tl.constexpr((1 << 16) - 1)
-"""The value behind the last pair of a list that is not full."""
+from phalanx.comm.kernels import DISPATCH, MASK, begin, draw_ticket, element, raise_flag, wait_for
 
 
 @triton.jit
-def _tagged(expected, value):
-    return (expected << TAG_BITS) | value.to(tl.int64)
-
-
-@triton.jit
-def _is_of(word, expected):
-    """Whether a word of a list belongs to this collective."""
-    return (word >> TAG_BITS) == ((expected << TAG_BITS) >> TAG_BITS)
-
-
-@triton.jit
-def _send_lists(
-    own, state, slots, slot, tokens, rank, to, expected, parity, alive_P,
-    META, COUNT, META_FLAG,
+def _send_meta(
+    own, state, slots, weights, tokens, rank, to, expected, parity, alive_P,
+    META, COUNT, WEIGHTS, META_FLAG,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TAGGED: tl.constexpr,
+    BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Tell rank `to` which of its slots each of our tokens wants (+ 1; 0: none). The first block of slots is given."""
+    """Tell rank `to` which of its slots each of our tokens wants (and with what weight)."""
     if element(alive_P, to, P) > 0:
-        base = own + tl.multiple_of(tl.load(state + MASK + 4 * P + to), 128)
+        peer = tl.multiple_of(tl.load(state + MASK + 4 * P + to), 128)
+        base = own + peer
         place = parity * R + rank
-        lists = (base + META).to(tl.pointer_type(tl.int64)) + place * (T_MAX * K)
-        if TAGGED:
-            tl.store(lists + tokens * K, _tagged(expected, tl.full((), END, tl.int32)), mask=tokens < T_MAX)
-        else:
-            tl.store((base + COUNT).to(tl.pointer_type(tl.int64)) + place, tokens.to(tl.int64))
         for start in range(0, tokens * K, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            local = tl.where((slot >= 0) & (slot // S == to), slot - to * S + 1, 0)
-            tl.store(lists + i, _tagged(expected, local), mask=i < tokens * K)
-            if BLOCKS > 1:
-                slot = tl.load(slots + i + BLOCK, mask=i + BLOCK < tokens * K, other=-1)
-        if not TAGGED:
-            raise_flag(own, state, META_FLAG + rank * 8, expected, (tl.arange(0, P) == to).to(tl.int32), R, P)
-
-
-@triton.jit
-def _wait_for_lists(
-    own, state, host, notice, notice_stride, rank, tokens, expected, parity, alive_P,
-    META, CUT_AT, OPENED_AT,
-    R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr, BLOCK: tl.constexpr, GUARD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """All ranks' lists as soon as they are there: (told_P, count_P, slot_PB: -1 not here, -2 no pair).
-
-    At first as much is read as if the others had as many tokens as we. Warps decide together whether to look again:
-    each word is loaded by one thread, and what follows from it is reduced over all of them."""
-    r = tl.arange(0, P)
-    lane = tl.arange(0, BLOCK)
-    lists = (own + META).to(tl.pointer_type(tl.int64)) + parity * R * T_MAX * K + r[:, None] * (T_MAX * K)
-    pairs_P = tl.zeros([P], tl.int32)
-    word_PB = tl.zeros([P, BLOCK], tl.int64)
-    most = tl.minimum(tokens + 1, T_MAX)
-    awaited = agreed(bits_of(alive_P, P))
-    missing = awaited
-    started = now_ns(INTERPRETED)
-    rounds = 0
-    while missing != 0:
-        inside = (r < R)[:, None] & (lane < most * K)[None, :]
-        word_PB = tl.load(lists + lane[None, :], mask=inside, other=0, volatile=True)
-        ours_PB = _is_of(word_PB, expected)
-        last_PB = ours_PB & ((word_PB & VALUE) == END)
-        seen_P = tl.sum(tl.where(last_PB, ((lane + 1) << 16)[None, :], ours_PB.to(tl.int32)), axis=1)
-        full_P = (seen_P >> 16) == 0  # no end of the list in sight
-        pairs_P = tl.where(full_P, T_MAX * K, (seen_P >> 16) - 1)
-        there_P = (seen_P & 0xFFFF) == pairs_P
-        missing = awaited & ~bits_of(there_P.to(tl.int32), P)
-        longer = tl.max((full_P & (seen_P == most * K)).to(tl.int32))
-        most = tl.where(longer > 0, T_MAX, most)
-        rounds += 1
-        if GUARD:  # noqa: SIM102  (compiled away)
-            if (rounds % POLL == 0) and (missing != 0):
-                now = now_ns(INTERPRETED)
-                elapsed = now - started
-                turn = (now >> TURN_BITS) % tl.num_programs(0) == tl.program_id(0)
-                turn = INTERPRETED or (turn and elapsed > PATIENT_NS)
-                still_P = give_up(
-                    own, state, host, notice, notice_stride, CUT_AT, OPENED_AT, rank, expected >> 32,
-                    ((missing >> r.to(tl.int64)) & 1).to(tl.int32), elapsed, turn, R, P,
-                )  # fmt: skip
-                awaited = agreed(awaited & ~(missing & ~bits_of(still_P, P)))
-    told_P = ((awaited >> r.to(tl.int64)) & 1).to(tl.int32)
-    count_P = tl.where(told_P > 0, pairs_P // K, 0)
-    slot_PB = (word_PB & VALUE).to(tl.int32) - 1
-    return told_P, count_P, tl.where(lane[None, :] < (count_P * K)[:, None], slot_PB, -2)
-
-
-@triton.jit
-def _told_slots(
-    own, parity, count_P, META,
-    R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Lists that are there: the slots in them, -1 not here, -2 no pair."""
-    pair = tl.arange(0, P)[:, None] * (T_MAX * K) + tl.arange(0, BLOCK)[None, :]
-    lists = (own + META).to(tl.pointer_type(tl.int64)) + parity * R * T_MAX * K
-    inside = tl.arange(0, BLOCK)[None, :] < (count_P * K)[:, None]
-    return tl.where(inside, (tl.load(lists + pair, mask=inside, other=0) & VALUE).to(tl.int32) - 1, -2)
+            slot = tl.load(slots + i, mask=i < tokens * K, other=-1)
+            local = tl.where((slot >= 0) & (slot // S == to), slot - to * S, -1)
+            tl.store((base + META).to(tl.pointer_type(tl.int32)) + place * (T_MAX * K) + i, local, mask=i < tokens * K)
+            if WEIGHTED:
+                weight = tl.load(weights + i, mask=i < tokens * K, other=0.0)
+                at = (base + WEIGHTS).to(tl.pointer_type(tl.float32)) + place * (T_MAX * K) + i
+                tl.store(at, weight, mask=i < tokens * K)
+        tl.store((base + COUNT).to(tl.pointer_type(tl.int64)) + place, tokens.to(tl.int64))
+        raise_flag(own, state, META_FLAG + rank * 8, expected, (tl.arange(0, P) == to).to(tl.int32), R, P)
 
 
 @triton.jit
@@ -152,11 +54,10 @@ def _tile(
 
 @triton.jit
 def _send_tokens(
-    own, state, x, slots, weights, slot_TK, x_TD, tokens, rank, group, chunk, parity, alive_P,
-    X, SCALES, WEIGHTS,
+    own, state, x, slots, slot_TK, x_TD, tokens, rank, group, chunk, parity, alive_P,
+    X, SCALES,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, FP8: tl.constexpr,
-    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Store this program's columns of its tokens once at every rank that wants them. The first tile is given."""
     cols = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -188,20 +89,12 @@ def _send_tokens(
                 else:
                     at = (base + X).to(tl.pointer_type(x.dtype.element_ty)) + rows * D + cols[None, :]
                     tl.store(at, out_TD, mask=inside & need)
-                if WEIGHTED:  # noqa: SIM102  (compiled away)
-                    if chunk == 0:
-                        k = tl.arange(0, KP)[None, :]
-                        pair = t[:, None] * K + k
-                        given = (t < tokens)[:, None] & (k < K) & need
-                        weight = tl.load(weights + pair, mask=given, other=0.0)
-                        there = (base + WEIGHTS).to(tl.pointer_type(tl.float32)) + place * (T_MAX * K) + pair
-                        tl.store(there, weight, mask=given)
         slot_TK, x_TD = _tile(x, slots, tokens, start + GROUPS * TILE, cols, K, KP, D, GROUPS, TILE)
 
 
 @triton.jit
 def _lay_out(
-    own, rows_M, slots_M, position, first, program, programs, parity, count_P, slot_PB,
+    own, rows_M, slots_M, position, first, program, programs, parity, count_P,
     META,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -209,13 +102,17 @@ def _lay_out(
     """Sort the pairs by slot; within a slot by (source rank, token, k). Each program makes the lists of its slots.
 
     A program counts by itself how many pairs belong to smaller slots: two passes over a few thousand words (in
-    registers, slot_PB, when BLOCKS is 1) cost less than agreeing on offsets. Slot S stands for "not here": its pass
-    marks those pairs with position -1.
+    registers, when BLOCKS is 1) cost less than agreeing on offsets. Slot S stands for "not here": its pass marks those
+    pairs with position -1.
     """
     lane = tl.arange(0, BLOCK)
-    meta = (own + META).to(tl.pointer_type(tl.int64)) + parity * R * T_MAX * K
+    r = tl.arange(0, P)
+    meta = (own + META).to(tl.pointer_type(tl.int32)) + parity * R * T_MAX * K
     if BLOCKS == 1:
-        v = tl.reshape(tl.where(slot_PB >= S, -1, slot_PB), (P * BLOCK,))
+        pair = r[:, None] * (T_MAX * K) + lane[None, :]
+        v = tl.load(meta + pair, mask=(r < R)[:, None] & (lane < T_MAX * K)[None, :], other=-2)
+        v = tl.where(lane[None, :] < (count_P * K)[:, None], v, -2)
+        v = tl.reshape(tl.where(v >= S, -1, v), (P * BLOCK,))
         i = tl.arange(0, P * BLOCK)
         source = i // BLOCK
         pair = source * (T_MAX * K) + i % BLOCK
@@ -241,8 +138,7 @@ def _lay_out(
             for source in range(R):
                 pairs = element(count_P, source, P) * K
                 for start in range(0, pairs, BLOCK):
-                    v = tl.load(meta + source * (T_MAX * K) + start + lane, mask=start + lane < pairs, other=0)
-                    v = (v & VALUE).to(tl.int32) - 1
+                    v = tl.load(meta + source * (T_MAX * K) + start + lane, mask=start + lane < pairs, other=-1)
                     smaller += tl.sum(((v >= 0) & (v < tl.minimum(slot, S))).to(tl.int32))
             tl.store(first + slot, smaller)
             filled = smaller
@@ -250,8 +146,7 @@ def _lay_out(
                 pairs = element(count_P, source, P) * K
                 for start in range(0, pairs, BLOCK):
                     i = start + lane
-                    v = tl.load(meta + source * (T_MAX * K) + i, mask=i < pairs, other=0)
-                    v = tl.where(i < pairs, (v & VALUE).to(tl.int32) - 1, -2)
+                    v = tl.load(meta + source * (T_MAX * K) + i, mask=i < pairs, other=-2)
                     if slot == S:
                         tl.store(position + source * (T_MAX * K) + i, -1, mask=(v == -1) | (v >= S))
                     else:
@@ -269,8 +164,8 @@ def dispatch_kernel(
     notice_stride, tokens, rank,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, TAGGED: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr,
-    GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, META: tl.constexpr, COUNT: tl.constexpr, WEIGHTS: tl.constexpr,
     X: tl.constexpr, SCALES: tl.constexpr, META_FLAG: tl.constexpr, DATA_FLAG: tl.constexpr,
 ):  # fmt: skip
@@ -281,12 +176,10 @@ def dispatch_kernel(
     """
     pid = tl.program_id(0)
     if pid < R:
-        i = tl.arange(0, BLOCK)
-        slot = tl.load(slots + i, mask=i < tokens * K, other=-1)
         expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R, P, GUARD)
-        _send_lists(
-            own, state, slots, slot, tokens, rank, pid, expected, parity, alive_P,
-            META, COUNT, META_FLAG, R, P, S, K, T_MAX, BLOCK, BLOCKS, TAGGED,
+        _send_meta(
+            own, state, slots, weights, tokens, rank, pid, expected, parity, alive_P,
+            META, COUNT, WEIGHTS, META_FLAG, R, P, S, K, T_MAX, BLOCK, WEIGHTED,
         )  # fmt: skip
         draw_ticket(state, expected, DISPATCH)
     else:
@@ -297,31 +190,21 @@ def dispatch_kernel(
         slot_TK, x_TD = _tile(x, slots, tokens, group, chunk * CHUNK + tl.arange(0, CHUNK), K, KP, D, GROUPS, TILE)
         expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R, P, GUARD)
         _send_tokens(
-            own, state, x, slots, weights, slot_TK, x_TD, tokens, rank, group, chunk, parity, alive_P,
-            X, SCALES, WEIGHTS, R, P, S, K, KP, D, T_MAX, CHUNK, GROUPS, TILE, FP8, WEIGHTED,
+            own, state, x, slots, slot_TK, x_TD, tokens, rank, group, chunk, parity, alive_P,
+            X, SCALES, R, P, S, K, KP, D, T_MAX, CHUNK, GROUPS, TILE, FP8,
         )  # fmt: skip
         raise_flag(own, state, DATA_FLAG + (rank * (CHUNKS * GROUPS) + program) * 8, expected, alive_P, R, P)
         draw_ticket(state, expected, DISPATCH)
         # The lists arrive long before the tokens: sort them while the tokens are under way.
+        told_P = wait_for(
+            own, state, host, notice, notice_stride, META_FLAG, 1, CUT_AT, OPENED_AT, rank, expected, alive_P,
+            R, P, GUARD, INTERPRETED,
+        )  # fmt: skip
         r = tl.arange(0, P)
-        if TAGGED:
-            told_P, count_P, slot_PB = _wait_for_lists(
-                own, state, host, notice, notice_stride, rank, tokens, expected, parity, alive_P,
-                META, CUT_AT, OPENED_AT, R, P, K, T_MAX, BLOCK, GUARD, INTERPRETED,
-            )  # fmt: skip
-        else:
-            told_P = wait_for(
-                own, state, host, notice, notice_stride, META_FLAG, 1, CUT_AT, OPENED_AT, rank, expected, alive_P,
-                R, P, GUARD, INTERPRETED,
-            )  # fmt: skip
-            counts_at = (own + COUNT).to(tl.pointer_type(tl.int64)) + parity * R
-            count_P = tl.load(counts_at + r, mask=told_P > 0, other=0)
-            count_P = tl.minimum(tl.maximum(count_P, 0), T_MAX).to(tl.int32)
-            slot_PB = count_P
-            if BLOCKS == 1:
-                slot_PB = _told_slots(own, parity, count_P, META, R, P, K, T_MAX, BLOCK)
+        count_P = tl.load((own + COUNT).to(tl.pointer_type(tl.int64)) + parity * R + r, mask=told_P > 0, other=0)
+        count_P = tl.minimum(tl.maximum(count_P, 0), T_MAX).to(tl.int32)
         _lay_out(
-            own, rows_M, slots_M, position, first, program, CHUNKS * GROUPS, parity, count_P, slot_PB,
+            own, rows_M, slots_M, position, first, program, CHUNKS * GROUPS, parity, count_P,
             META, R, P, S, K, T_MAX, BLOCK, BLOCKS,
         )  # fmt: skip
         if program == 0:

@@ -1,6 +1,6 @@
 """How ranks meet in the CUDA communicator's kernels (Triton), how a wait ends, and the kernels that carry no token.
 
-Those are gather and tell; dispatch is in `dispatch_kernels`, combine in `combine_kernels`.
+Those are gather and tell; dispatch is in `dispatch_kernels`, combine in `combine_kernels` and `line_kernels`.
 
 One kernel is one collective of one rank. Its programs first send, then wait: no program waits for another one of its
 own rank, so a grid that fits the device at once cannot deadlock with the peers' grids.
@@ -49,6 +49,7 @@ CUT: tl.constexpr = tl.constexpr(4)
 DISPATCH: tl.constexpr = tl.constexpr(0)
 COMBINE: tl.constexpr = tl.constexpr(1)
 GATHER: tl.constexpr = tl.constexpr(2)
+SUMS: tl.constexpr = tl.constexpr(3)
 
 POLL: tl.constexpr = tl.constexpr(64)
 """Rounds of a wait (of about 0.1 us on an H200) between two looks at what may end it."""

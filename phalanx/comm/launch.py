@@ -30,26 +30,21 @@ class LaunchShape:
     """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
-    program sends at once. tagged: lists of slots say themselves that they are there, instead of by a flag, as far as
-    they fit a program's registers. lines: combine in lines (`comm.line_kernels`), not with flags; line_tile: lines of a
-    row that a program moves at once; line_ahead: with more tokens than that, a program waits for one line before it
-    reads all.
+    program sends at once. line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program moves at once;
+    line_senders, line_receivers: how many programs at most do the one and the other.
     """
 
     chunk: int = 1024
     dispatch_groups: int = 18
     dispatch_tile: int = 8
     dispatch_warps: int = 8
-    combine_groups: int = 36
-    combine_rows: int = 16
+    combine_groups: int = 48
+    combine_rows: int = 8
     combine_warps: int = 4
-    tagged: bool = True
-    lines: bool = True
     line_tile: int = 4
     line_warps: int = 2
     line_senders: int = 512
     line_receivers: int = 512
-    line_ahead: int = 32
 
     def __post_init__(self) -> None:
         # A word that two threads load may be another one for each: the number of a line is then not that of its data.
@@ -57,13 +52,22 @@ class LaunchShape:
 
     @classmethod
     def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
-        """A shape that fills about `programs` multiprocessors."""
+        """A shape for about `programs` multiprocessors. Combine's programs wait in threes on each, so as to have more
+        under way."""
         chunk = min(1024, power_of_two(hidden))
         chunks = -(-hidden // chunk)
         return cls(
-            chunk=chunk, dispatch_groups=max(1, programs // chunks), combine_groups=max(1, 2 * programs // chunks),
+            chunk=chunk, dispatch_groups=max(1, programs // chunks),
+            combine_groups=max(1, 8 * programs // (3 * chunks)),
             line_senders=4 * programs, line_receivers=4 * programs,
         )  # fmt: skip
+
+    @classmethod
+    def on(cls, device: torch.device, hidden: int) -> LaunchShape:
+        """`of` for this device. LOCAL."""
+        if device.type != "cuda":
+            return cls.of(hidden)
+        return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count))
 
     def chunks(self, hidden: int) -> int:
         """How many chunks a row has. LOCAL."""
@@ -120,25 +124,23 @@ class Kernels:
         moves = {
             **waits, "S": fixed.slots, "K": fixed.top_k, "KP": power_of_two(fixed.top_k), "D": fixed.hidden,
             "T_MAX": fixed.max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(fixed.hidden),
-            "WEIGHTS": at["weights"],
         }  # fmt: skip
-        # At least an element a thread: a reduction over all of them is one that all warps share.
-        pairs = max(power_of_two(fixed.max_tokens * fixed.top_k), 32 * shape.dispatch_warps // fixed.padded)
+        pairs = power_of_two(fixed.max_tokens * fixed.top_k)
         block = pairs if pairs * fixed.padded <= _PAIRS_IN_REGISTERS else 1024
         self._dispatch = {
             **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
-            "BLOCKS": -(-pairs // block), "TAGGED": pairs == block and shape.tagged,
-            "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast", "META": at["meta"], "COUNT": at["count"],
-            "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
+            "BLOCKS": -(-pairs // block), "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast",
+            "META": at["meta"], "COUNT": at["count"], "WEIGHTS": at["weights"], "X": at["x"], "SCALES": at["scales"],
+            "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
         }  # fmt: skip
         self._combine = {
             **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"],
             "RESULT_FLAG": at["result_flag"],
         }  # fmt: skip
         self._lines = {
-            **{name: moves[name] for name in (*waits, "S", "K", "KP", "D", "T_MAX", "WEIGHTS")},
-            "LINES": lines(fixed.hidden, layout.result_itemsize), "TILE": shape.line_tile, "AHEAD": shape.line_ahead,
-            "RESULTS": at["results"], "BEGUN": at["begun"],
+            **{name: moves[name] for name in (*waits, "S", "K", "D", "T_MAX")},
+            "LINES": lines(fixed.hidden, layout.result_itemsize), "TILE": shape.line_tile,
+            "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
         }  # fmt: skip
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
@@ -160,31 +162,27 @@ class Kernels:
     ) -> None:  # fmt: skip
         """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe."""
         c = self._fixed
-        if self._shape.lines:
-            self._combine_lines(y, handle, weights, out, tokens, mode)
+        if mode == "fast":
+            assert weights is not None and c.mode == "fast", "the dispatch must have sent weights along"
+            self._combine_sums(y, handle, weights, out, tokens)
             return
         compiled = self._combine_kernel[(c.layout.combine_programs,)](
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
-            MODE=("rows", "exact", "fast").index(mode),
-            num_warps=self._shape.combine_warps,
+            MODE=("rows", "exact").index(mode), num_warps=self._shape.combine_warps,
         )  # fmt: skip
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
 
-    def _combine_lines(
-        self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
-        mode: Literal["rows", "exact", "fast"],
-    ) -> None:  # fmt: skip
+    def _combine_sums(self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int) -> None:
         assert y.data_ptr() % 8 == 0, "results are read 8 bytes at a time"
         c = self._fixed
         senders, receivers = self._line_programs(tokens)
         compiled = self._line_kernel[(senders + receivers,)](
-            y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
-            out, *self._words(), tokens, c.rank, y.shape[0], senders, **self._lines,
-            MODE=("rows", "exact", "fast").index(mode), num_warps=self._shape.line_warps,
+            y, handle.position, handle.counts, handle.slots_TK, weights, out, *self._words(), tokens, c.rank,
+            y.shape[0], senders, **self._lines, num_warps=self._shape.line_warps,
         )  # fmt: skip
         most = self._line_programs(c.max_tokens)[1]
-        self._seen[f"combine ({mode})"] = (most, self._shape.line_warps, compiled)
+        self._seen["combine (fast)"] = (most, self._shape.line_warps, compiled)
 
     def _line_programs(self, tokens: int) -> tuple[int, int]:
         """How many programs send and receive lines: as many as there may be work for, all of them when there is much.

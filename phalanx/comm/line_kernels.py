@@ -1,14 +1,14 @@
-"""The combine kernel in lines (Triton): results travel in lines of 128 bytes that say themselves that they are there.
+"""The combine kernel of the mode `fast` (Triton): sums travel in lines of 128 bytes that say that they are there.
 
 A line is 15 words of results and a word that is the number of the collective (epoch << 32 | sequence), stored by one
 instruction of neighbouring threads. NVLink delivers such a store whole, so a reader that finds the word right has the
 results, too (NCCL's protocol LL128 rests on the same). No fence, no flag, no read behind a flag: a row can be added as
 soon as it is there, while others are still under way, and the ends need not cut their work alike.
 
-The first programs send, in the order in which the others add; they wait for nobody. A line from an earlier collective
-or from a zombie has another number and is not taken. Modes, and what is added in which order: as in `combine_kernels`,
-whose bits these are. How a wait ends, the words of `state` and the shape suffixes are in `kernels`; here W is words of
-8 bytes (4 results), L lines.
+The first programs send, in the order in which the others add. A line from an earlier collective or from a zombie has
+another number and is not taken. Sums are made at the experts' rank, and added in the order of ranks from our own one
+on. How a wait ends, the words of `state` and the shape suffixes are in `kernels`; here W is words of 8 bytes (4
+results), L lines.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,no-any-return,name-defined,assignment"
 # Triton's language is not typed: its functions are compiled, never called by Python. It knows no (*tuple, one).
@@ -18,12 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phalanx.comm.combine_kernels import EXACT, FAST, ROWS
 from phalanx.comm.kernels import (
-    COMBINE,
     MASK,
     PATIENT_NS,
     POLL,
+    SUMS,
     TURN_BITS,
     agreed,
     begin,
@@ -89,34 +88,7 @@ def _sum_held(
 
 
 @triton.jit
-def _send_rows(
-    base, y, position, count, to, first, programs, rows, expected, at,
-    K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, T_MAX: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """A row a (token, k): store our experts' results at the owner of the token. `at`: where those of unit `first` stand
-    in y."""
-    UNITS: tl.constexpr = (LINES + TILE - 1) // TILE  # of a token
-    lane = tl.arange(0, KP * TILE)
-    k = lane // TILE
-    column = tl.arange(0, W)[None, :]
-    y_words = y.to(tl.pointer_type(tl.int64))
-    unit = first
-    while unit < count * UNITS:
-        t = unit // UNITS
-        line = unit % UNITS * TILE + lane % TILE
-        here = ((at >= 0) & (at < rows) & (line < LINES))[:, None]
-        word = line[:, None] * (W - 1) + column
-        inside = here & (column < W - 1) & (word < D // 4)
-        got = tl.load(y_words + at[:, None].to(tl.int64) * (D // 4) + word, mask=inside, other=0)
-        unit += programs
-        after = unit // UNITS
-        at = tl.load(position + (to * T_MAX + after) * K + k, mask=(k < K) & (after < T_MAX), other=-1)
-        place = ((t * K + k).to(tl.int64) * LINES + line)[:, None] * W + column
-        tl.store(base + place, tl.where(column == W - 1, expected, got), mask=here)
-
-
-@triton.jit
-def _send_sums(
+def _send(
     base, y, position, weights, count, to, first, programs, rows, expected, rank,
     K: tl.constexpr, D: tl.constexpr, T_MAX: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -138,36 +110,25 @@ def _send_sums(
 
 
 @triton.jit
-def _plan(
-    slots, position, t, rank, rows,
-    S: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr,
-):  # fmt: skip
-    """Of one of our tokens, for each k: the owner of its slot (-1: none), and its row of y if that is us (else -1)."""
-    owners, places = (), ()
+def _wanted(slots, t, S: tl.constexpr, K: tl.constexpr):
+    """A bit for each rank that owns a slot of one of our tokens."""
+    wanted = tl.full((), 0, tl.int64)
     for j in tl.static_range(K):
         slot = tl.load(slots + t * K + j)
-        at = tl.load(position + (rank * T_MAX + t) * K + j)
-        owner = tl.where(slot >= 0, slot // S, -1)
-        owners = owners + (owner,)  # noqa: RUF005
-        places = places + (tl.where((owner == rank) & (at < rows), at, -1),)  # noqa: RUF005
-    return owners, places
+        owner = tl.where(slot >= 0, slot // S, 0).to(tl.int64)
+        wanted |= tl.where(slot >= 0, tl.full((), 1, tl.int64) << owner, 0)
+    return wanted
 
 
 @triton.jit
-def _arrived(
-    y_words, buffer, own_row, pair, owner, rank, here_bits, expected, line, column,
-    LINES: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """A tile of a row, [TILE, W], as far as it is there: ours is given, others' are read from our receive buffer, which
-    is addressed as words at a fixed distance from y. Also where a line is missing: its owner's bit."""
-    known = tl.maximum(owner, 0)
-    here = (owner >= 0) & (((here_bits >> known) & 1) > 0)
-    theirs = here & (owner != rank) & (line < LINES)
-    place = buffer + pair.to(tl.int64) * (LINES * W) + line * W + column
-    got = tl.load(y_words + place, mask=theirs, other=0, volatile=True)
+def _arrived(received, row, source, wanted, expected, line, column, LINES: tl.constexpr, BITS: tl.constexpr):
+    """A tile of a row from `source`, [TILE, W], as far as it is there, zeros if it is not wanted. Also where a line is
+    missing: the source's bit."""
+    theirs = (((wanted >> source) & 1) > 0) & (line < LINES)
+    place = received + row.to(tl.int64) * (LINES * W) + line * W + column
+    got = tl.load(place, mask=theirs, other=0, volatile=True)
     missing = theirs & (column == W - 1) & (got != expected)
-    bit = tl.full((), 1, BITS) << known.to(BITS)
-    return tl.where(owner == rank, tl.where(here, own_row, 0), got), tl.where(missing, bit, 0)
+    return got, tl.where(missing, tl.full((), 1, BITS) << source.to(BITS), 0)
 
 
 @triton.jit
@@ -193,24 +154,20 @@ def _still_here(
 
 @triton.jit
 def _receive(
-    y, position, counts, slots, weights, out, own, state, host, notice,
+    y, position, slots, weights, out, own, state, host, notice,
     notice_stride, tokens, rank, rows, program, programs, expected, parity, alive_P,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, D: tl.constexpr, T_MAX: tl.constexpr,
-    LINES: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, MODE: tl.constexpr, GUARD: tl.constexpr,
-    INTERPRETED: tl.constexpr, CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, RESULTS: tl.constexpr,
+    LINES: tl.constexpr, TILE: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
+    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, SUMS_AT: tl.constexpr,
 ):  # fmt: skip
     """Of every `programs`-th tile of our own tokens' rows: wait for its lines, add them, store the sum.
 
-    ROWS: out[t, k] = the row of (t, k). EXACT: out[t] = their weighted sum, added in the order of k in float32. FAST:
     out[t] = our own experts' weighted sum + one row from each other rank that holds a slot of t."""
     UNITS: tl.constexpr = (LINES + TILE - 1) // TILE
-    r = tl.arange(0, P)
     column = tl.arange(0, W)[None, :]
-    half: tl.constexpr = max(R, K) * T_MAX * LINES * W  # words of one of the two buffers
-    buffer = (own + RESULTS).to(tl.int64, bitcast=True) - y.to(tl.int64, bitcast=True)
-    buffer = buffer // 8 + parity.to(tl.int64) * half
+    half: tl.constexpr = R * T_MAX * LINES * W  # words of one of the two buffers
+    received = (own + SUMS_AT).to(tl.pointer_type(tl.int64)) + parity.to(tl.int64) * half
     BITS: tl.constexpr = tl.int32 if P <= 16 else tl.int64
-    y_words = y.to(tl.pointer_type(tl.int64))
     out_words = out.to(tl.pointer_type(tl.int64))
     here_bits = bits_of(alive_P, P)
     started = now_ns(INTERPRETED)
@@ -220,88 +177,27 @@ def _receive(
         line = (unit % UNITS * TILE + tl.arange(0, TILE))[:, None]
         word = line * (W - 1) + column
         inside = (column < W - 1) & (word < D // 4)
-        token = tl.cast(t, tl.int64)
-        owners, places = _plan(slots, position, t, rank, rows, S, K, T_MAX)
-        own_rows, factors = (), ()
-        if MODE == FAST:
-            a0, b0, c0, d0, _ = _sum_held(
-                y, position + (rank * T_MAX + t) * K, weights + t * K, rows, word, inside, K, D
-            )
-            wanted = tl.full((), 0, tl.int64)
-            for j in tl.static_range(K):
-                one = tl.full((), 1, tl.int64) << tl.maximum(owners[j], 0).to(tl.int64)
-                wanted |= tl.where(owners[j] >= 0, one, 0)
-        else:
-            # Our own experts' rows come from y while the others' travel.
-            for j in tl.static_range(K):
-                row = y_words + places[j].to(tl.int64) * (D // 4) + word
-                own_rows = own_rows + (tl.load(row, mask=inside & (places[j] >= 0), other=0),)  # noqa: RUF005
-                if MODE == EXACT:
-                    factors = factors + (tl.load(weights + t * K + j),)  # noqa: RUF005
-            if tokens > AHEAD:
-                # Much is under way: look at one line only until it is there, or the looking is in the way.
-                last, whose = -1, -1
-                for j in tl.static_range(K):
-                    theirs = (owners[j] >= 0) & (owners[j] != rank)
-                    last = tl.where(theirs, j, last)
-                    whose = tl.where(theirs, owners[j], whose)
-                end = tl.minimum((unit % UNITS + 1) * TILE, LINES)
-                place = ((t * K + tl.maximum(last, 0)).to(tl.int64) * LINES + end) * W - 1
-                awaited_P = ((r == whose) & (((here_bits >> r.to(tl.int64)) & 1) > 0)).to(tl.int32)
-                came_P = wait_for(
-                    own, state, host, notice, notice_stride, RESULTS + (parity.to(tl.int64) * half + place) * 8, 0,
-                    CUT_AT, OPENED_AT, rank, expected, awaited_P, R, P, GUARD, INTERPRETED,
-                )  # fmt: skip
-                here_bits = here_bits & ~(bits_of(awaited_P, P) & ~bits_of(came_P, P))
+        wanted = _wanted(slots, t, S, K)
+        # What our own experts made is added while the others' is under way.
+        a0, b0, c0, d0, _ = _sum_held(y, position + (rank * T_MAX + t) * K, weights + t * K, rows, word, inside, K, D)
         late = tl.full((), 1, tl.int64)
         while late != 0:
             late_LW = tl.zeros(word.shape, BITS)
-            if MODE == ROWS:
-                arrived = ()
-                for j in tl.static_range(K):
-                    got, missing = _arrived(
-                        y_words, buffer, own_rows[j], t * K + j, owners[j], rank, here_bits, expected, line, column,
-                        LINES, BITS,
-                    )  # fmt: skip
-                    late_LW |= missing
-                    arrived = arrived + (got,)  # noqa: RUF005
-            elif MODE == EXACT:
-                a = tl.zeros(word.shape, tl.float32)
-                b = tl.zeros(word.shape, tl.float32)
-                c = tl.zeros(word.shape, tl.float32)
-                d = tl.zeros(word.shape, tl.float32)
-                for j in tl.static_range(K):
-                    got, missing = _arrived(
-                        y_words, buffer, own_rows[j], t * K + j, owners[j], rank, here_bits, expected, line, column,
-                        LINES, BITS,
-                    )  # fmt: skip
-                    late_LW |= missing
-                    a += factors[j] * _value(got, 0, y)
-                    b += factors[j] * _value(got, 1, y)
-                    c += factors[j] * _value(got, 2, y)
-                    d += factors[j] * _value(got, 3, y)
-            else:
-                own_part = tl.where(((here_bits >> rank) & 1) > 0, 1.0, 0.0)
-                a, b, c, d = a0 * own_part, b0 * own_part, c0 * own_part, d0 * own_part
-                for step in tl.static_range(R - 1):
-                    source = (rank + 1 + step) % R
-                    owner = tl.where(((wanted >> source) & 1) > 0, source, -1)
-                    got, missing = _arrived(
-                        y_words, buffer, tl.zeros(word.shape, tl.int64), source * T_MAX + t, owner, rank, here_bits,
-                        expected, line, column, LINES, BITS,
-                    )  # fmt: skip
-                    late_LW |= missing
-                    a += _value(got, 0, y)
-                    b += _value(got, 1, y)
-                    c += _value(got, 2, y)
-                    d += _value(got, 3, y)
+            own_part = tl.where(((here_bits >> rank) & 1) > 0, 1.0, 0.0)
+            a, b, c, d = a0 * own_part, b0 * own_part, c0 * own_part, d0 * own_part
+            for step in tl.static_range(R - 1):
+                source = (rank + 1 + step) % R
+                got, missing = _arrived(
+                    received, source * T_MAX + t, source, wanted & here_bits, expected, line, column, LINES, BITS
+                )
+                late_LW |= missing
+                a += _value(got, 0, y)
+                b += _value(got, 1, y)
+                c += _value(got, 2, y)
+                d += _value(got, 3, y)
             late = tl.reduce(late_LW, None, _either).to(tl.int64)
-            done = inside & (late == 0)
-            if MODE == ROWS:
-                for j in tl.static_range(K):
-                    tl.store(out_words + (token * K + j) * (D // 4) + word, arrived[j], mask=done)
-            else:
-                tl.store(out_words + token * (D // 4) + word, _words(a, b, c, d, y), mask=done)
+            row = out_words + tl.cast(t, tl.int64) * (D // 4)
+            tl.store(row + word, _words(a, b, c, d, y), mask=inside & (late == 0))
             rounds += 1
             here_bits = _still_here(
                 own, state, host, notice, notice_stride, CUT_AT, OPENED_AT, rank, expected, here_bits, late,
@@ -313,10 +209,9 @@ def _receive(
 def line_combine_kernel(
     y, position, counts, slots, weights, out, own, state, host, notice,
     notice_stride, tokens, rank, rows, senders,
-    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, MODE: tl.constexpr,
-    GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
-    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, WEIGHTS: tl.constexpr, RESULTS: tl.constexpr, BEGUN: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    T_MAX: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
+    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, WEIGHTS: tl.constexpr, SUMS_AT: tl.constexpr, BEGUN: tl.constexpr,
 ):  # fmt: skip
     """Bring the experts' results back to their tokens' owners, and add them. COLLECTIVE. rows: how many y has.
 
@@ -331,20 +226,14 @@ def line_combine_kernel(
         first = pid // ends
         # What we send, and from where, does not depend on what begin reads: all of it is asked for at once.
         count = tl.minimum(tl.maximum(tl.load(counts + to), 0), T_MAX)
-        if MODE != FAST:
-            UNITS: tl.constexpr = (LINES + TILE - 1) // TILE
-            k = tl.arange(0, KP * TILE) // TILE
-            t = first // UNITS
-            at = tl.load(position + (to * T_MAX + t) * K + k, mask=(k < K) & (t < T_MAX), other=-1)
-        else:
-            sent_parity = tl.load(counts + P)
+        sent_parity = tl.load(counts + P)
         peer = tl.load(state + MASK + 4 * P + to)
         begun = tl.load((own + BEGUN).to(tl.pointer_type(tl.int64)) + to, volatile=True)
-        expected, parity, alive_P = begin(own, state, CUT_AT, COMBINE, R, P, GUARD)
-        draw_ticket(state, expected, COMBINE)
+        expected, parity, alive_P = begin(own, state, CUT_AT, SUMS, R, P, GUARD)
+        draw_ticket(state, expected, SUMS)
         theirs = own + tl.multiple_of(peer, 128)
-        half: tl.constexpr = max(R, K) * T_MAX * LINES * W
-        base = (theirs + RESULTS).to(tl.pointer_type(tl.int64)) + parity.to(tl.int64) * half
+        half: tl.constexpr = R * T_MAX * LINES * W
+        base = (theirs + SUMS_AT).to(tl.pointer_type(tl.int64)) + parity.to(tl.int64) * half
         lives = ((bits_of(alive_P, P) >> to) & 1) > 0
         if first == 0:
             tl.atomic_max(
@@ -361,22 +250,15 @@ def line_combine_kernel(
             )  # fmt: skip
             sends = agreed(bits_of(begun_P, P))
         count = tl.where(sends > 0, count, 0)
-        if MODE != FAST:
-            _send_rows(
-                base, y, position, count, to, first, senders // ends, rows, expected, at,
-                K, KP, D, T_MAX, LINES, TILE,
-            )  # fmt: skip
-        else:
-            early = (own + WEIGHTS).to(tl.pointer_type(tl.float32)) + sent_parity * (R * T_MAX * K)
-            _send_sums(
-                base, y, position, early, count, to, first, senders // ends, rows, expected, rank,
-                K, D, T_MAX, LINES, TILE,
-            )  # fmt: skip
+        early = (own + WEIGHTS).to(tl.pointer_type(tl.float32)) + sent_parity * (R * T_MAX * K)
+        _send(
+            base, y, position, early, count, to, first, senders // ends, rows, expected, rank, K, D, T_MAX, LINES, TILE
+        )
     else:
-        expected, parity, alive_P = begin(own, state, CUT_AT, COMBINE, R, P, GUARD)
-        draw_ticket(state, expected, COMBINE)
+        expected, parity, alive_P = begin(own, state, CUT_AT, SUMS, R, P, GUARD)
+        draw_ticket(state, expected, SUMS)
         _receive(
-            y, position, counts, slots, weights, out, own, state, host, notice,
+            y, position, slots, weights, out, own, state, host, notice,
             notice_stride, tokens, rank, rows, pid - senders, tl.num_programs(0) - senders, expected, parity, alive_P,
-            R, P, S, K, D, T_MAX, LINES, TILE, AHEAD, MODE, GUARD, INTERPRETED, CUT_AT, OPENED_AT, RESULTS,
+            R, P, S, K, D, T_MAX, LINES, TILE, GUARD, INTERPRETED, CUT_AT, OPENED_AT, SUMS_AT,
         )  # fmt: skip

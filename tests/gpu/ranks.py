@@ -228,7 +228,7 @@ class RankProcess:
             itemsize = 1 if options.get("fp8") else 2
             layout = BufferLayout(
                 ep_size, max_tokens, hidden, top_k, itemsize, 2, launch.chunks(hidden) * launch.dispatch_groups,
-                launch.chunks(hidden) * launch.combine_groups,
+                launch.chunks(hidden) * launch.combine_groups, options.get("mode") == "fast",
             )  # fmt: skip
             memory = HostSharedMemory(layout.nbytes, maps_host)
             self.device = torch.device("cpu")
