@@ -326,9 +326,9 @@ def raises(ranks: RankProcess, what: str, **arguments: Any) -> Reply:
 
 
 COMMANDS = {
-    "exchange": exchange, "half_exchange": half_exchange, "same_bits": same_bits, "capture": capture, "serve": serve, "wait_for_peers": wait_for_peers,
-    "interrupt": interrupt, "meet": meet, "watch": watch, "sleep": sleep, "ring": ring, "raises": raises,
-    "expect": expect_members,
+    "exchange": exchange, "half_exchange": half_exchange, "same_bits": same_bits, "capture": capture, "serve": serve,
+    "wait_for_peers": wait_for_peers, "interrupt": interrupt, "meet": meet, "watch": watch, "sleep": sleep,
+    "ring": ring, "raises": raises, "expect": expect_members,
     "deep_ep": deep_ep, "deep_ep_capture": deep_ep_capture, "deep_ep_replay": deep_ep_replay,
 }  # fmt: skip
 
