@@ -124,7 +124,7 @@ def main() -> int:
         slot_M = chosen[chosen < SLOTS].sort().values
         x = torch.randn(tokens, HIDDEN, device=device, generator=generator).to(torch.bfloat16)
         served = Tiling.of(len(slot_M), SLOTS, exact=False)
-        fits = {16: (16, 32), 32: (16, 32, 64), 64: (32, 64)}[served.rows]
+        fits = {16: (16, 32), 32: (16, 32, 64), 64: (32, 64), 128: (64,)}[served.rows]
         for bank, experts, tilings in kinds:
             reference: torch.Tensor | None = None
             if options.fp8:
