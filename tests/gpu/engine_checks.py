@@ -230,14 +230,16 @@ def _experts_case(device: torch.device, slots: int, hidden: int, width: int, pai
     """Every tiling that serving may choose; those for `--deterministic` must give the same bits."""
     g = torch.Generator().manual_seed(seed)
     bank, _, _, experts = _rig(device, slots, hidden, width, pairs)
-    weights = torch.randn(slots, 3 * width * hidden, generator=g).mul_(hidden**-0.5).to(torch.bfloat16)
+    drawn = torch.Generator(device).manual_seed(seed)
+    weights = torch.empty(slots, 3 * width * hidden, dtype=torch.bfloat16, device=device)
+    weights.normal_(0, hidden**-0.5, generator=drawn)
     for slot in range(slots):
-        bank.slot_bytes(0, slot)[:] = weights[slot].view(torch.uint8).numpy()
+        bank.slot_bytes(0, slot)[:] = weights[slot].view(torch.uint8).cpu().numpy()
         bank.mark(0, slot, slot, 1)
     bank.ready()
     x, row_M, first = pairs_of(slots, hidden, pairs, g)
-    want = through_experts(x, row_M, first, weights.float(), width)
     on_device = x.to(device), row_M.to(device), first.to(device)
+    want = through_experts(on_device[0], on_device[1], first, weights, width)
     worst, exact_bits = 0.0, []
     for exact in (False, True):
         for tiling in dict.fromkeys(Tiling.of(many * slots, slots, exact=exact) for many in (0, 2, 12, 40, 100)):
@@ -269,12 +271,13 @@ def pairs_of(
 def through_experts(
     x: torch.Tensor, row_M: torch.Tensor, first: torch.Tensor, weights: torch.Tensor, width: int
 ) -> torch.Tensor:
-    """What experts with these weights, float32 [S, 3 F D], make of the pairs; the middle is rounded to bfloat16."""
+    """What experts with these weights [S, 3 F D] make of the pairs in float32, the middle rounded to bfloat16: on the
+    device on which x, row_M and weights are; `first` is on the CPU."""
     hidden = x.shape[1]
-    want = torch.empty(len(row_M), hidden)
+    want = torch.empty(len(row_M), hidden, device=x.device)
     for slot, flat in enumerate(weights):
         rows = x[row_M[first[slot] : first[slot + 1]]].float()
-        w13, w2 = flat.split([2 * width * hidden, width * hidden])
+        w13, w2 = flat.float().split([2 * width * hidden, width * hidden])
         gate, up = (rows @ w13.view(2 * width, hidden).t()).chunk(2, dim=1)
         inner = (F.silu(gate) * up).to(torch.bfloat16).float()
         want[first[slot] : first[slot + 1]] = inner @ w2.view(hidden, width).t()
