@@ -1,6 +1,6 @@
 """Which kernels of our own the small products and the attention of decodes come from, by rows.
 
-The numbers are measured (docs/cuda-engine.md, "What was tried"). None of this changes what is computed, but in which
+The numbers are measured (docs/cuda-engine.md, "A decode's small kernels"). None of this changes what is computed, but in which
 order sums are taken, so `--deterministic` goes without.
 """
 
