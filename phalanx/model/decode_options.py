@@ -1,7 +1,7 @@
 """Which kernels of our own the small products and the attention of decodes come from, by rows.
 
-The numbers are measured (docs/cuda-engine.md, "A decode's small kernels"). None of this changes what is computed, but in which
-order sums are taken, so `--deterministic` goes without.
+The numbers are measured (docs/cuda-engine.md, "A decode's small kernels"). None of this changes what is computed, but
+in which order sums are taken, so `--deterministic` goes without.
 """
 
 from __future__ import annotations
