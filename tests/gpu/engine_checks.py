@@ -29,6 +29,7 @@ from phalanx.model import device_tables
 from phalanx.model.attention import ForwardBatch, SequenceSlice
 from phalanx.model.config import ModelConfig
 from phalanx.model.cuda import DeviceBatch, DeviceKV, DeviceModel, table_shape
+from phalanx.model.decode_options import DecodeOptions
 from phalanx.model.layers import DenseWeights, LayerWeights
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, DeviceLoad, Tiling
 from phalanx.moe.gate import RouteTable
@@ -73,8 +74,9 @@ class AttentionRig:
     """A DeviceModel whose `attend` is run chunk by chunk over sequences in scattered blocks."""
 
     def __init__(
-        self, config: ModelConfig, device: torch.device, *, exact: bool, longest: int, sequences: int, seed: int
-    ) -> None:
+        self, config: ModelConfig, device: torch.device, *, exact: bool, longest: int, sequences: int, seed: int,
+        options: DecodeOptions,
+    ) -> None:  # fmt: skip
         self.config, self.device = config, device
         self.generator = torch.Generator().manual_seed(seed)
         a_sequence = -(-longest // 16)
@@ -96,7 +98,7 @@ class AttentionRig:
         )
         self.norms = norms
         weights = DenseWeights(nothing, (layer,), nothing, nothing)
-        self.model = DeviceModel(config, weights, cast(Any, None), kv, self.shape, exact=exact)
+        self.model = DeviceModel(config, weights, cast(Any, None), kv, self.shape, exact=exact, options=options)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = [self.random(longest, width) for _ in range(sequences)]
         self.words = np.zeros(self.shape.size, np.int32)
@@ -160,17 +162,22 @@ def check_attention(device: torch.device, large: bool) -> None:
         shapes.append({"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "sliding_window": 700})
     worst = 0.0
     for seed, changes in enumerate(shapes):
-        for exact in (False, True):
-            worst = max(worst, _attention_case(model_config(**changes), device, exact, large, seed))
+        for exact, placed in ((False, 0), (False, 64), (True, 0)):
+            options = DecodeOptions(placed=placed)
+            worst = max(worst, _attention_case(model_config(**changes), device, exact, large, seed, options))
     print(f"    attention: relative error at most {worst:.1e}")
 
 
-def _attention_case(config: ModelConfig, device: torch.device, exact: bool, large: bool, seed: int) -> float:
+def _attention_case(
+    config: ModelConfig, device: torch.device, exact: bool, large: bool, seed: int, options: DecodeOptions
+) -> float:
     long = 1400 if large else 134  # over the end of a split
     lengths = [long, 37, 5, 16]
     # The interpreter cuts bfloat16 where a device rounds.
     most = 5e-2 if device.type == "cpu" else 1e-2
-    rig = AttentionRig(config, device, exact=exact, longest=long + 8, sequences=len(lengths), seed=seed)
+    rig = AttentionRig(
+        config, device, exact=exact, longest=long + 8, sequences=len(lengths), seed=seed, options=options
+    )
     want = [rig.reference(s, n) for s, n in enumerate(lengths)]
     worst = 0.0
 
@@ -361,14 +368,15 @@ def checkpoint(**sizes: Any) -> Iterator[str]:
         yield str(path)
 
 
-def on_device(device: torch.device, board: NoticeBoard) -> Any:
+def on_device(device: torch.device, board: NoticeBoard, options: DecodeOptions | None = None) -> Any:
     """What SoloEngine makes a device's parts with."""
 
     def parts(config: ServeConfig, model: ModelConfig) -> Backend:
         place = Place(config, model, 0, 0, board, 1)
         if device.type == "cuda":
-            return CudaBackend(place)
-        return CudaBackend(place, device=device, memory=HostSharedMemory(BUFFER_BYTES, maps_host=False))
+            return CudaBackend(place, options=options)
+        memory = HostSharedMemory(BUFFER_BYTES, maps_host=False)
+        return CudaBackend(place, device=device, memory=memory, options=options)
 
     return parts
 
@@ -396,9 +404,9 @@ def check_engine(device: torch.device, large: bool, **flags: Any) -> None:
     board = NoticeBoard.create(1)
     with served(large, **flags) as base:
         # The interpreter cuts bfloat16 where a device rounds; float16 it rounds as well.
-        _compare_logits(
-            base if large else replace_config(base, dtype="float16"), device, board, 8e-2 if large else 5e-3
-        )
+        typed = base if large else replace_config(base, dtype="float16")
+        for options in (DecodeOptions(), None):
+            _compare_logits(typed, device, board, 8e-2 if large else 5e-3, options)
         exact = replace_config(base, deterministic=True)
         _same_tokens(exact, device, board, *((6, 24) if large else (2, 3)))
         if large:
@@ -415,9 +423,11 @@ def replace_config(config: ServeConfig, **changes: Any) -> ServeConfig:
     return msgspec.structs.replace(config, **changes)
 
 
-def _compare_logits(config: ServeConfig, device: torch.device, board: NoticeBoard, most: float) -> None:
-    """Every row of a prefill in two chunks and of a decode."""
-    reference, device_engine = SoloEngine(config), SoloEngine(config, parts=on_device(device, board))
+def _compare_logits(
+    config: ServeConfig, device: torch.device, board: NoticeBoard, most: float, options: DecodeOptions | None
+) -> None:
+    """Every row of a prefill in two chunks and of a decode. options: None for what serving takes."""
+    reference, device_engine = SoloEngine(config), SoloEngine(config, parts=on_device(device, board, options))
     tokens = torch.randint(0, 200, (25,), generator=torch.Generator().manual_seed(2))
     worst = 0.0
     for start, end in ((0, 18), (18, 24), (24, 25)):
@@ -431,7 +441,8 @@ def _compare_logits(config: ServeConfig, device: torch.device, board: NoticeBoar
             for e in (reference, device_engine)
         )
         worst = max(worst, error_of(got, want))
-    print(f"    logits: relative difference at most {worst:.1e} from the CPU's ({config.dtype} both)")
+    how = f"{config.dtype} both, {options or 'as served'}"
+    print(f"    logits: relative difference at most {worst:.1e} from the CPU's ({how})")
     assert worst < most, f"logits differ by {worst:.1e} from the CPU's"
     reference.close()
     device_engine.close()
