@@ -47,18 +47,15 @@ TILINGS = (
 )
 BLOCK_TILINGS = (
     BlockTiling(),
-    BlockTiling(programs=3),
-    BlockTiling(up_stages=3, down_stages=4, programs=4),
-    BlockTiling(up_stages=6, down_stages=8),
-    BlockTiling(up=32, down=32, up_stages=6, down_stages=8),
-    BlockTiling(up=128, down=128, up_stages=3, down_stages=4),
-    BlockTiling(swapped=True),
-    BlockTiling(up=128, down=128, up_stages=3, down_stages=4, swapped=True),
+    BlockTiling(up_stages=4, down_stages=6, programs=2),
+    BlockTiling(up_stages=4, down_stages=6, programs=3),
+    BlockTiling(up_stages=6, down_stages=8, programs=2),
+    BlockTiling(up=32, down=32, up_stages=6, down_stages=8, programs=2),
+    BlockTiling(up=128, down=128, programs=2),
     BlockTiling(rows=32),
-    BlockTiling(rows=32, swapped=True),
+    BlockTiling(rows=32, up_stages=4, down_stages=6, programs=2),
     BlockTiling.of(Tiling.of(64 * SLOTS, SLOTS, exact=False)),
-    BlockTiling(rows=64, up_stages=3, down_stages=3),
-    BlockTiling(rows=64, up_stages=3, down_stages=4, swapped=True),
+    BlockTiling(rows=64, down_stages=3, programs=2),
 )
 
 
@@ -127,7 +124,7 @@ def main() -> int:
         slot_M = chosen[chosen < SLOTS].sort().values
         x = torch.randn(tokens, HIDDEN, device=device, generator=generator).to(torch.bfloat16)
         served = Tiling.of(len(slot_M), SLOTS, exact=False)
-        fits = {16: (16, 32), 32: (16, 32, 64), 64: (32, 64)}[served.rows]
+        fits = {16: (16, 32), 32: (16, 32, 64), 64: (32, 64), 128: (64,)}[served.rows]
         for bank, experts, tilings in kinds:
             reference: torch.Tensor | None = None
             if options.fp8:

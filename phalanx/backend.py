@@ -26,6 +26,7 @@ from phalanx.engine.scheduler import Limits
 from phalanx.errors import BadConfig
 from phalanx.model.attention import KVStore
 from phalanx.model.config import ModelConfig
+from phalanx.model.decode_options import DecodeOptions
 from phalanx.model.layers import DenseWeights
 from phalanx.model.transformer import Transformer
 from phalanx.moe.experts import Bytes, SlotBank
@@ -164,11 +165,12 @@ class CudaBackend:
         memory: PeerMemory | None = None,
         bank: DeviceBank | None = None,
         make_comm: Callable[..., CudaCommunicator] | None = None,
+        options: DecodeOptions | None = None,
     ) -> None:
         """graph_sizes: batches of decodes to capture graphs for, instead of those that the config calls for. device,
         memory: elsewhere than on CUDA, for kernels that an interpreter runs. bank, make_comm: another backend's slots,
         and who is called in place of `CudaCommunicator`: so that a process can compare two engines on one set of
-        weights."""
+        weights. options: instead of what is best."""
         from phalanx.comm.cuda import CudaCommunicator
         from phalanx.comm.launch import LaunchShape
         from phalanx.moe.cuda import DeviceBank, DeviceLoad
@@ -177,7 +179,7 @@ class CudaBackend:
         if device is None:
             device = torch.device("cuda", place.rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
-        self._place, self._device = place, device
+        self._place, self._device, self._options = place, device, options
         if graph_sizes is None:
             graph_sizes = ladder(min(config.cuda_graph_max_bs, config.max_num_seqs))
         self._graph_sizes = graph_sizes if device.type == "cuda" else ()
@@ -239,7 +241,7 @@ class CudaBackend:
             max_model_len=limits.max_model_len, block_size=limits.block_size, num_blocks=limits.num_blocks, exact=exact,
             device=device,
         )  # fmt: skip
-        decoder = DeviceModel(model, weights, experts, kv, shape, exact=exact)
+        decoder = DeviceModel(model, weights, experts, kv, shape, exact=exact, options=self._options)
         return CudaRunner(
             decoder,
             shape,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phalanx.model.config import ModelConfig
+from phalanx.model.decode_options import DecodeOptions
 from phalanx.model.device_tables import (
     MERGES_AT,
     NUM_ITEMS,
@@ -32,6 +33,7 @@ from phalanx.model.device_tables import (
 from phalanx.model.layers import DenseWeights, LayerWeights
 from phalanx.model.tiles import Cut
 from phalanx.moe.cuda import DeviceExperts, Tiling
+from phalanx.moe.thin import Product, ThinProducts
 
 SPLIT = 512
 """KV positions an item of a decode looks at; more with very long contexts, so that a row has at most 32 items."""
@@ -179,11 +181,16 @@ class DeviceModel:
 
     def __init__(
         self, config: ModelConfig, weights: DenseWeights, experts: DeviceExperts, kv: DeviceKV, shape: TableShape, *,
-        exact: bool, prefill: PrefillTiling | None = None,
+        exact: bool, prefill: PrefillTiling | None = None, options: DecodeOptions | None = None,
     ) -> None:  # fmt: skip
-        """prefill: the one that `shape` was made with."""
-        from phalanx.model import kernels, prefill_kernels
+        """prefill: the one that `shape` was made with. options: instead of what is best."""
+        from phalanx.model import kernels, placed_kernels, prefill_kernels
 
+        self._options = options or DecodeOptions.best(exact=exact)
+        assert not exact or self._options == DecodeOptions(), f"{self._options}: sums are taken in other orders"
+        head = config.head_dim
+        self._placed = self._options.placed if head >= 16 and head & (head - 1) == 0 else 0
+        self._placed_code, self._thin = placed_kernels, ThinProducts()
         self.config, self._weights, self._experts, self._kv, self._shape = config, weights, experts, kv, shape
         self._code, self._prefill_code = kernels, prefill_kernels
         self._linear: Linear = ExactLinear() if exact else _linear
@@ -212,11 +219,11 @@ class DeviceModel:
         normed_TD = self.norm(x_TD, None, weights.layers[0].input_norm, eps)
         moe = 0
         for index, layer in enumerate(weights.layers):
-            attended_TD = self._attention(index, layer, normed_TD, batch)
-            normed_TD = self.norm(attended_TD, x_TD, layer.post_norm, eps)
+            attended = self._attention(index, layer, normed_TD, batch)
+            normed_TD = self.norm(attended, x_TD, layer.post_norm, eps)
             if layer.router is not None:
-                logits_TE = self._linear(normed_TD, layer.router)
-                out_TD = self._experts.forward(moe, normed_TD, logits_TE, batch.positions, batch.num_rows, batch.tiling)
+                logits = self._product(normed_TD, layer.router, None, self._options.router)
+                out_TD = self._experts.forward(moe, normed_TD, logits, batch.positions, batch.num_rows, batch.tiling)
                 moe += 1
             else:
                 out_TD = self._dense_mlp(layer, normed_TD)
@@ -239,14 +246,15 @@ class DeviceModel:
         """[N, V] in the run's type. LOCAL, launches only."""
         return self._linear(hidden_ND, self._weights.head)
 
-    def norm(self, x_TD: Tensor, residual_TD: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """RMS norm of x, or of residual + x, which is then stored in the residual. LOCAL, launches only."""
-        rows, width = x_TD.shape
-        out_TD = torch.empty_like(x_TD)
-        residual = x_TD if residual_TD is None else residual_TD
+    def norm(self, x: Tensor | Product, residual_TD: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm of x [T, D], or of residual + x, which is then stored in the residual. LOCAL, launches only."""
+        product = Product.of(x)
+        rows, width = product.data.shape[-2:]
+        out_TD = torch.empty(rows, width, dtype=weight.dtype, device=weight.device)
+        residual = product.data if residual_TD is None else residual_TD
         self._code.norm_kernel[(rows,)](
-            x_TD, residual, weight, out_TD, eps, D=width, BLOCK=_power_of_two(width), ADD=residual_TD is not None,
-            num_warps=4 if width <= 2048 else 8,
+            product.data, residual, weight, out_TD, eps, D=width, BLOCK=_power_of_two(width),
+            ADD=residual_TD is not None, PARTS=product.parts, num_warps=4 if width <= 2048 else 8,
         )  # fmt: skip
         return out_TD
 
@@ -256,27 +264,21 @@ class DeviceModel:
         gate, up = self._linear(x_TD, layer.w13).chunk(2, dim=-1)
         return self._linear(F.silu(gate) * up, layer.w2)
 
-    def _attention(self, index: int, layer: LayerWeights, normed_TD: Tensor, batch: DeviceBatch) -> Tensor:
+    def _product(self, x_ND: Tensor, w_OD: Tensor, bias_O: Tensor | None, most: int) -> Product:
+        """[N, D] -> [N, O], of up to `most` rows perhaps in parts, for a reader that can add them."""
+        thin = self._thin(x_ND, w_OD) if bias_O is None and x_ND.shape[0] <= most else None
+        return thin or Product(self._linear(x_ND, w_OD, bias_O))
+
+    def _attention(self, index: int, layer: LayerWeights, normed_TD: Tensor, batch: DeviceBatch) -> Product:
         qkv_TX = self._linear(normed_TD, layer.qkv, layer.qkv_bias)
-        return self._linear(self.attend(index, qkv_TX, batch), layer.out, layer.out_bias)
+        return self._product(self.attend(index, qkv_TX, batch), layer.out, layer.out_bias, self._options.out)
 
     def attend(self, index: int, qkv_TX: Tensor, batch: DeviceBatch) -> Tensor:
         """[T, (H + 2 Hkv) C] -> [T, H C]; writes layer `index` of the KV. LOCAL, launches only."""
-        config, code, kv = self.config, self._code, self._kv.data[index]
-        q_norm, k_norm = self._head_norms[index]
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        code.place_kernel[(batch.rows, kv_heads)](
-            qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, q_norm, k_norm, kv, config.norm_eps,
-            H=heads, HKV=kv_heads, GP=_power_of_two(self._group), C=config.head_dim,
-            HALF_P=_power_of_two(config.head_dim // 2), BS=self._shape.block_size, NORM=config.qk_norm, num_warps=2,
-        )  # fmt: skip
+        config, kv, heads = self.config, self._kv.data[index], self.config.num_heads
         out = torch.empty(batch.rows, heads * config.head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
         scale = config.head_dim**-0.5 * math.log2(math.e)
-        code.decode_kernel[(self._programs,)](
-            qkv_TX, batch.positions, batch.blocks_at, batch.items_at, batch.tail, batch.num_items, kv, out, self._sums,
-            self._peaks, scale, **self._reads, BN=_BLOCK_N, M=self._tile_m, SPLIT=self._shape.split,
-            PROGRAMS=self._programs, num_warps=4, num_stages=2,
-        )  # fmt: skip
+        self._decodes(index, qkv_TX, batch, out, scale)
         if batch.prefills:
             how = self._prefill
             self._prefill_code.prefill_kernel[(self._programs,)](
@@ -285,10 +287,35 @@ class DeviceModel:
                 num_stages=how.stages,
             )  # fmt: skip
         if self._shape.max_splits > 1:
-            code.merge_kernel[(min(batch.rows, _MERGERS), heads)](
+            self._code.merge_kernel[(min(batch.rows, _MERGERS), heads)](
                 *batch.merges, batch.tail, out, self._sums, self._peaks, **self._sizes, num_warps=1
             )
         return out
+
+    def _decodes(self, index: int, qkv_TX: Tensor, batch: DeviceBatch, out: Tensor, scale: float) -> None:
+        """Place all keys, norm and turn the queries of prefills in `qkv_TX`, and attend what decodes: in one kernel
+        where every row is a decode."""
+        config, kv, norms = self.config, self._kv.data[index], self._head_norms[index]
+        tables = batch.blocks_at, batch.items_at, batch.tail, batch.num_items
+        sums = self._sums, self._peaks
+        walk = {
+            **self._reads, "BN": _BLOCK_N, "SPLIT": self._shape.split, "PROGRAMS": self._programs, "num_warps": 4,
+            "num_stages": 2,
+        }  # fmt: skip
+        if batch.rows <= self._placed and not batch.prefills:
+            self._placed_code.placed_decode_kernel[(self._programs,)](
+                qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *norms, *tables, kv, out, *sums,
+                config.norm_eps, scale, **walk, M=_power_of_two(max(16, self._group + 1)), NORM=config.qk_norm,
+            )  # fmt: skip
+            return
+        self._code.place_kernel[(batch.rows, config.num_kv_heads)](
+            qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *norms, kv, config.norm_eps,
+            H=config.num_heads, HKV=config.num_kv_heads, GP=_power_of_two(self._group), C=config.head_dim,
+            HALF_P=_power_of_two(config.head_dim // 2), BS=self._shape.block_size, NORM=config.qk_norm, num_warps=2,
+        )  # fmt: skip
+        self._code.decode_kernel[(self._programs,)](
+            qkv_TX, batch.positions, *tables, kv, out, *sums, scale, **walk, M=self._tile_m
+        )
 
 
 def _linear(x_ND: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phalanx.moe.kernels import dot
+from phalanx.moe.kernels import dot, whole
 
 
 @triton.jit
@@ -34,11 +34,15 @@ def embed_kernel(tokens, chosen, embed, out, D: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def norm_kernel(x, residual, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """out = rms_norm(row) * weight; with ADD the row is residual + x, stored in `residual`. Grid: rows."""
+def norm_kernel(
+    x, residual, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr
+):
+    """out = rms_norm(row) * weight; with ADD the row is residual + x, stored in `residual`. x: a product.
+
+    Grid: rows."""
     at = tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK)
     cols = tl.arange(0, BLOCK)
-    row = tl.load(x + at, mask=cols < D, other=0.0)
+    row = whole(x, at, cols < D, tl.num_programs(0).to(tl.int64) * D, PARTS, out.dtype.element_ty)
     if ADD:
         before = tl.load(residual + at, mask=cols < D, other=0.0)
         row = (row.to(tl.float32) + before.to(tl.float32)).to(out.dtype.element_ty)

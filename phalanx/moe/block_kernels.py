@@ -49,23 +49,19 @@ def widen(bits):
 
 
 @triton.jit
-def _product(x_MK, bits_NK, SWAPPED: tl.constexpr):
-    """[BM, BN] float32, [BN, BM] if SWAPPED: of one block's depth, without its scale."""
+def _product(x_MK, bits_NK):
+    """[BM, BN] float32: of one block's depth, without its scale."""
     if INTERPRETED:
-        x, w = x_MK.to(tl.float32), widen(bits_NK).to(tl.float32)
+        return tl.dot(x_MK.to(tl.float32), tl.trans(widen(bits_NK).to(tl.float32)))
     else:
-        x, w = x_MK, widen(bits_NK)
-    if SWAPPED:
-        return tl.dot(w, tl.trans(x))
-    else:
-        return tl.dot(x, tl.trans(w))
+        return tl.dot(x_MK, tl.trans(widen(bits_NK)))
 
 
 @triton.jit
 def up_kernel(
     x, row_M, first, weights, h,
     S: tl.constexpr, SP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr, AT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, SWAPPED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """h[m] = silu(gate x[row_M[m]]) * up x[row_M[m]] with the weights of m's slot.
 
@@ -86,8 +82,8 @@ def up_kernel(
         expert = weights + slot.to(tl.int64) * X
         w_at = expert + n[:, None] * D + d[None, :]
         scale_at = (expert + AT).to(tl.pointer_type(tl.float32)) + n0 // BK * DB
-        gate_MN = tl.zeros([BN, BM] if SWAPPED else [BM, BN], tl.float32)
-        up_MN = tl.zeros([BN, BM] if SWAPPED else [BM, BN], tl.float32)
+        gate_MN = tl.zeros([BM, BN], tl.float32)
+        up_MN = tl.zeros([BM, BN], tl.float32)
         for k in range(0, D, BK):
             gate_scale = tl.load(scale_at + k // BK)
             up_scale = tl.load(scale_at + k // BK + FB * DB)
@@ -100,11 +96,9 @@ def up_kernel(
                 x_MK = tl.load(x_at + k, mask=(m < end)[:, None] & inside, other=0.0)
                 gate_NK = tl.load(w_at + k, mask=(n < F)[:, None] & inside, other=0)
                 up_NK = tl.load(w_at + k + F * D, mask=(n < F)[:, None] & inside, other=0)
-            gate_MN += _product(x_MK, gate_NK, SWAPPED) * gate_scale
-            up_MN += _product(x_MK, up_NK, SWAPPED) * up_scale
+            gate_MN += _product(x_MK, gate_NK) * gate_scale
+            up_MN += _product(x_MK, up_NK) * up_scale
         out = gate_MN / (1.0 + tl.exp(-gate_MN)) * up_MN
-        if SWAPPED:
-            out = tl.trans(out)
         at = h + m[:, None].to(tl.int64) * F + n[None, :]
         tl.store(at, out.to(h.dtype.element_ty), mask=(m < end)[:, None] & (n < F)[None, :])
 
@@ -113,7 +107,7 @@ def up_kernel(
 def down_kernel(
     h, first, weights, y,
     S: tl.constexpr, SP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, X: tl.constexpr, AT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, SWAPPED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """y[m] = w2 h[m] with the weights of m's slot. h: [M, F]; y: [M, D]; w2 [D, F] follows w13, and so do their
     scales. Grid: PROGRAMS."""
@@ -131,7 +125,7 @@ def down_kernel(
         expert = weights + slot.to(tl.int64) * X
         w_at = expert + 2 * F * D + n[:, None] * F + f[None, :]
         scale_at = (expert + AT).to(tl.pointer_type(tl.float32)) + 2 * FB * DB + n0 // BK * FB
-        sum_MN = tl.zeros([BN, BM] if SWAPPED else [BM, BN], tl.float32)
+        sum_MN = tl.zeros([BM, BN], tl.float32)
         for k in range(0, F, BK):
             scale = tl.load(scale_at + k // BK)
             if F % BK == 0 and D % BN == 0:
@@ -141,8 +135,6 @@ def down_kernel(
                 inside = (k + f < F)[None, :]
                 h_MK = tl.load(h_at + k, mask=(m < end)[:, None] & inside, other=0.0)
                 w_NK = tl.load(w_at + k, mask=(n < D)[:, None] & inside, other=0)
-            sum_MN += _product(h_MK, w_NK, SWAPPED) * scale
-        if SWAPPED:
-            sum_MN = tl.trans(sum_MN)
+            sum_MN += _product(h_MK, w_NK) * scale
         at = y + m[:, None].to(tl.int64) * D + n[None, :]
         tl.store(at, sum_MN.to(y.dtype.element_ty), mask=(m < end)[:, None] & (n < D)[None, :])

@@ -90,8 +90,8 @@ def quantize(w_OI: Tensor, weight: Tensor, scales: Tensor) -> None:
 
 
 def dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """[O, I] in `dtype`, by way of float32. LOCAL."""
-    out = torch.empty(weight.shape, dtype=dtype)
+    """[O, I] in `dtype`, by way of float32, on the device of `weight`. LOCAL."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     dequantize(weight, scales, out)
     return out
 

@@ -22,6 +22,7 @@ from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
 from phalanx.moe.layout import ExpertFormat
+from phalanx.moe.thin import Product
 
 log = logging.getLogger("phalanx.moe")
 
@@ -249,26 +250,29 @@ class DeviceExperts:
             self._programs = 2 * torch.cuda.get_device_properties(weights.device).multi_processor_count
 
     def forward(
-        self, layer: int, x_TD: Tensor, logits_TE: Tensor, positions_T: Tensor, num_rows: Tensor, tiling: Tiling
+        self, layer: int, x_TD: Tensor, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor, tiling: Tiling
     ) -> Tensor:
         """[T, D] -> [T, D]. COLLECTIVE, launches only.
 
-        logits_TE: the router's. num_rows: int32 [1] on the device; rows from there on are nobody's."""
-        weights_TK, slots_TK = self.gate(layer, logits_TE, positions_T, num_rows)
+        logits: the router's, [T, E]. num_rows: int32 [1] on the device; rows from there on are nobody's."""
+        weights_TK, slots_TK = self.gate(layer, logits, positions_T, num_rows)
         sent = self._comm.dispatch(x_TD, slots_TK, weights_TK if self._weigh_early else None)
         self.experts(layer, sent.x_ND, sent.row_M, sent.first_S, tiling)
         return self._comm.combine_weighted(self._y_MD, sent, weights_TK)
 
-    def gate(self, layer: int, logits_TE: Tensor, positions_T: Tensor, num_rows: Tensor) -> tuple[Tensor, Tensor]:
+    def gate(
+        self, layer: int, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(float32 weights [T, K], int32 global slots [T, K]). LOCAL, launches only."""
-        tokens, K = logits_TE.shape[0], self._top_k
-        weights_TK = torch.empty(tokens, K, dtype=torch.float32, device=logits_TE.device)
-        slots_TK = torch.empty(tokens, K, dtype=torch.int32, device=logits_TE.device)
+        product = Product.of(logits)
+        tokens, K, device = positions_T.shape[0], self._top_k, positions_T.device
+        weights_TK = torch.empty(tokens, K, dtype=torch.float32, device=device)
+        slots_TK = torch.empty(tokens, K, dtype=torch.int32, device=device)
         self._code.gate_kernel[(tokens,)](
-            logits_TE, positions_T, num_rows, self._routes.table_LEW[layer], weights_TK, slots_TK,
+            product.data, positions_T, num_rows, self._routes.table_LEW[layer], weights_TK, slots_TK,
             self._load.step_LE[layer],
             E=self._num_experts, EP=_power_of_two(self._num_experts), K=K, KP=_power_of_two(K), W=self._routes.width,
-            SCALED=self._norm_topk, num_warps=1,
+            SCALED=self._norm_topk, PARTS=product.parts, num_warps=1,
         )  # fmt: skip
         return weights_TK, slots_TK
 

@@ -16,23 +16,23 @@ from phalanx.moe.layout import BLOCK
 class BlockTiling:
     """As `Tiling`, for weights in blocks: a round is always one block deep. up, down: divisors of 128.
 
-    swapped: the weights are the left side of the product, so that tensor cores take 64 rows of them at once, however
-    few pairs there are. programs: a processor."""
+    programs: a processor. The defaults were the fastest with 8 pairs a slot (benchmarks/results/engine_gpu.md)."""
 
     rows: int = 16
     up: int = 64
     down: int = 64
-    up_stages: int = 4
-    down_stages: int = 6
-    swapped: bool = False
-    programs: int = 2
+    up_stages: int = 3
+    down_stages: int = 4
+    programs: int = 4
 
     @classmethod
     def of(cls, tiling: Tiling) -> BlockTiling:
         """For the pairs that `tiling` was chosen for; those for `exact` ones give a row the same bits. LOCAL, pure."""
+        if tiling.rows <= 16:
+            return cls(up=tiling.up)
         if tiling.rows <= 32:
-            return cls(rows=tiling.rows, up=tiling.up)
-        return cls(rows=64, up=64, down=128, up_stages=3, down_stages=3)
+            return cls(rows=32, up_stages=4, down_stages=6, programs=2)
+        return cls(rows=64, down=128, down_stages=3, programs=2)
 
 
 class BlockExperts(DeviceExperts):
@@ -53,7 +53,7 @@ class BlockExperts(DeviceExperts):
         shape = {
             "S": bank.slots_per_rank, "SP": next_power_of_2(bank.slots_per_rank), "F": bank.expert_width,
             "D": bank.hidden, "X": bank.expert_bytes, "AT": bank.layout.scales_start, "PROGRAMS": programs,
-            "BM": t.rows, "BK": BLOCK, "SWAPPED": t.swapped, "num_warps": 4,
+            "BM": t.rows, "BK": BLOCK, "num_warps": 4,
         }  # fmt: skip
         block_kernels.up_kernel[(programs,)](
             x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_stages=t.up_stages

@@ -28,19 +28,32 @@ def dot(a, b, total):
 
 
 @triton.jit
+def whole(product, at, inside, stride, PARTS: tl.constexpr, kind: tl.constexpr):
+    """What stands at `at` of a product (`moe.thin`): as it is, or the sum of PARTS parts, `stride` apart, in `kind`."""
+    value = tl.load(product + at, mask=inside, other=0.0)
+    if PARTS > 0:
+        for part in tl.static_range(1, PARTS):
+            value += tl.load(product + part * stride + at, mask=inside, other=0.0)
+        value = value.to(kind)
+    return value
+
+
+@triton.jit
 def gate_kernel(
     logits, positions, num_rows, routes, weights, slots, load,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, W: tl.constexpr, SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the experts, the K largest (of equals the lowest ids), and the slots where they stand.
 
-    logits: [T, E]; routes: int32 [E, W], one layer's; weights: float32 [T, K], slots: int32 [T, K], -1 in rows from
-    num_rows[0] on, which pad a captured batch; load: int32 [E], counted up. Grid: T.
+    logits: a product [T, E]; routes: int32 [E, W], one layer's; weights: float32 [T, K], slots: int32 [T, K], -1 in
+    rows from num_rows[0] on, which pad a captured batch; load: int32 [E], counted up. Grid: T.
     """
     t = tl.program_id(0)
     e = tl.arange(0, EP)
     k = tl.arange(0, KP)
-    x_E = tl.load(logits + t * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
+    x_E = whole(logits, t * E + e, e < E, tl.num_programs(0) * E, PARTS, tl.float32).to(tl.float32)
+    x_E = tl.where(e < E, x_E, float("-inf"))
     p_E = tl.exp(x_E - tl.max(x_E))
     left_E = tl.where(e < E, p_E / tl.sum(p_E), -1.0)
     expert_K = tl.zeros([KP], tl.int32)

@@ -29,6 +29,7 @@ from phalanx.model import device_tables
 from phalanx.model.attention import ForwardBatch, SequenceSlice
 from phalanx.model.config import ModelConfig
 from phalanx.model.cuda import DeviceBatch, DeviceKV, DeviceModel, table_shape
+from phalanx.model.decode_options import DecodeOptions
 from phalanx.model.layers import DenseWeights, LayerWeights
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, DeviceLoad, Tiling
 from phalanx.moe.gate import RouteTable
@@ -73,8 +74,9 @@ class AttentionRig:
     """A DeviceModel whose `attend` is run chunk by chunk over sequences in scattered blocks."""
 
     def __init__(
-        self, config: ModelConfig, device: torch.device, *, exact: bool, longest: int, sequences: int, seed: int
-    ) -> None:
+        self, config: ModelConfig, device: torch.device, *, exact: bool, longest: int, sequences: int, seed: int,
+        options: DecodeOptions,
+    ) -> None:  # fmt: skip
         self.config, self.device = config, device
         self.generator = torch.Generator().manual_seed(seed)
         a_sequence = -(-longest // 16)
@@ -96,7 +98,7 @@ class AttentionRig:
         )
         self.norms = norms
         weights = DenseWeights(nothing, (layer,), nothing, nothing)
-        self.model = DeviceModel(config, weights, cast(Any, None), kv, self.shape, exact=exact)
+        self.model = DeviceModel(config, weights, cast(Any, None), kv, self.shape, exact=exact, options=options)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = [self.random(longest, width) for _ in range(sequences)]
         self.words = np.zeros(self.shape.size, np.int32)
@@ -160,17 +162,22 @@ def check_attention(device: torch.device, large: bool) -> None:
         shapes.append({"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "sliding_window": 700})
     worst = 0.0
     for seed, changes in enumerate(shapes):
-        for exact in (False, True):
-            worst = max(worst, _attention_case(model_config(**changes), device, exact, large, seed))
+        for exact, placed in ((False, 0), (False, 64), (True, 0)):
+            options = DecodeOptions(placed=placed)
+            worst = max(worst, _attention_case(model_config(**changes), device, exact, large, seed, options))
     print(f"    attention: relative error at most {worst:.1e}")
 
 
-def _attention_case(config: ModelConfig, device: torch.device, exact: bool, large: bool, seed: int) -> float:
+def _attention_case(
+    config: ModelConfig, device: torch.device, exact: bool, large: bool, seed: int, options: DecodeOptions
+) -> float:
     long = 1400 if large else 134  # over the end of a split
     lengths = [long, 37, 5, 16]
     # The interpreter cuts bfloat16 where a device rounds.
     most = 5e-2 if device.type == "cpu" else 1e-2
-    rig = AttentionRig(config, device, exact=exact, longest=long + 8, sequences=len(lengths), seed=seed)
+    rig = AttentionRig(
+        config, device, exact=exact, longest=long + 8, sequences=len(lengths), seed=seed, options=options
+    )
     want = [rig.reference(s, n) for s, n in enumerate(lengths)]
     worst = 0.0
 
@@ -230,14 +237,16 @@ def _experts_case(device: torch.device, slots: int, hidden: int, width: int, pai
     """Every tiling that serving may choose; those for `--deterministic` must give the same bits."""
     g = torch.Generator().manual_seed(seed)
     bank, _, _, experts = _rig(device, slots, hidden, width, pairs)
-    weights = torch.randn(slots, 3 * width * hidden, generator=g).mul_(hidden**-0.5).to(torch.bfloat16)
+    drawn = torch.Generator(device).manual_seed(seed)
+    weights = torch.empty(slots, 3 * width * hidden, dtype=torch.bfloat16, device=device)
+    weights.normal_(0, hidden**-0.5, generator=drawn)
     for slot in range(slots):
-        bank.slot_bytes(0, slot)[:] = weights[slot].view(torch.uint8).numpy()
+        bank.slot_bytes(0, slot)[:] = weights[slot].view(torch.uint8).cpu().numpy()
         bank.mark(0, slot, slot, 1)
     bank.ready()
     x, row_M, first = pairs_of(slots, hidden, pairs, g)
-    want = through_experts(x, row_M, first, weights.float(), width)
     on_device = x.to(device), row_M.to(device), first.to(device)
+    want = through_experts(on_device[0], on_device[1], first, weights, width)
     worst, exact_bits = 0.0, []
     for exact in (False, True):
         for tiling in dict.fromkeys(Tiling.of(many * slots, slots, exact=exact) for many in (0, 2, 12, 40, 100)):
@@ -269,12 +278,13 @@ def pairs_of(
 def through_experts(
     x: torch.Tensor, row_M: torch.Tensor, first: torch.Tensor, weights: torch.Tensor, width: int
 ) -> torch.Tensor:
-    """What experts with these weights, float32 [S, 3 F D], make of the pairs; the middle is rounded to bfloat16."""
+    """What experts with these weights [S, 3 F D] make of the pairs in float32, the middle rounded to bfloat16: on the
+    device on which x, row_M and weights are; `first` is on the CPU."""
     hidden = x.shape[1]
-    want = torch.empty(len(row_M), hidden)
+    want = torch.empty(len(row_M), hidden, device=x.device)
     for slot, flat in enumerate(weights):
         rows = x[row_M[first[slot] : first[slot + 1]]].float()
-        w13, w2 = flat.split([2 * width * hidden, width * hidden])
+        w13, w2 = flat.float().split([2 * width * hidden, width * hidden])
         gate, up = (rows @ w13.view(2 * width, hidden).t()).chunk(2, dim=1)
         inner = (F.silu(gate) * up).to(torch.bfloat16).float()
         want[first[slot] : first[slot + 1]] = inner @ w2.view(hidden, width).t()
@@ -358,14 +368,15 @@ def checkpoint(**sizes: Any) -> Iterator[str]:
         yield str(path)
 
 
-def on_device(device: torch.device, board: NoticeBoard) -> Any:
+def on_device(device: torch.device, board: NoticeBoard, options: DecodeOptions | None = None) -> Any:
     """What SoloEngine makes a device's parts with."""
 
     def parts(config: ServeConfig, model: ModelConfig) -> Backend:
         place = Place(config, model, 0, 0, board, 1)
         if device.type == "cuda":
-            return CudaBackend(place)
-        return CudaBackend(place, device=device, memory=HostSharedMemory(BUFFER_BYTES, maps_host=False))
+            return CudaBackend(place, options=options)
+        memory = HostSharedMemory(BUFFER_BYTES, maps_host=False)
+        return CudaBackend(place, device=device, memory=memory, options=options)
 
     return parts
 
@@ -393,9 +404,9 @@ def check_engine(device: torch.device, large: bool, **flags: Any) -> None:
     board = NoticeBoard.create(1)
     with served(large, **flags) as base:
         # The interpreter cuts bfloat16 where a device rounds; float16 it rounds as well.
-        _compare_logits(
-            base if large else replace_config(base, dtype="float16"), device, board, 8e-2 if large else 5e-3
-        )
+        typed = base if large else replace_config(base, dtype="float16")
+        for options in (DecodeOptions(), None):
+            _compare_logits(typed, device, board, 8e-2 if large else 5e-3, options)
         exact = replace_config(base, deterministic=True)
         _same_tokens(exact, device, board, *((6, 24) if large else (2, 3)))
         if large:
@@ -412,9 +423,11 @@ def replace_config(config: ServeConfig, **changes: Any) -> ServeConfig:
     return msgspec.structs.replace(config, **changes)
 
 
-def _compare_logits(config: ServeConfig, device: torch.device, board: NoticeBoard, most: float) -> None:
-    """Every row of a prefill in two chunks and of a decode."""
-    reference, device_engine = SoloEngine(config), SoloEngine(config, parts=on_device(device, board))
+def _compare_logits(
+    config: ServeConfig, device: torch.device, board: NoticeBoard, most: float, options: DecodeOptions | None
+) -> None:
+    """Every row of a prefill in two chunks and of a decode. options: None for what serving takes."""
+    reference, device_engine = SoloEngine(config), SoloEngine(config, parts=on_device(device, board, options))
     tokens = torch.randint(0, 200, (25,), generator=torch.Generator().manual_seed(2))
     worst = 0.0
     for start, end in ((0, 18), (18, 24), (24, 25)):
@@ -428,7 +441,8 @@ def _compare_logits(config: ServeConfig, device: torch.device, board: NoticeBoar
             for e in (reference, device_engine)
         )
         worst = max(worst, error_of(got, want))
-    print(f"    logits: relative difference at most {worst:.1e} from the CPU's ({config.dtype} both)")
+    how = f"{config.dtype} both, {options or 'as served'}"
+    print(f"    logits: relative difference at most {worst:.1e} from the CPU's ({how})")
     assert worst < most, f"logits differ by {worst:.1e} from the CPU's"
     reference.close()
     device_engine.close()

@@ -80,9 +80,10 @@ def _same_in_flight(config: ServeConfig, device: torch.device, board: NoticeBoar
         config, max_num_seqs=max(1, count // 2), num_kv_blocks=2 + count * (length + 4 * count) // 16
     )
 
+    solo = SoloEngine(tight, parts=on_device(device, board), warm_up=device.type == "cuda")
+
     def run(grounded: bool, stops: dict[str, int]) -> tuple[dict[str, list[int]], int]:
         """Each request's tokens, and how many batches were launched behind another."""
-        solo = SoloEngine(tight, parts=on_device(device, board), warm_up=device.type == "cuda")
         runner = Watched(solo.runner, grounded=grounded)
         engine = Engine(solo.limits, runner, solo.comm, ())
         engine.adopt(solo.world, solo.world.placement.slots_LP[:, :, None])
@@ -99,7 +100,6 @@ def _same_in_flight(config: ServeConfig, device: torch.device, board: NoticeBoar
             engine.check()
             if stops and len(outputs["r1"]) == 2:
                 engine.accept([Abort("r1")])
-        solo.close()
         return outputs, runner.behind
 
     whole, behind = run(True, {})
@@ -107,6 +107,7 @@ def _same_in_flight(config: ServeConfig, device: torch.device, board: NoticeBoar
     stops = {name: out[length // 2] for name, out in whole.items() if name != "r1"}
     want, _ = run(True, stops)
     got, behind = run(False, stops)
+    solo.close()
     assert behind, "nothing was launched ahead"
     assert got == want, "tokens depend on what is launched ahead"
     assert all(len(out) < length for out in got.values()), got

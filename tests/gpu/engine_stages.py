@@ -34,14 +34,14 @@ def stages(interpret: bool) -> dict[str, Stage]:
     device = torch.device("cpu") if interpret else torch.device("cuda", 0)
     large = not interpret
     table = {
-        "attention": Stage(lambda: checks.check_attention(device, large), 60 if large else 280, 1),
-        "experts": Stage(lambda: checks.check_experts(device, large), 60 if large else 280, 2),
-        "experts-fp8": Stage(lambda: block_checks.check_blocks(device, large), 90 if large else 280, 4),
-        "sampler": Stage(lambda: checks.check_sampler(device, large), 40 if large else 280, 2),
-        "engine-one": Stage(lambda: checks.check_engine(device, large), 80 if large else 280, 3),
-        "flights": Stage(lambda: check_flights(device, large), 60 if large else 280, 3),
-        "pair": Stage(lambda: check_pair(count, interpret=interpret), 90 if large else 280, 1),
-        "logits": Stage(lambda: check_hub_logits(device, large), 70 if large else 280, 5),
+        "attention": Stage(lambda: checks.check_attention(device, large), 100 if large else 280, 1),
+        "experts": Stage(lambda: checks.check_experts(device, large), 100 if large else 280, 2),
+        "experts-fp8": Stage(lambda: block_checks.check_blocks(device, large), 120 if large else 280, 4),
+        "sampler": Stage(lambda: checks.check_sampler(device, large), 60 if large else 280, 2),
+        "engine-one": Stage(lambda: checks.check_engine(device, large), 120 if large else 280, 3),
+        "flights": Stage(lambda: check_flights(device, large), 120 if large else 280, 3),
+        "pair": Stage(lambda: check_pair(count, interpret=interpret), 110 if large else 280, 1),
+        "logits": Stage(lambda: check_hub_logits(device, large), 120 if large else 280, 5),
     }
     if interpret:
         return {
@@ -54,8 +54,8 @@ def stages(interpret: bool) -> dict[str, Stage]:
 
     return {
         **table,
-        "serve": Stage(serve_and_kill, 110, 4),
-        "four": Stage(engine_failures.four_ranks_on_two_devices, 95, 4),
+        "serve": Stage(serve_and_kill, 120, 5),
+        "four": Stage(engine_failures.four_ranks_on_two_devices, 120, 2),
         "ladder": Stage(lambda: ladder(count, layers=48), 100),
         "price": Stage(lambda: price(count, layers=48), 115),
         "skew": Stage(lambda: skew(count, layers=48), 75),

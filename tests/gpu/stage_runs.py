@@ -57,8 +57,10 @@ def run_all(
         left = timeout_s - (time.monotonic() - began)
         return run(name, table[name]) if left > 0 else Ended(name, 0.0, f"left out, {timeout_s:.0f} s were over")
 
+    environment = _share(len(lanes))
+
     def run_lane(queue: list[str]) -> list[Ended]:
-        return [begin(name, lambda n, stage: _in_lane(command, n, stage)) for name in queue]
+        return [begin(name, lambda n, stage: _in_lane(command, n, stage, environment)) for name in queue]
 
     ended: list[Ended] = []
     if lanes:
@@ -97,11 +99,19 @@ def _here(name: str, stage: Stage) -> Ended:
     return _told(Ended(name, time.monotonic() - began, why))
 
 
-def _in_lane(command: Sequence[str], name: str, stage: Stage) -> Ended:
+def _share(lanes: int) -> dict[str, str]:
+    """The environment of stages beside each other: threads for each lane's share of the CPUs, or as many as are said.
+
+    Every process would otherwise have a thread a CPU, and threads that spin for each other would take the others'."""
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, lanes))
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def _in_lane(command: Sequence[str], name: str, stage: Stage, environment: dict[str, str]) -> Ended:
     """Run a stage beside others, and say all that it said when it has ended."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [*command, "--stage", name], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, "--stage", name], stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
         ended = _wait(process, name, stage.limit_s)
         log.seek(0)
