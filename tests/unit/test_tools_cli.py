@@ -256,6 +256,14 @@ def test_make_model_writes_a_well_known_shape_without_weights(tmp_path: Path) ->
     assert "--shape gpt-9 is not known: choose one of qwen3-30b-a3b" in unknown.stderr
 
 
+def test_make_model_refuses_what_the_disk_has_no_room_for_before_it_writes_anything(tmp_path: Path) -> None:
+    sizes = ["--layers", "1", "--expert-width", "2000000000", "--hidden", "65536"]
+    huge = phalanx("make-model", str(tmp_path / "huge"), "--shape", "qwen3-30b-a3b", *sizes)
+    assert huge.exit_code == 2
+    assert re.search(r"huge would take \d+\.\d GB, and \S+ has room for \d+\.\d GB: .*--config-only", huge.stderr)
+    assert not list(tmp_path.iterdir())
+
+
 def test_make_model_wants_one_kind_of_model() -> None:
     for arguments in ([], ["--arch", "mixtral", "--upcycle"], ["--arch", "mixtral", "--shape", "mixtral-8x7b"]):
         result = phalanx("make-model", "out", *arguments)
