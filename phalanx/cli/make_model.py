@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from phalanx.errors import BadConfig
+from phalanx.testing.service import ends_on_sigterm
 
 SHARD_BYTES = 4 * 10**9
 """A weight file is put together in memory, and should have no more."""
@@ -68,10 +69,11 @@ def make_model(
         flags = ", ".join("--" + name.replace("_", "-") for name in extra)
         raise BadConfig(f"{flags} does not go with {'--upcycle' if upcycle else '--shape' if shape else '--arch'}")
     try:
-        if upcycle:
-            _write_upcycled(out, seed, force, given)
-        else:
-            _write_random(out, arch, shape, seed, force, config_only, given)
+        with ends_on_sigterm():  # a part of a model would stay behind
+            if upcycle:
+                _write_upcycled(out, seed, force, given)
+            else:
+                _write_random(out, arch, shape, seed, force, config_only, given)
     except OSError as error:
         raise BadConfig(f"{out} cannot be written: {error}") from None
 

@@ -264,6 +264,19 @@ def test_make_model_refuses_what_the_disk_has_no_room_for_before_it_writes_anyth
     assert not list(tmp_path.iterdir())
 
 
+def test_make_model_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    sizes = ["--layers", "1", "--experts", "128", "--expert-width", "2048", "--hidden", "1024"]  # many seconds of work
+    command = [sys.executable, "-m", "phalanx", "make-model", str(tmp_path / "model"), "--arch", "qwen3-moe", *sizes]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not any(tmp_path.iterdir()):
+            assert process.poll() is None, process.communicate()
+        process.terminate()
+        output, _ = process.communicate()
+    assert process.returncode == 1
+    assert b"Traceback" not in output
+    assert not list(tmp_path.iterdir())
+
+
 def test_make_model_wants_one_kind_of_model() -> None:
     for arguments in ([], ["--arch", "mixtral", "--upcycle"], ["--arch", "mixtral", "--shape", "mixtral-8x7b"]):
         result = phalanx("make-model", "out", *arguments)
