@@ -73,6 +73,9 @@ POINTS: Mapping[str, str] = MappingProxyType(
 WITHOUT_A_DEVICE = frozenset(name for name in POINTS if name == "start" or name.startswith("vault"))
 """Points that are passed where no device is in hand."""
 
+BY_ENVIRONMENT_ALONE = WITHOUT_A_DEVICE | {"join"}
+"""Points that no rank passes which runs and can be asked: only PHALANX_FAULTS reaches them."""
+
 IN_COLLECTIVES = frozenset({"dispatch", "combine", "all_gather", "half_sent", "half_framed", "received"})
 """Points that only a CPU's communicator passes: on a device these moments lie within a kernel."""
 
