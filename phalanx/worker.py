@@ -224,6 +224,7 @@ class Worker:
             except Left as left:
                 self._wait_for_the_end(left)
             except PeerLost as lost:  # the only handler of this error; the next step is the replay
+                self._engine.drop()  # a loss that is found between steps leaves one under way
                 self._change = self._suspect(lost)
             except (TooFewRanks, TooFewSlots, ExpertsLost) as error:
                 self._change = self._wait_for_help(str(error))

@@ -11,6 +11,10 @@ from typing import Any
 import click
 
 from phalanx.errors import BadConfig
+from phalanx.testing.service import ends_on_sigterm
+
+SHARD_BYTES = 4 * 10**9
+"""A weight file is put together in memory, and should have no more."""
 
 
 @click.command("make-model", context_settings={"show_default": True})
@@ -31,7 +35,7 @@ from phalanx.errors import BadConfig
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float32", "fp8"]), help="How weights are stored.  [default: bfloat16]"
 )
-@click.option("--shards", type=int, help="Weight files, at most.  [default: 2]")
+@click.option("--shards", type=int, help="Weight files, at most; more where one has over 4 GB.  [default: 2]")
 @click.option(
     "--spelling", type=click.Choice(["hub", "transformers5"]), help="Field names of config.json.  [default: hub]"
 )
@@ -65,10 +69,11 @@ def make_model(
         flags = ", ".join("--" + name.replace("_", "-") for name in extra)
         raise BadConfig(f"{flags} does not go with {'--upcycle' if upcycle else '--shape' if shape else '--arch'}")
     try:
-        if upcycle:
-            _write_upcycled(out, seed, force, given)
-        else:
-            _write_random(out, arch, shape, seed, force, config_only, given)
+        with ends_on_sigterm():  # a part of a model would stay behind
+            if upcycle:
+                _write_upcycled(out, seed, force, given)
+            else:
+                _write_random(out, arch, shape, seed, force, config_only, given)
     except OSError as error:
         raise BadConfig(f"{out} cannot be written: {error}") from None
 
@@ -77,12 +82,16 @@ def _write_random(
     out: Path, arch: str | None, name: str | None, seed: int, force: bool, config_only: bool, given: dict[str, Any]
 ) -> None:
     from phalanx.testing.shapes import SHAPES
-    from phalanx.testing.tiny import Shape, write_random
+    from phalanx.testing.tiny import Shape, model_bytes, write_random
 
     if name is not None and name not in SHAPES:
         raise BadConfig(f"--shape {name} is not known: choose one of {', '.join(SHAPES)}")
     storage = {key: given.pop(key) for key in ("dtype", "shards", "spelling") if key in given}
     shape = replace(SHAPES[name] if name else Shape(arch), **given)  # type: ignore[arg-type]
+    if not config_only:
+        shape.check()
+        size = model_bytes(shape, storage.get("dtype", "bfloat16"))
+        storage.setdefault("shards", max(2, -(-size // SHARD_BYTES)))
     write_random(out, shape, weights=not config_only, seed=seed, force=force, **storage)
     click.echo(f"wrote {out}" + (" (no weights: serve it with --load-format dummy)" if config_only else ""))
 

@@ -143,7 +143,7 @@ def _serve(config: ServeConfig, notes: Sequence[str] = ()) -> int:
     from phalanx.server_process import bind
     from phalanx.testing import faults
 
-    planned = faults.from_environment(device=config.device) if config.enable_chaos else ""
+    planned = faults.from_environment(device=config.device, places=config.places) if config.enable_chaos else ""
     set_up_logging(
         config.log_level, config.log_format, f"launcher {config.node_rank}" if config.nnodes > 1 else "launcher"
     )

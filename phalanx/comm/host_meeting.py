@@ -90,7 +90,10 @@ class HostMeeting:
             rows_Rn[rank] = peer.gather[parity][:words]
         self._fence()
         for rank, peer in self._live():
-            if peer.words[area + Layout.BEGUN] != tag:  # it went on without us while we copied
+            begun = peer.words[area + Layout.BEGUN]
+            if (epoch := begun >> tags.EPOCH_SHIFT) > self._view.epoch:  # it met us, and serves a later World by now
+                self.interrupted = max(self.interrupted, epoch)
+            elif begun != tag:  # it went on without us while we copied
                 self.lost[rank] = "timeout", 0.0
         return rows_Rn
 

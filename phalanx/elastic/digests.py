@@ -8,12 +8,15 @@ nothing is copied, and no more than `Digests.room` digests are ever begun and no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
 from phalanx.moe.experts import Bytes, digest
+
+log = logging.getLogger("phalanx.elastic")
 
 MOST_THREADS = 12
 """They fill the way to a device (55 GB/s) when each has 5 GB/s of the memory's rate."""
@@ -81,7 +84,11 @@ class Digests:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="digest")
-        self._begun[key] = _Begun(data, self._pool.submit(digest, data.data))
+        try:
+            self._begun[key] = _Begun(data, self._pool.submit(digest, data.data))
+        except RuntimeError as error:  # the system has no thread to give: that costs speed, and no more
+            log.info("digests are computed by one thread: %s", error)
+            self._threads = 1
 
     def digest(self, key: Hashable, data: Bytes) -> int:
         """The digest of `data`: what was begun under `key`, if that was the same bytes, else computed here. LOCAL."""

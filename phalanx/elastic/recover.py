@@ -23,7 +23,7 @@ from phalanx.elastic.ahead import FORESEEN, Ahead
 from phalanx.elastic.detect import certainly_dead, change_after, merged
 from phalanx.elastic.leave import within
 from phalanx.elastic.rejoin import held_by_all, hoped_for, settled, to_read_from
-from phalanx.elastic.replan import diff, replan, routes
+from phalanx.elastic.replan import Move, diff, replan, routes
 from phalanx.elastic.restore import Bank, Restore, Source
 from phalanx.elastic.store import Clock, Store
 from phalanx.elastic.vault.remote import Remote
@@ -163,16 +163,7 @@ class Recovery:
                 return
             source = to_read_from(last, self._calls.all_digests(last))
             moves = diff(held_by_all(last, self.me, self._bank.held_LS), wish, self.me.rank)
-            job = Restore(
-                moves,
-                source,
-                self._bank,
-                self._sources,
-                clock=self._clock,
-                progress=self._progress,
-                faults=self._faults,
-                threads=self._threads,
-            )
+            job = self._job(moves, source)
             job.advance(lambda: not self._notices.is_dead(self.me))
             job.settle()
             self._count(job)
@@ -255,16 +246,7 @@ class Recovery:
             routes_LEW = self._routes(agreed)
         planned = self._clock.now()
         self._add(replan=planned - began)
-        job = Restore(
-            moves,
-            agreed,
-            self._bank,
-            self._sources,
-            clock=self._clock,
-            progress=self._progress,
-            faults=self._faults,
-            threads=self._threads,
-        )
+        job = self._job(moves, agreed)
         limits = self._limits
         lost: tuple[tuple[int, int], ...] = ()
         try:
@@ -307,6 +289,19 @@ class Recovery:
         return sum(r[0] for r in rows), tuple(sorted(pairs))
 
     # --- parts
+
+    def _job(self, moves: Sequence[Move], agreed: Agreed) -> Restore:
+        """The work of making these moves, none of it done yet."""
+        return Restore(
+            moves,
+            agreed,
+            self._bank,
+            self._sources,
+            clock=self._clock,
+            progress=self._progress,
+            faults=self._faults,
+            threads=self._threads,
+        )
 
     def _count(self, job: Restore) -> None:
         for name, count in job.bytes_by_source.items():

@@ -144,7 +144,7 @@ class Engine:
             self._faults.point("step", self._step + 1)
             said = self._go_on(proposal, ready)
         except Exception:
-            self._drop()
+            self.drop()
             raise
         untold, self._untold = self._untold, _Untold()
         return StepResult(
@@ -175,6 +175,17 @@ class Engine:
         assert not self._launched, "a step of the last World is under way"
         self._epoch = world.epoch
         self._runner.adopt(routes_LEW)
+
+    def drop(self) -> None:
+        """Forget every step under way, once nothing of it runs any more: what was planned with it is free again.
+
+        For who learns between steps that a peer is lost; `step` does so itself. LOCAL, waits."""
+        dropped, self._launched = self._launched, []
+        for step in reversed(dropped):
+            self._scheduler.drop(step.plan)
+        for step in dropped:
+            if step.flight is not None:
+                step.flight.discard()
 
     @property
     def has_work(self) -> bool:
@@ -264,15 +275,6 @@ class Engine:
         del self._launched[0]
         self._step = step.number
         self._commit(step, outcome)
-
-    def _drop(self) -> None:
-        """Forget every step under way, once nothing of it runs any more: what was planned with it is free again."""
-        dropped, self._launched = self._launched, []
-        for step in reversed(dropped):
-            self._scheduler.drop(step.plan)
-        for step in dropped:
-            if step.flight is not None:
-                step.flight.discard()
 
     def _header(self, row: list[int]) -> npt.NDArray[np.int64]:
         """What every rank brings to a step: int64 [R, 6]. It is read only if it is complete. COLLECTIVE."""

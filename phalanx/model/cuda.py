@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phalanx.comm.launch import power_of_two
 from phalanx.model.config import ModelConfig
 from phalanx.model.decode_options import DecodeOptions
 from phalanx.model.device_tables import (
@@ -198,10 +199,10 @@ class DeviceModel:
         self._device = device
         self._cos, self._sin = _angles(config, device)
         self._group = config.num_heads // config.num_kv_heads
-        self._tile_m = _power_of_two(max(16, self._group))
+        self._tile_m = power_of_two(max(16, self._group))
         self._prefill = prefill or PrefillTiling.of(config.head_dim)
-        self._prefill_m = _power_of_two(max(16, (shape.cut.tokens if shape.cut else 1) * self._group))
-        self._sizes = {"H": config.num_heads, "C": config.head_dim, "CP": _power_of_two(max(16, config.head_dim))}
+        self._prefill_m = power_of_two(max(16, (shape.cut.tokens if shape.cut else 1) * self._group))
+        self._sizes = {"H": config.num_heads, "C": config.head_dim, "CP": power_of_two(max(16, config.head_dim))}
         self._reads = {
             **self._sizes, "HKV": config.num_kv_heads, "BS": shape.block_size, "WINDOW": config.sliding_window or 0,
         }  # fmt: skip
@@ -237,7 +238,7 @@ class DeviceModel:
         embed, rows, width = self._weights.embed, tokens_T.shape[0], self.config.hidden
         x_TD = torch.empty(rows, width, dtype=embed.dtype, device=embed.device)
         self._code.embed_kernel[(rows,)](
-            tokens_T, tokens_T if chosen is None else chosen, embed, x_TD, D=width, BLOCK=_power_of_two(width),
+            tokens_T, tokens_T if chosen is None else chosen, embed, x_TD, D=width, BLOCK=power_of_two(width),
             num_warps=4,
         )  # fmt: skip
         return x_TD
@@ -253,7 +254,7 @@ class DeviceModel:
         out_TD = torch.empty(rows, width, dtype=weight.dtype, device=weight.device)
         residual = product.data if residual_TD is None else residual_TD
         self._code.norm_kernel[(rows,)](
-            product.data, residual, weight, out_TD, eps, D=width, BLOCK=_power_of_two(width),
+            product.data, residual, weight, out_TD, eps, D=width, BLOCK=power_of_two(width),
             ADD=residual_TD is not None, PARTS=product.parts, num_warps=4 if width <= 2048 else 8,
         )  # fmt: skip
         return out_TD
@@ -305,13 +306,13 @@ class DeviceModel:
         if batch.rows <= self._placed and not batch.prefills:
             self._placed_code.placed_decode_kernel[(self._programs,)](
                 qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *norms, *tables, kv, out, *sums,
-                config.norm_eps, scale, **walk, M=_power_of_two(max(16, self._group + 1)), NORM=config.qk_norm,
+                config.norm_eps, scale, **walk, M=power_of_two(max(16, self._group + 1)), NORM=config.qk_norm,
             )  # fmt: skip
             return
         self._code.place_kernel[(batch.rows, config.num_kv_heads)](
             qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *norms, kv, config.norm_eps,
-            H=config.num_heads, HKV=config.num_kv_heads, GP=_power_of_two(self._group), C=config.head_dim,
-            HALF_P=_power_of_two(config.head_dim // 2), BS=self._shape.block_size, NORM=config.qk_norm, num_warps=2,
+            H=config.num_heads, HKV=config.num_kv_heads, GP=power_of_two(self._group), C=config.head_dim,
+            HALF_P=power_of_two(config.head_dim // 2), BS=self._shape.block_size, NORM=config.qk_norm, num_warps=2,
         )  # fmt: skip
         self._code.decode_kernel[(self._programs,)](
             qkv_TX, batch.positions, *tables, kv, out, *sums, scale, **walk, M=self._tile_m
@@ -344,7 +345,3 @@ def _angles(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     angles = torch.outer(torch.arange(config.max_position).float(), 1.0 / config.rope_theta**exponent)
     return angles.cos().contiguous().to(device), angles.sin().contiguous().to(device)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

@@ -121,7 +121,7 @@ class Checkpoint:
     def _read_blocks(self, layer: int, expert: int, blocks: BlockWeights) -> None:
         import torch
 
-        from phalanx.moe.blocks import quantize
+        from phalanx.moe.blocks import NotFinite, quantize
 
         names, parts = self._names, blocks.parts()
         if not names.fused:
@@ -133,7 +133,12 @@ class Checkpoint:
             stored = torch.empty(sum(rows), members[0][0].shape[1])
             self._tensors.fill(name, stored, expert)
             for part, (weight, scales) in zip(torch.split(stored, rows), members, strict=True):
-                quantize(part, weight, scales)
+                try:
+                    quantize(part, weight, scales)
+                except NotFinite as error:
+                    raise BadCheckpoint(
+                        f"{self.path}: expert {expert} in tensor {name} cannot be made fp8: {error}"
+                    ) from error
 
     def dense_weights(self, dtype: torch.dtype) -> DenseWeights:
         """All that every rank holds: embeddings, attention, norms, routers, dense MLPs, head, in `dtype`. LOCAL."""
@@ -208,7 +213,7 @@ class Stored:
 
         from phalanx.moe.blocks import dequantized
 
-        return dequantized(self._checked(name, tensor), self._stored(_scales_of(name)), torch.float32)
+        return dequantized(self._checked(name, tensor), self._scales(name), torch.float32)
 
     def fill_blocks(self, name: str, weight: Tensor, scales: Tensor) -> None:
         """See `Tensors`: as they are stored, or made here. Raises BadCheckpoint for what cannot be made into blocks."""
@@ -217,7 +222,7 @@ class Stored:
         tensor = self._stored(name)
         if tensor.dtype == weight.dtype:
             weight.copy_(self._checked(name, tensor))
-            scales.copy_(self._stored(_scales_of(name)))
+            scales.copy_(self._scales(name))
             return
         try:
             quantize(tensor, weight, scales)
@@ -240,6 +245,15 @@ class Stored:
         except NotFinite as error:
             raise BadCheckpoint(f"{self._files[name]}: tensor {name} is damaged: {error}") from error
         return weight
+
+    def _scales(self, name: str) -> Tensor:
+        scales = self._stored(_scales_of(name))
+        if not scales.isfinite().all():
+            raise BadCheckpoint(
+                f"{self._files[_scales_of(name)]}: tensor {_scales_of(name)} is damaged: it holds scales that are not "
+                "finite numbers"
+            )
+        return scales
 
     def _stored(self, name: str) -> Tensor:
         tensor: Tensor = self._handle(name).get_tensor(name)

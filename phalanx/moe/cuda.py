@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.cuda import CudaCommunicator
+from phalanx.comm.launch import power_of_two
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
@@ -245,9 +246,10 @@ class DeviceExperts:
         weights = bank.weights_LSX
         self._h_MF = torch.empty(pairs, bank.expert_width, dtype=bank.dtype, device=weights.device)
         self._y_MD = torch.empty(pairs, bank.hidden, dtype=bank.dtype, device=weights.device)
-        self._programs = 4
+        self._processors = 2
         if weights.device.type == "cuda":
-            self._programs = 2 * torch.cuda.get_device_properties(weights.device).multi_processor_count
+            self._processors = torch.cuda.get_device_properties(weights.device).multi_processor_count
+        self._programs = 2 * self._processors
 
     def forward(
         self, layer: int, x_TD: Tensor, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor, tiling: Tiling
@@ -271,7 +273,7 @@ class DeviceExperts:
         self._code.gate_kernel[(tokens,)](
             product.data, positions_T, num_rows, self._routes.table_LEW[layer], weights_TK, slots_TK,
             self._load.step_LE[layer],
-            E=self._num_experts, EP=_power_of_two(self._num_experts), K=K, KP=_power_of_two(K), W=self._routes.width,
+            E=self._num_experts, EP=power_of_two(self._num_experts), K=K, KP=power_of_two(K), W=self._routes.width,
             SCALED=self._norm_topk, PARTS=product.parts, num_warps=1,
         )  # fmt: skip
         return weights_TK, slots_TK
@@ -281,7 +283,7 @@ class DeviceExperts:
         bank, t = self._bank, tiling
         weights = bank.weights_LSX[layer]
         shape = {
-            "S": bank.slots_per_rank, "SP": _power_of_two(bank.slots_per_rank), "F": bank.expert_width,
+            "S": bank.slots_per_rank, "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width,
             "D": bank.hidden, "PROGRAMS": self._programs, "BM": t.rows, "BK": t.depth,
         }  # fmt: skip
         self._code.up_kernel[(self._programs,)](
@@ -291,7 +293,3 @@ class DeviceExperts:
             self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=t.warps, num_stages=t.down_stages
         )
         return self._y_MD
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from phalanx.comm.launch import power_of_two
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, Tiling
 from phalanx.moe.layout import BLOCK
 
@@ -38,36 +38,33 @@ class BlockTiling:
 class BlockExperts(DeviceExperts):
     """The MoE layers of a rank whose bank holds blocks."""
 
+    def __init__(self, *parts: Any, **sizes: Any) -> None:
+        """See `DeviceExperts`."""
+        from phalanx.moe import block_kernels
+
+        super().__init__(*parts, **sizes)
+        self._block_code = block_kernels
+
     def experts(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: Tiling) -> Tensor:
         """See `DeviceExperts.experts`. LOCAL."""
         return self.products(layer, x_ND, row_M, first_S, BlockTiling.of(tiling))
 
     def products(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: BlockTiling) -> Tensor:
         """The same, cut in this way. LOCAL."""
-        from triton import next_power_of_2
-
-        from phalanx.moe import block_kernels
-
         bank, t = self._bank, tiling
-        weights, programs = bank.weights_LSX[layer], t.programs * self._count
+        weights, programs = bank.weights_LSX[layer], t.programs * self._processors
         shape = {
-            "S": bank.slots_per_rank, "SP": next_power_of_2(bank.slots_per_rank), "F": bank.expert_width,
+            "S": bank.slots_per_rank, "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width,
             "D": bank.hidden, "X": bank.expert_bytes, "AT": bank.layout.scales_start, "PROGRAMS": programs,
             "BM": t.rows, "BK": BLOCK, "num_warps": 4,
         }  # fmt: skip
-        block_kernels.up_kernel[(programs,)](
+        self._block_code.up_kernel[(programs,)](
             x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_stages=t.up_stages
         )
-        block_kernels.down_kernel[(programs,)](
+        self._block_code.down_kernel[(programs,)](
             self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_stages=t.down_stages
         )
         return self._y_MD
-
-    @cached_property
-    def _count(self) -> int:
-        """Processors of the device."""
-        device = self._bank.weights_LSX.device
-        return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def kind_for(bank: DeviceBank) -> type[DeviceExperts]:

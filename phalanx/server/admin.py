@@ -28,7 +28,7 @@ from phalanx.server.protocol import (
 )
 from phalanx.server.roster import RankRecord
 from phalanx.server.scale_api import scale_down
-from phalanx.testing.faults import IN_COLLECTIVES, Fault, cannot_happen
+from phalanx.testing.faults import BY_ENVIRONMENT_ALONE, IN_COLLECTIVES, Fault, cannot_happen
 
 OPEN_PATHS = frozenset(
     {"/health", "/ready", "/metrics", "/version", "/server_info", "/fault_tolerance/status", "/ping"}
@@ -214,6 +214,9 @@ def _operation(router: APIRouter) -> None:
                 Fault(request.kind, where, request.at_step)
             except BadConfig as error:
                 raise ApiError(400, f"where: {error}", param="where") from None
+            if where in BY_ENVIRONMENT_ALONE:
+                raise ApiError(400, f"where: a rank that runs never comes to {where}: name it in PHALANX_FAULTS when "
+                               "the service is started", param="where")  # fmt: skip
             if why := cannot_happen(request.kind, where, service.config.device):
                 field = "where" if where in IN_COLLECTIVES else "kind"
                 raise ApiError(400, f"{field}: {why}", param=field)

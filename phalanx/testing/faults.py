@@ -20,7 +20,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
 
 from phalanx.errors import BadConfig, PhalanxError
@@ -72,6 +72,9 @@ POINTS: Mapping[str, str] = MappingProxyType(
 
 WITHOUT_A_DEVICE = frozenset(name for name in POINTS if name == "start" or name.startswith("vault"))
 """Points that are passed where no device is in hand."""
+
+BY_ENVIRONMENT_ALONE = WITHOUT_A_DEVICE | {"join"}
+"""Points that no rank passes which runs and can be asked: only PHALANX_FAULTS reaches them."""
 
 IN_COLLECTIVES = frozenset({"dispatch", "combine", "all_gather", "half_sent", "half_framed", "received"})
 """Points that only a CPU's communicator passes: on a device these moments lie within a kernel."""
@@ -172,13 +175,16 @@ class FaultInjector(Faults):
         os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
 
 
-def from_environment(environ: Mapping[str, str] = os.environ, device: str = "") -> str:
+def from_environment(environ: Mapping[str, str] = os.environ, device: str = "", places: int | None = None) -> str:
     """What PHALANX_FAULTS asks for, checked but not yet meant for any rank; "" for nothing. LOCAL.
 
     The one who starts processes reads it, when chaos is enabled, and hands it on to them (`armed`). device: that of the
-    service, "" for any. Raises BadConfig when it cannot be read, or names what cannot happen there."""
+    service, "" for any. places: how many ranks it can have, None for any number.
+    Raises BadConfig when it cannot be read, or names what cannot happen there."""
     text = environ.get(ENVIRONMENT_VARIABLE, "").strip()
     for entry in _read(text):
+        if places is not None and entry.rank is not None and entry.rank >= places:
+            raise BadConfig(f"{ENVIRONMENT_VARIABLE}: there is no rank {entry.rank}: this service has {places} places")
         if device and (why := cannot_happen(entry.fault.kind, entry.fault.where, device)):
             raise BadConfig(f"{ENVIRONMENT_VARIABLE}: {why}")
     return text
@@ -241,12 +247,17 @@ def _compact(item: str) -> dict[str, Any]:
 def _entry(fields: Any) -> _Entry:
     if not isinstance(fields, dict):
         raise _unreadable(json.dumps(fields))
+    types = {"rank": (int, NoneType), "incarnation": (int, NoneType), "at_step": (int, NoneType), "count": (int,)}
+    if any(type(value) not in types.get(name, (str,)) for name, value in fields.items()):
+        raise _unreadable(json.dumps(fields))
     settings = dict(fields)
     rank, incarnation = settings.pop("rank", None), settings.pop("incarnation", None)
     try:
         return _Entry(Fault(**settings), rank, incarnation)
     except TypeError:
         raise _unreadable(json.dumps(fields)) from None
+    except BadConfig as error:
+        raise BadConfig(f"{ENVIRONMENT_VARIABLE}: {error}") from None
 
 
 def _unreadable(text: str) -> BadConfig:

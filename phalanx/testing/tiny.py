@@ -11,6 +11,7 @@ The same (arch, shape, seed, dtype) gives the same bytes, whatever the number of
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 from phalanx.errors import BadConfig
 from phalanx.moe.blocks import E4M3, quantize
 from phalanx.moe.layout import BLOCK, blocks_in
-from phalanx.testing.writer import CHATML_TEMPLATE, Texts, write_model
+from phalanx.testing.writer import CHATML_TEMPLATE, Texts, check_room, check_target, write_model
 
 Arch = Literal["qwen3-moe", "mixtral"]
 Spelling = Literal["hub", "transformers5"]
@@ -164,6 +165,9 @@ def write_random(
     if shards < 1:
         raise BadConfig(f"--shards must be at least 1, not {shards}")
     size = model_bytes(shape, dtype)
+    check_target(Path(path), force)
+    if weights:
+        check_room(Path(path), size)
     write_model(
         Path(path),
         _texts(shape, dtype, spelling),
@@ -177,7 +181,16 @@ def write_random(
 
 def model_bytes(shape: Shape, dtype: str) -> int:
     """Bytes of all weights. LOCAL."""
-    return sum(int(np.prod(size)) for _, size, _, _ in _layout(shape)) * DTYPES[dtype].itemsize
+    return sum(_stored_bytes(name, size, DTYPES[dtype]) for name, size, _, _ in _layout(shape))
+
+
+def _stored_bytes(name: str, size: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of one tensor, with its scales, as `_stored` makes it."""
+    if dtype is not E4M3:
+        return math.prod(size) * dtype.itemsize
+    if not name.endswith(_IN_BLOCKS):
+        return math.prod(size) * torch.bfloat16.itemsize
+    return math.prod(size) + blocks_in(size[0]) * blocks_in(size[1]) * torch.bfloat16.itemsize
 
 
 def byte_tokenizer(size: int = BYTE_VOCAB) -> Tokenizer:

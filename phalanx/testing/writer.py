@@ -65,6 +65,17 @@ def check_target(path: Path, force: bool) -> None:
         raise BadConfig(f"{path} exists already: pass --force to replace it")
 
 
+def check_room(path: Path, size: int) -> None:
+    """Raise BadConfig when so many bytes cannot be written at `path`, before the disk is full of a part of them. A
+    model that they replace goes only when they are complete. LOCAL."""
+    total, _, free = shutil.disk_usage(path.parent)
+    if total and size > free:  # one that says it has no size at all is no disk, and writing tells why
+        raise BadConfig(
+            f"{path} would take {size / 1e9:.1f} GB, and {path.parent} has room for {free / 1e9:.1f} GB: choose "
+            "another path, fewer --layers, or no weights (--config-only, for `phalanx serve --load-format dummy`)"
+        )
+
+
 def write_model(
     path: Path,
     texts: Texts,

@@ -197,6 +197,16 @@ def test_a_fault_within_a_devices_kernel_is_refused_instead_of_never_happening(
     assert (nowhere.status_code, nowhere.json()["error"]["param"]) == (400, "where")
 
 
+@pytest.mark.parametrize("where", ["start", "join", "vault_fill"])
+def test_a_fault_that_no_running_rank_comes_to_is_refused_instead_of_never_happening(
+    make_cluster: Callable[..., Cluster], where: str
+) -> None:
+    cluster = make_cluster(ranks=1, enable_chaos=True)
+    answer = cluster.http.post("/chaos", json={"kind": "raise", "rank": 0, "where": where})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "where")
+    assert f"a rank that runs never comes to {where}: name it in PHALANX_FAULTS" in answer.text
+
+
 @pytest.mark.parametrize("kind", DEVICE_KINDS)
 def test_a_failure_of_a_device_is_refused_where_there_is_none(make_cluster: Callable[..., Cluster], kind: str) -> None:
     cluster = make_cluster(ranks=1, enable_chaos=True)

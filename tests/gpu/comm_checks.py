@@ -163,20 +163,26 @@ def check_kill(ranks: int, steps: int) -> None:
         rejoins(p, victim, config, steps)
 
 
-def check_kill_unseen(ranks: int) -> None:
-    """SIGKILL and no notice: the time-out masks the peer."""
-    timeout_s = 0.5 if ranks <= 2 else 4.0
+def sending(number: signal.Signals) -> Callable[[Rank], int]:
+    """What sends this signal to a victim and returns when."""
 
     def act(victim: Rank) -> int:
         at = time.monotonic_ns()
-        victim.signal(signal.SIGKILL)
+        victim.signal(number)
         return at
+
+    return act
+
+
+def check_kill_unseen(ranks: int) -> None:
+    """SIGKILL and no notice: the time-out masks the peer."""
+    timeout_s = 0.5 if ranks <= 2 else 4.0
 
     with party(COMMANDS, ranks, devices()) as p:
         opened(p, **SMALL, peer_timeout_s=timeout_s)
         p.all("capture", seed=5, tokens=16)
         dead = p.ranks[0]
-        at, answers = after_start(p, 0, act)
+        at, answers = after_start(p, 0, sending(signal.SIGKILL))
         for a in answers.values():
             expect(a, wrong=0)
             assert a["causes"].get("0") == "timeout", a
@@ -190,18 +196,13 @@ def check_stop(ranks: int) -> None:
     """SIGSTOP longer than the time-out; the others go on; the zombie wakes, harms nothing, learns that it is out."""
     timeout_s = 0.5 if ranks <= 2 else 4.0
 
-    def act(victim: Rank) -> int:
-        at = time.monotonic_ns()
-        victim.signal(signal.SIGSTOP)
-        return at
-
     with party(COMMANDS, ranks, devices()) as p:
         opened(p, **SMALL, peer_timeout_s=timeout_s)
         p.all("capture", seed=5, tokens=16)
         victim = ranks - 1
         zombie = p.ranks[victim]
         try:
-            at, answers = after_start(p, victim, act)
+            at, answers = after_start(p, victim, sending(signal.SIGSTOP))
             for a in answers.values():
                 expect(a, lost=[victim], causes={str(victim): "timeout"}, wrong=0)
             ms = max(a["ended_ns"] - at for a in answers.values()) / 1e6

@@ -104,8 +104,19 @@ class Rank:
                 self.check()
                 self.recover(self.epoch + 1)
                 continue
+            if self.hears_of_a_death():
+                self.fleet.failures += 1
+                self.engine.drop()
+                self.check()
+                self.recover(self.epoch + 1)
+                continue
             self.engine.check()
             sim.sleep(0.0003 * sim.rng.random() + (0.001 if result.idle else 0.0))
+
+    def hears_of_a_death(self) -> bool:
+        """Whether what goes on beside the steps finds it, before a step does."""
+        members = self.fleet.views[self.epoch].members
+        return any(map(self.fleet.notices.is_dead, members)) and self.fleet.sim.rng.random() < 0.5
 
     def check(self) -> None:
         assert not self.device.queue, "something is under way between two Worlds"
@@ -170,8 +181,9 @@ class Fleet:
         """SIGKILL; the launcher's notice and the server's moves come a little later."""
         for task in rank.tasks:
             self.sim.kill(task)
-        self.sim.after(0.003, lambda: self.notices.declare_dead(rank.member, "signal"))
-        self.sim.after(0.004, lambda: self._move(rank))
+        soon = self.sim.rng.choice([0.0, 0.003])
+        self.sim.after(soon, lambda: self.notices.declare_dead(rank.member, "signal"))
+        self.sim.after(soon + 0.001, lambda: self._move(rank))
 
     def token(self, rank: Rank, token: TokenOut) -> None:
         """As the router takes it: of the present attempt, and in its order."""

@@ -125,6 +125,25 @@ def test_who_asks_for_the_last_first_gets_the_same_digests() -> None:
     assert found[::-1] == [digest(data.data) for data in parts]
 
 
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_system_without_threads_to_give_costs_no_digest(given: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [content(2, i, WORTH_BYTES) for i in range(6)]
+    start, started = threading.Thread.start, []
+
+    def start_a_few(thread: threading.Thread) -> None:
+        if len(started) >= given:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_a_few)
+    with Digests(4) as digests:
+        for i, data in enumerate(parts):
+            digests.begin(i, data)
+        assert [digests.digest(i, data) for i, data in enumerate(parts)] == [digest(data.data) for data in parts]
+    assert not digesting()
+
+
 def test_only_so_many_digests_are_begun_and_not_asked_for() -> None:
     data = content(0, 0, WORTH_BYTES)
     with Digests(2) as digests:

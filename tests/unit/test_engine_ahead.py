@@ -157,6 +157,20 @@ def test_tokens_that_a_failure_kept_back_are_told_although_their_request_is_abor
     ]
 
 
+def test_who_learns_of_a_loss_between_steps_drops_the_step_under_way_before_it_recovers() -> None:
+    bench, device = on_device()
+    asked = [submit(name, [i, 2, 3], max_tokens=12) for i, name in enumerate("ab")]
+    bench.accept(*asked)
+    for _ in range(3):
+        bench.step()
+    assert device.queue
+    bench.engine.drop()
+    assert not device.queue
+    bench.engine.check()
+    bench.meet()
+    assert bench.run() == {each.request_id: reference(each) for each in asked}
+
+
 @pytest.mark.parametrize("where", ["step", "schedule", "decode", "commit"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_error_of_the_host_leaves_nothing_under_way_and_no_trace(where: str, count: int) -> None:

@@ -356,6 +356,31 @@ def test_weights_that_are_no_numbers_are_refused_when_they_are_read(tmp_path: Pa
         slot(open_model(ServeConfig(model=str(wide), quantization="fp8")), 1, 2)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_refused_when_they_are_read(tmp_path: Path, scale: float) -> None:
+    path = make_tiny(tmp_path / "fp8", "qwen3-moe", dtype="fp8", **SIZES)
+    tensors = stored(path)
+    for name in (EXPERT, ATTENTION):
+        tensors[name + "_scale_inv"][0, 0] = scale
+    rewrite(path, tensors)
+    with pytest.raises(BadCheckpoint, match=f"{EXPERT}_scale_inv is damaged"):
+        slot(Checkpoint.open(path), 1, 2)
+    with pytest.raises(BadCheckpoint, match=f"{ATTENTION}_scale_inv is damaged"):
+        Checkpoint.open(path).dense_weights(torch.bfloat16)
+
+
+def test_an_expert_in_a_stack_that_cannot_be_made_fp8_is_named(tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "wide", "qwen3-moe", **SIZES)
+    tensors = stored(path)
+    tensors[EXPERT][3, 5] = float("nan")
+    rewrite(path, tensors)
+    fuse(path, "qwen3-moe")
+    served = open_model(ServeConfig(model=str(path), quantization="fp8"))
+    slot(served, 1, 1)
+    with pytest.raises(BadCheckpoint, match=r"wide: expert 2 in tensor model\.layers\.1\.mlp\.\S+ cannot be made fp8"):
+        slot(served, 1, 2)
+
+
 def test_what_is_fp8_already_is_not_made_fp8_again(tmp_path: Path) -> None:
     path = make_tiny(tmp_path / "fp8", "mixtral", dtype="fp8", **SIZES)
     config = ServeConfig(model=str(path), quantization="fp8")

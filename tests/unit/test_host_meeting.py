@@ -205,6 +205,35 @@ def test_a_rank_that_opened_a_roll_call_itself_waits_for_nobody_until_it_adopts(
     own.close()
 
 
+def test_a_peer_that_serves_the_next_world_while_its_row_is_copied_is_not_lost() -> None:
+    layout = segment_layout(2)
+    own, other = OwnSegment(layout, 0, 0), OwnSegment(layout, 1, 0)
+    members = (Member(0, 0), Member(1, 0))
+    ours, theirs = HostMeeting(own, 0, 2), HostMeeting(other, 1, 2)
+    back = PeerSegment(own.address, layout, 0, 0)
+
+    def meet_alone(epoch: int) -> None:
+        theirs.adopt(View(epoch, 2, members), {0: back})
+        theirs.mask(0, alive=False)
+        theirs.meet([epoch], LONG_S)
+
+    class Hasty(PeerSegment):
+        """A peer that goes on just when it is read."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "gather":
+                meet_alone(2)
+            return super().__getattribute__(name)
+
+    peer = Hasty(other.address, layout, 1, 0)
+    ours.adopt(View(1, 2, members), {1: peer})
+    meet_alone(1)
+    ours.meet([7], LONG_S)
+    assert (ours.lost, ours.interrupted) == ({}, 2)
+    for each in (peer, back, other, own):
+        each.close()
+
+
 @pytest.mark.parametrize("dead", [True, False])
 def test_members_that_could_not_be_reached_are_lost_from_the_start(dead: bool) -> None:
     own = OwnSegment(segment_layout(2), 0, 0)

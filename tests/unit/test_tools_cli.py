@@ -256,6 +256,27 @@ def test_make_model_writes_a_well_known_shape_without_weights(tmp_path: Path) ->
     assert "--shape gpt-9 is not known: choose one of qwen3-30b-a3b" in unknown.stderr
 
 
+def test_make_model_refuses_what_the_disk_has_no_room_for_before_it_writes_anything(tmp_path: Path) -> None:
+    sizes = ["--layers", "1", "--expert-width", "2000000000", "--hidden", "65536"]
+    huge = phalanx("make-model", str(tmp_path / "huge"), "--shape", "qwen3-30b-a3b", *sizes)
+    assert huge.exit_code == 2
+    assert re.search(r"huge would take \d+\.\d GB, and \S+ has room for \d+\.\d GB: .*--config-only", huge.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_make_model_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    sizes = ["--layers", "1", "--experts", "128", "--expert-width", "2048", "--hidden", "1024"]  # many seconds of work
+    command = [sys.executable, "-m", "phalanx", "make-model", str(tmp_path / "model"), "--arch", "qwen3-moe", *sizes]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not any(tmp_path.iterdir()):
+            assert process.poll() is None, process.communicate()
+        process.terminate()
+        output, _ = process.communicate()
+    assert process.returncode == 1
+    assert b"Traceback" not in output
+    assert not list(tmp_path.iterdir())
+
+
 def test_make_model_wants_one_kind_of_model() -> None:
     for arguments in ([], ["--arch", "mixtral", "--upcycle"], ["--arch", "mixtral", "--shape", "mixtral-8x7b"]):
         result = phalanx("make-model", "out", *arguments)

@@ -156,11 +156,34 @@ def test_an_environment_without_faults_plans_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["kill@lunch", "explode", "kill:rank=one", "kill:colour=2", "[1]", "{", '{"kind": "kill", "colour": 2}']
+    "text",
+    [
+        "kill@lunch",
+        "explode",
+        "kill:rank=one",
+        "kill:colour=2",
+        "kill:n=0",
+        "[1]",
+        "{",
+        '{"kind": "kill", "colour": 2}',
+        '{"kind": ["kill"]}',
+        '{"kind": "kill", "where": 3}',
+        '{"kind": "kill", "rank": "1"}',
+        '{"kind": "kill", "at_step": "3"}',
+        '{"kind": "kill", "at_step": true}',
+        '{"kind": "kill", "count": null}',
+    ],
 )
 def test_an_unreadable_environment_is_refused_with_what_to_write(text: str) -> None:
-    with pytest.raises(BadConfig):
+    with pytest.raises(BadConfig, match=r"^PHALANX_FAULTS: "):
         from_environment({"PHALANX_FAULTS": text})
+
+
+def test_an_environment_that_names_a_rank_which_the_service_never_has_is_refused() -> None:
+    environ = {"PHALANX_FAULTS": "kill:rank=1, kill:rank=4"}
+    assert from_environment(environ, places=5) == environ["PHALANX_FAULTS"]
+    with pytest.raises(BadConfig, match="PHALANX_FAULTS: there is no rank 4: this service has 4 places"):
+        from_environment(environ, places=4)
 
 
 PROGRAM = """

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from phalanx.errors import BadConfig
-from phalanx.testing.tiny import Arch, Spelling, make_tiny
+from phalanx.testing.tiny import Arch, Shape, Spelling, make_tiny, model_bytes
 
 ARCHS: tuple[Arch, ...] = ("qwen3-moe", "mixtral")
 SPELLINGS: tuple[Spelling, ...] = ("hub", "transformers5")
@@ -105,6 +105,15 @@ def test_tensors_are_the_same_however_they_are_sharded(shards: int, tmp_path: Pa
             for name in opened.keys():  # noqa: SIM118
                 assert torch.equal(found.pop(name), opened.get_tensor(name))
     assert not found
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "float32"])
+def test_a_model_is_as_large_as_was_foretold_and_in_no_more_files_than_asked_for(dtype: str, tmp_path: Path) -> None:
+    sizes = {"layers": 1, "experts": 4, "hidden": 160, "expert_width": 144}
+    path = make_tiny(tmp_path / "model", "qwen3-moe", dtype=dtype, shards=1, **sizes)
+    with safe_open(path / "model.safetensors", "pt") as opened:
+        tensors = [opened.get_tensor(name) for name in opened.keys()]  # noqa: SIM118 (not a dict)
+    assert model_bytes(Shape("qwen3-moe", **sizes), dtype) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_qwen3_layers_named_dense_hold_an_ordinary_mlp(tmp_path: Path) -> None:
