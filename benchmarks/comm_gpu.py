@@ -1,46 +1,93 @@
 #!/usr/bin/env python3
-"""Times the CUDA communicator's kernels in CUDA graphs: two ranks on two devices, medians.
+"""Times the CUDA communicator's kernels in CUDA graphs: two ranks on two devices, checked first.
 
-    benchmarks/comm_gpu.py                      the bars' shapes, mask and time-outs on and off, NCCL beside
-    benchmarks/comm_gpu.py --sweep              launch shapes
+    benchmarks/comm_gpu.py                      all parts but the sweep
+    benchmarks/comm_gpu.py --parts bars,guard   some: bars, guard, adapter, nccl, sweep
     benchmarks/comm_gpu.py --json FILE          also as JSON
 
-Every figure: a graph of REPEATS collectives, replayed REPLAYS times with both ranks at once; device time between two
-events around a replay, divided by REPEATS; the median over replays, and of both ranks the slower one's. Within a graph
-each collective waits for the peer's, so a figure is a round of both, not a launch. NCCL runs in processes of its own.
+bars: exchanges are compared with a reference, then timed: "exact" and "fast" of the bars (hidden 7168, fp8 dispatch),
+"bf16" (the same, exact, bf16 dispatch) and "engine", a decode step's exchanges (hidden 2048, bf16, fast). Every figure:
+a graph of REPEATS collectives, replayed REPLAYS times with both ranks at once; device time between two events around a
+replay, divided by REPEATS; the median over replays, and of both ranks the slower one's. Within a graph each collective
+waits for the peer's, so a figure is a round of both, not a launch. Each result of the last replay has the first one's
+bits, or it is an error.
+
+guard: two communicators, with masks and time-outs compiled in and without, whose graphs are replayed in turns (on off,
+off on, ...); the median of the ratios of neighbours, and the interval that holds the true median with 95 %, by order
+statistics. adapter: the same exchanges through DeepEP's interface. nccl: all_to_all of the same bytes, in processes of
+its own. sweep: launch shapes. Each part has processes of its own: one that fails takes no other with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 
 import torch
 from ranks import Party, RankProcess, Reply, party, watchdog
 
+from phalanx.comm.cuda import CudaCommunicator
+from phalanx.comm.deep_ep import Buffer
+
 SCRIPT = str(Path(__file__).resolve())
 REPEATS, REPLAYS = 40, 25
-BARS = {"max_tokens": 128, "hidden": 7168, "top_k": 8, "slots_per_rank": 144, "peer_timeout_s": 20.0}
+PAIRS, PAIR_REPEATS, ADAPTER_REPEATS = 40, 40, 8
+WHAT = ("dispatch", "combine", "both")
+
+BARS: dict[str, Any] = {
+    "max_tokens": 128, "hidden": 7168, "top_k": 8, "slots_per_rank": 144, "peer_timeout_s": 20.0
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "exact": {**BARS, "fp8": True},
+    "fast": {**BARS, "fp8": True, "mode": "fast"},
+    "engine": {**BARS, "max_tokens": 256, "hidden": 2048, "slots_per_rank": 64, "mode": "fast"},
+    "bf16": BARS,
+}
+TIMED = {"exact": (128, 64, 16, 1), "fast": (128, 64, 16, 1), "engine": (256, 128, 64, 16, 1), "bf16": (128, 16, 1)}
+CHECKED = {
+    "exact": ([128, 128], [16, 16], [1, 1], [128, 0], [3, 77], [0, 1]),
+    "fast": ([128, 128], [16, 16], [1, 1], [0, 128]),
+    "engine": ([256, 256], [64, 64], [16, 16], [1, 1], [1, 256], [0, 31]),
+    "bf16": ([128, 128], [1, 1]),
+}
+SHAPES: dict[str, list[dict[str, int]]] = {
+    "exact": [
+        {}, {"combine_groups": 36, "combine_rows": 16}, {"combine_groups": 18, "combine_rows": 16},
+        {"combine_groups": 27, "combine_rows": 32, "combine_warps": 8},
+        {"chunk": 512, "dispatch_warps": 4, "combine_groups": 24}, {"dispatch_tile": 4, "dispatch_warps": 4},
+    ],
+    "fast": [{}, {"line_tile": 8, "line_warps": 4, "line_senders": 256, "line_receivers": 256}],
+}  # fmt: skip
+PARTS = ("bars", "guard", "adapter", "nccl", "sweep")
 
 
-def timed(run: Callable[[], None], align: Callable[[], None]) -> float:
-    """Microseconds of one `run`, the median over replays of a graph of REPEATS."""
+# -- in the rank processes ---------------------------------------------------------------------------------------------
+
+
+def timed(run: Callable[[], object], align: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Microseconds of one `run`, the median over replays of a graph of `repeats`."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 run()
         samples = []
         for _ in range(REPLAYS + 3):
@@ -50,102 +97,178 @@ def timed(run: Callable[[], None], align: Callable[[], None]) -> float:
             graph.replay()
             end.record()
             end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3 / REPEATS)
+            samples.append(start.elapsed_time(end) * 1e3 / repeats)
     return statistics.median(samples[3:])
 
 
-def measure(ranks: RankProcess, tokens: int, what: list[str]) -> Reply:
-    """Figures in us for each of `what`: dispatch, combine, both."""
-    comm = ranks.comm
+def keep(ranks: RankProcess, name: str) -> Reply:
+    """Put the communicator aside, beside others."""
+    kept = (ranks.comm, ranks.hidden, ranks.top_k, ranks.slots_per_rank, ranks.options)
+    ranks.kept = {**getattr(ranks, "kept", {}), name: kept}
+    return {}
+
+
+def close_kept(ranks: RankProcess) -> Reply:
+    """Close all that was put aside."""
+    for kept in ranks.kept.values():
+        kept[0].close()
+    ranks.kept = {}
+    return {}
+
+
+def check(ranks: RankProcess, tokens: list[int], seed: int) -> Reply:
+    """An exchange whose result is known."""
+    comm, S, D = ranks.comm, ranks.slots_per_rank, ranks.hidden
+    drawn = [torch.Generator().manual_seed(1000 * seed + r) for r in range(comm.ep_size)]
+    x = [torch.randn(n, D, generator=g).to(ranks.device, torch.bfloat16) for n, g in zip(tokens, drawn, strict=True)]
+    slots = [
+        torch.rand(n, comm.ep_size * S, generator=g).argsort(1)[:, : ranks.top_k].int()
+        for n, g in zip(tokens, drawn, strict=True)
+    ]
+    weights = torch.rand(tokens[comm.rank], ranks.top_k, generator=drawn[comm.rank]).to(ranks.device)
+    mine = slots[comm.rank].to(ranks.device)
+    sent = comm.dispatch(x[comm.rank], mine, weights)
+    assert comm.status().clean, f"dispatch of {tokens}: {comm.status()}"
+    count = int(sent.first_S[-1])
+    came = sorted(int(s) - comm.rank * S for each in slots for s in each.flatten() if s // S == comm.rank)
+    assert sent.slot_M[:count].tolist() == came, f"dispatch of {tokens}: the slots of what came"
+    source_M, token_M = (t[:count] for t in comm.origins(sent))
+    every = torch.zeros(comm.ep_size, max(tokens), D, device=ranks.device, dtype=torch.bfloat16)
+    for r, rows in enumerate(x):
+        every[r, : len(rows)] = rows
+    rows_MD = every[source_M, token_M].float()
+    assert off(arrived(sent, count, D), rows_MD) < (0.08 if sent.scale_ND is not None else 1e-9), (
+        f"dispatch of {tokens}: x as it came"
+    )
+    y = torch.zeros(sent.row_M.shape[0], D, device=ranks.device, dtype=torch.bfloat16)
+    y[:count] = rows_MD * (1 + (sent.slot_M[:count, None] + comm.rank * S) / 64)
+    out = comm.combine_weighted(y, sent, weights)
+    want = torch.zeros(tokens[comm.rank], D, device=ranks.device)
+    for k in range(ranks.top_k):
+        want += weights[:, k, None] * (x[comm.rank].float() * (1 + mine[:, k, None] / 64)).to(torch.bfloat16).float()
+    error = off(out.float(), want)
+    assert comm.status().clean, f"combine of {tokens}: {comm.status()}"
+    assert error < 8e-3, f"combine of {tokens}: relative error {error:.1e}"
+    return {"relative": error}
+
+
+def arrived(sent: Any, count: int, width: int) -> torch.Tensor:
+    """The tokens that came, in the order of the pairs, as float32 [count, width]."""
+    if sent.scale_ND is None:
+        return sent.x_ND[sent.row_M[:count]].float()
+    values = sent.x_ND.view(torch.uint8)[sent.row_M[:count]].view(torch.float8_e4m3fn).float()
+    scale = sent.scale_ND[sent.row_M[:count]][..., None]
+    return (values.view(count, width // 128, 128) * scale).view(count, width)
+
+
+def off(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative error."""
+    return float((got - want).norm() / want.norm()) if len(want) else 0.0
+
+
+def runs_of(comm: CudaCommunicator, ranks: RankProcess, tokens: int) -> dict[str, Callable[[], torch.Tensor | None]]:
+    """dispatch, combine, both."""
     g = torch.Generator().manual_seed(comm.rank)
     places = comm.ep_size * ranks.slots_per_rank
     x = torch.randn(tokens, ranks.hidden, generator=g).to(ranks.device, torch.bfloat16)
     slots = torch.rand(tokens, places, generator=g).argsort(1)[:, : ranks.top_k].int().to(ranks.device)
     weights = torch.rand(tokens, ranks.top_k, generator=g).to(ranks.device)
-    sent_weights = weights if ranks.options.get("mode") == "fast" else None
-    sent = comm.dispatch(x, slots, sent_weights)
+    sent = comm.dispatch(x, slots, weights)
     y = torch.randn(sent.row_M.shape[0], ranks.hidden, device=ranks.device, dtype=torch.bfloat16)
-
-    torch.cuda.synchronize()  # what follows runs on another stream
+    torch.cuda.synchronize()
 
     def dispatch() -> None:
-        comm.dispatch(x, slots, sent_weights)
+        comm.dispatch(x, slots, weights)
 
-    def combine() -> None:
-        comm.combine_weighted(y, sent, weights)
+    def combine() -> torch.Tensor:
+        return comm.combine_weighted(y, sent, weights)
 
-    def both() -> None:
-        comm.combine_weighted(y, comm.dispatch(x, slots, sent_weights), weights)
+    def both() -> torch.Tensor:
+        return comm.combine_weighted(y, comm.dispatch(x, slots, weights), weights)
 
-    runs = {"dispatch": dispatch, "combine": combine, "both": both, "barrier": comm.barrier}
-    figures = {name: timed(runs[name], comm.barrier) for name in what}
+    return {"dispatch": dispatch, "combine": combine, "both": both}
+
+
+def measure(ranks: RankProcess, tokens: int) -> Reply:
+    """us of dispatch, combine and both; every result in the graph keeps the bits of the first."""
+    comm, figures = ranks.comm, {}
+    for name, run in runs_of(comm, ranks, tokens).items():
+        first, outs = run(), []
+        figures[name] = timed(lambda run=run, outs=outs: outs.append(run()), comm.barrier)
+        for i, out in enumerate(outs[-REPEATS:]):
+            assert out is None or torch.equal(out.view(torch.int16), first.view(torch.int16)), f"{name} {tokens}: {i}"
     status = comm.status()
     assert status.clean, status
-    return {"us": figures, "pairs": int(sent.first_S[-1])}
+    return {"us": figures}
 
 
-def slower(answers: dict[int, Reply]) -> dict[str, float]:
-    """Of all ranks the slowest, for each figure."""
-    names = next(iter(answers.values()))["us"]
-    return {n: max(a["us"][n] for a in answers.values()) for n in names}
+def pair(ranks: RankProcess, tokens: int) -> Reply:
+    """Replays of graphs of the communicators `on` and `off` in turns: us of each, for dispatch, combine and both."""
+    runs = {name: runs_of(kept[0], ranks, tokens) for name, kept in ranks.kept.items()}
+    align = ranks.kept["on"][0].barrier
+    samples: dict[str, dict[str, list[float]]] = {}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for what in WHAT:
+            graphs = {}
+            for name in runs:
+                runs[name][what]()
+                stream.synchronize()
+                graphs[name] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[name], stream=stream):
+                    for _ in range(PAIR_REPEATS):
+                        runs[name][what]()
+            taken: dict[str, list[float]] = {"on": [], "off": []}
+            for turn in range(PAIRS + 2):
+                for name in ("on", "off") if turn % 2 else ("off", "on"):
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    align()
+                    start.record()
+                    graphs[name].replay()
+                    end.record()
+                    end.synchronize()
+                    taken[name].append(start.elapsed_time(end) * 1e3 / PAIR_REPEATS)
+            samples[what] = {name: us[2:] for name, us in taken.items()}
+    return {"us": samples}
 
 
-def figures(p: Party, tokens: list[int], what: list[str], **config: object) -> dict[str, float]:
-    """One communicator in each process; 'dispatch 128' and so on -> us."""
-    p.open(list(p.ranks.values()), **{**BARS, **config})
-    p.adopt(list(p.ranks.values()))
-    out = {}
-    for n in tokens:
-        for name, us in slower(p.all("measure", tokens=n, what=what)).items():
-            out[f"{name} {n}"] = us
-    p.all("close")
-    return out
+def adapter(ranks: RankProcess, tokens: int, use_fp8: bool) -> Reply:
+    """Figures in us of calls through DeepEP's interface, with and without a hook, in a graph of ADAPTER_REPEATS."""
+    comm = ranks.comm
+    most, experts = comm.layout.max_tokens, comm.ep_size * ranks.slots_per_rank
+    buffer = Buffer(communicator=comm, low_latency_mode=True, enable_shrink=True)
+    g = torch.Generator().manual_seed(comm.rank)
+    x = torch.randn(tokens, ranks.hidden, generator=g).to(ranks.device, torch.bfloat16)
+    chosen = torch.rand(tokens, experts, generator=g).argsort(1)[:, : ranks.top_k].to(ranks.device)
+    weights = torch.rand(tokens, ranks.top_k, generator=g).to(ranks.device)
+
+    def dispatch(hook: bool) -> Any:
+        got = buffer.low_latency_dispatch(x, chosen, most, experts, use_fp8=use_fp8, return_recv_hook=hook)
+        if got[4] is not None:
+            got[4]()
+        return got
+
+    handle = dispatch(False)[2]
+    y = torch.randn(ranks.slots_per_rank, comm.ep_size * most, ranks.hidden, device=ranks.device).to(torch.bfloat16)
+
+    def combine(hook: bool) -> None:
+        finish = buffer.low_latency_combine(y, chosen, weights, handle, return_recv_hook=hook)[2]
+        if finish is not None:
+            finish()
+
+    torch.cuda.synchronize()
+    figures = {}
+    calls: tuple[tuple[str, Callable[[bool], Any]], ...] = (("dispatch", dispatch), ("combine", combine))
+    for name, run in calls:
+        for hook in (False, True):
+            figures[f"{name}{' hook' if hook else ''}"] = timed(partial(run, hook), comm.barrier, ADAPTER_REPEATS)
+    assert comm.status().clean
+    return {"us": figures}
 
 
-def table(p: Party) -> dict[str, dict[str, float]]:
-    """The bars' figures."""
-    sizes = [128, 16, 1]
-    rows = {}
-    for mode in ("exact", "fast"):
-        for guard in (True, False):
-            name = f"{mode}, mask and time-outs {'on' if guard else 'off'}"
-            what = ["dispatch", "combine", "both"]
-            rows[name] = figures(p, sizes, what, fp8=True, mode=mode, guard=guard)
-            show(name, rows[name])
-    # More programs move 128 tokens faster, and small batches slower: each of them waits for its own stores.
-    wide = {"combine_groups": 48, "combine_rows": 8}
-    rows["exact, 48 groups"] = figures(p, sizes, ["combine", "both"], fp8=True, shape=wide)
-    show("exact, 48 groups", rows["exact, 48 groups"])
-    rows["bf16, exact"] = figures(p, sizes, ["dispatch", "combine", "both", "barrier"], mode="exact")
-    show("bf16, exact", rows["bf16, exact"])
-    return rows
-
-
-def sweep(p: Party) -> dict[str, dict[str, float]]:
-    """Launch shapes, fp8 dispatch and both modes of combine."""
-    names = (
-        "chunk", "dispatch_groups", "dispatch_tile", "dispatch_warps", "combine_groups", "combine_rows",
-        "combine_warps",
-    )  # fmt: skip
-    rows = {}
-    for values in SHAPES:
-        shape = dict(zip(names, values, strict=True))
-        name = "chunk {} dispatch {}/{}/{} combine {}/{}/{}".format(*values)
-        rows[name] = figures(p, [128, 16, 1], ["dispatch", "combine", "both"], fp8=True, shape=shape)
-        show(name, rows[name])
-        rows[name + ", fast"] = figures(p, [128, 16, 1], ["combine"], fp8=True, mode="fast", shape=shape)
-        show("", rows[name + ", fast"])
-    return rows
-
-
-SHAPES = [
-    (1024, 18, 8, 8, 18, 16, 4), (1024, 18, 8, 8, 36, 16, 4), (1024, 18, 8, 8, 48, 8, 4), (1024, 18, 4, 8, 27, 32, 8),
-    (512, 18, 8, 4, 36, 16, 4),
-]  # fmt: skip
-
-
-def show(name: str, row: dict[str, float]) -> None:
-    print(f"{name:44s} " + "  ".join(f"{k} {v:.1f}" for k, v in row.items()), flush=True)
+COMMANDS = {
+    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "pair": pair, "adapter": adapter,
+}  # fmt: skip
 
 
 def nccl_rank(rank: int, init: str) -> None:
@@ -171,7 +294,105 @@ def nccl_rank(rank: int, init: str) -> None:
     dist.destroy_process_group()
 
 
-def nccl() -> dict[str, float]:
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def slower(answers: dict[int, Reply]) -> dict[str, float]:
+    """Of all ranks the slowest, for each figure."""
+    names = next(iter(answers.values()))["us"]
+    return {n: max(a["us"][n] for a in answers.values()) for n in names}
+
+
+@contextlib.contextmanager
+def opened(p: Party, **config: Any) -> Iterator[None]:
+    """One communicator in each process, for as long as this lasts."""
+    ranks = list(p.ranks.values())
+    p.open(ranks, **config)
+    p.adopt(ranks)
+    yield
+    p.all("close")
+
+
+def figures(p: Party, name: str, sizes: tuple[int, ...]) -> dict[str, float]:
+    """'dispatch 128' and so on -> us, of the communicators that are open; also printed."""
+    row = {}
+    for n in sizes:
+        for what, us in slower(p.all("measure", tokens=n)).items():
+            row[f"{what} {n}"] = us
+    said = "  ".join(f"{what} " + " / ".join(f"{row[f'{what} {n}']:5.1f}" for n in sizes) for what in WHAT)
+    print(f"{name:44s} {said}", flush=True)
+    return row
+
+
+def bars(p: Party, rows: dict[str, Any]) -> None:
+    """Every configuration: right first, then its figures."""
+    print("us, slower rank; tokens: " + ", ".join(f"{c} {n}" for c, n in TIMED.items()))
+    for config, sizes in TIMED.items():
+        with opened(p, **CONFIGS[config]):
+            for i, tokens in enumerate(CHECKED[config]):
+                p.all("check", tokens=tokens, seed=i)
+            rows[config] = figures(p, config, sizes)
+
+
+def sweep(p: Party, rows: dict[str, Any]) -> None:
+    """Launch shapes, each checked before it is timed."""
+    for config, shapes in SHAPES.items():
+        for shape in shapes:
+            name = f"{config} " + (", ".join(f"{k} {v}" for k, v in shape.items()) or "as it is")
+            with opened(p, **CONFIGS[config], shape=shape):
+                p.all("check", tokens=[128, 128], seed=1)
+                rows[name] = figures(p, name, (128, 16, 1))
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """The median and the interval that holds the true one with 95 %, whatever the distribution."""
+    ordered, n = sorted(ratios), len(ratios)
+    reach = 1.96 * math.sqrt(n) / 2
+    return (
+        statistics.median(ordered),
+        ordered[max(0, int(n / 2 - reach))],
+        ordered[min(n - 1, math.ceil(n / 2 + reach))],
+    )
+
+
+def guard(p: Party, rows: dict[str, Any]) -> None:
+    """On against off, in turns."""
+    ranks = list(p.ranks.values())
+    for config, sizes in (("exact", (128, 16, 1)), ("engine", (64, 1))):
+        for name, on in (("on", True), ("off", False)):
+            p.open(ranks, **CONFIGS[config], guard=on)
+            p.adopt(ranks)
+            p.all("keep", name=name)
+        for n in sizes:
+            answers = p.all("pair", tokens=n)
+            for what in WHAT:
+                us = {
+                    name: [max(pairs) for pairs in zip(*(a["us"][what][name] for a in answers.values()), strict=True)]
+                    for name in ("on", "off")
+                }
+                middle, low, high = interval([on / off for on, off in zip(us["on"], us["off"], strict=True)])
+                on, none = statistics.median(us["on"]), statistics.median(us["off"])
+                rows[f"{config} {what} {n}"] = {"on": on, "off": none, "ratio": middle, "low": low, "high": high}
+                print(
+                    f"guard, {config:6s} {what:9s} {n:4d}  on {on:6.2f}  off {none:6.2f}  on costs "
+                    f"{(middle - 1) * 100:+5.2f} % ({(low - 1) * 100:+.2f} to {(high - 1) * 100:+.2f})",
+                    flush=True,
+                )
+        p.all("close_kept")
+
+
+def adapters(p: Party, rows: dict[str, Any]) -> None:
+    """Through DeepEP's interface: fp8 on the wire, then bf16."""
+    for fp8 in (True, False):
+        kind = "fp8" if fp8 else "bf16"
+        with opened(p, **{**BARS, "fp8": fp8}):
+            for n in (128, 16, 1):
+                row = slower(p.all("adapter", tokens=n, use_fp8=fp8))
+                rows[f"{kind} {n}"] = row
+                print(f"adapter, {kind:4s} {n:4d}  " + "  ".join(f"{w} {us:.1f}" for w, us in row.items()), flush=True)
+
+
+def nccl(rows: dict[str, Any]) -> None:
     """Figures of NCCL's all-to-all, from two processes."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -183,35 +404,68 @@ def nccl() -> dict[str, float]:
         ]  # fmt: skip
         said = ranks[0].communicate(timeout=120)[0]
         ranks[1].communicate(timeout=30)
-    return json.loads(said.strip().splitlines()[-1]) if said.strip() else {}
+    rows.update(json.loads(said.strip().splitlines()[-1]))
+    print("nccl  " + "  ".join(f"{name} {us:.1f}" for name, us in rows.items()), flush=True)
+
+
+def attempt(name: str, rows: dict[str, Any], seconds: float) -> str:
+    """Run one part in processes of its own, which are killed should it hang. Returns why it failed, if it did."""
+    with_party = {"bars": bars, "guard": guard, "adapter": adapters, "sweep": sweep}
+    try:
+        if name == "nccl":
+            nccl(rows)
+            return ""
+        with party(SCRIPT, 2, 2) as p:
+
+            def end() -> None:
+                for m in p.ranks.values():
+                    m.process.kill()
+
+            timer = threading.Timer(seconds, end)
+            timer.daemon = True
+            timer.start()
+            try:
+                with_party[name](p, rows)
+            finally:
+                timer.cancel()
+    except (AssertionError, OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+        why = (str(error).splitlines() or [repr(error)])[0][:200]
+        print(f"{name}: FAILED {why}", flush=True)
+        return why
+    return ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times of the CUDA communicator's kernels.")
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--no-nccl", action="store_true")
+    parser.add_argument("--parts", default="bars,guard,adapter,nccl", help="of " + ", ".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=90.0, help="what a part may take")
     parser.add_argument("--json", help="write everything there")
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if torch.cuda.device_count() < 2:
         print("comm_gpu: skipped, it needs two CUDA devices")
         return 0
-    watchdog(420)
+    watchdog(len(parts) * (options.seconds + 15))
     device = torch.cuda.get_device_properties(0)
     print(f"2 x {device.name}, torch {torch.__version__}, CUDA {torch.version.cuda}; us, slower rank, median of "
           f"{REPLAYS} graphs of {REPEATS}")  # fmt: skip
-    with party(SCRIPT, 2, 2) as p:
-        rows = sweep(p) if options.sweep else table(p)
-    if not options.no_nccl and not options.sweep:
-        rows["nccl all_to_all"] = nccl()
-        show("nccl all_to_all", rows["nccl all_to_all"])
+    everything: dict[str, dict[str, Any]] = {}
+    failed = False
+    for name in parts:
+        began = time.monotonic()
+        rows = everything.setdefault(name, {})
+        failed = bool(attempt(name, rows, options.seconds)) or failed
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1))
-    return 0
+        Path(options.json).write_text(json.dumps(everything, indent=1))
+    return int(failed)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--rank-process"]:
-        RankProcess({"measure": measure}).run()
+        RankProcess(COMMANDS).run()
     elif sys.argv[1:2] == ["--nccl-rank"]:
         nccl_rank(int(sys.argv[2]), sys.argv[3])
     else:

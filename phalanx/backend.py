@@ -185,7 +185,7 @@ class CudaBackend:
         self._graph_sizes = graph_sizes if device.type == "cuda" else ()
         token_sizes = token_ladder(min(config.cuda_graph_max_tokens, config.max_num_batched_tokens))
         self._token_sizes = token_sizes if self._graph_sizes else ()
-        shape = LaunchShape.of(model.hidden) if device.type == "cuda" else LaunchShape.of(model.hidden, programs=2)
+        shape = None if device.type == "cuda" else LaunchShape.of(model.hidden, programs=2)
         self.bank: DeviceBank = bank or DeviceBank(
             model.num_moe_layers, place.slots, model.hidden, model.expert_width, dtype, device, model.expert_format
         )

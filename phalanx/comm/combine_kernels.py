@@ -1,7 +1,7 @@
 """The combine kernel (Triton): the experts' results back to their tokens' owners, and added there.
 
-Three modes: ROWS brings a row a (token, k) and adds nothing; EXACT adds those rows in the order of k; FAST adds at the
-experts' rank first. How ranks meet, the words of `state` and the shape suffixes are in `kernels`.
+Two modes: ROWS brings a row a (token, k) and adds nothing; EXACT adds those rows in the order of k. (The mode `fast` is
+in `line_kernels`.) How ranks meet, the words of `state` and the shape suffixes are in `kernels`.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,no-any-return,name-defined,valid-type"
 # Triton's language is not typed: its functions are compiled, never called by Python.
@@ -15,7 +15,6 @@ from phalanx.comm.kernels import COMBINE, MASK, begin, draw_ticket, element, rai
 
 ROWS: tl.constexpr = tl.constexpr(0)
 EXACT: tl.constexpr = tl.constexpr(1)
-FAST: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -58,40 +57,6 @@ def _send_rows(
                 next_at = tl.load(position + to * (T_MAX * K) + next_pair, mask=i < pairs, other=-1)
                 tl.store(results + pair[:, None].to(tl.int64) * D + cols[None, :], y_MD, mask=here)
                 pair, at = next_pair, tl.where(next_at < rows, next_at, -1)
-
-
-@triton.jit
-def _send_sums(
-    state, own, y, position, counts, rank, group, cols, parity, alive_P, rows,
-    RESULTS, WEIGHTS,
-    R: tl.constexpr, P: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Store the weighted sums of our experts' results for the other ranks' tokens at their owners, a row a token."""
-    k = tl.arange(0, KP)
-    sent_parity = tl.load(counts + P)
-    for step in range(R - 1):
-        to = (rank + 1 + step) % R
-        if element(alive_P, to, P) > 0:
-            count = tl.minimum(tl.load(counts + to), T_MAX)
-            base = own + tl.multiple_of(tl.load(state + MASK + 4 * P + to), 128)
-            results = (base + RESULTS).to(tl.pointer_type(y.dtype.element_ty))
-            weights = (own + WEIGHTS).to(tl.pointer_type(tl.float32)) + (sent_parity * R + to) * (T_MAX * K)
-            places = position + to * (T_MAX * K)
-            at = tl.load(places + group * K + k, mask=(k < K) & (group < count), other=-1)
-            at = tl.where(at < rows, at, -1)
-            weight = tl.load(weights + group * K + k, mask=at >= 0, other=0.0)
-            for t in range(group, count, GROUPS):
-                here = (at >= 0)[:, None] & (cols < D)[None, :]
-                y_KD = tl.load(y + at[:, None].to(tl.int64) * D + cols[None, :], mask=here, other=0.0)
-                wanted = (cols < D) & (tl.max(at) >= 0)
-                total = tl.sum(y_KD.to(tl.float32) * weight[:, None], axis=0)
-                after = t + GROUPS
-                at = tl.load(places + after * K + k, mask=(k < K) & (after < count), other=-1)
-                at = tl.where(at < rows, at, -1)
-                weight = tl.load(weights + after * K + k, mask=at >= 0, other=0.0)
-                row = ((parity * R + rank) * T_MAX + t).to(tl.int64)
-                tl.store(results + row * D + cols, total.to(y.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
@@ -149,33 +114,6 @@ def _add_rows(
         owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, t + GROUPS, rows, S, K, KP, T_MAX, MODE)
 
 
-@triton.jit
-def _add_sums(
-    own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P, rows,
-    RESULTS,
-    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """FAST: out[t] = our own experts' weighted sum + one row from each other rank that holds a slot of t."""
-    k = tl.arange(0, KP)
-    results = (own + RESULTS).to(tl.pointer_type(y.dtype.element_ty))
-    for t in range(group, tokens, GROUPS):
-        slot = tl.load(slots + t * K + k, mask=k < K, other=-1)
-        at = tl.load(position + (rank * T_MAX + t) * K + k, mask=k < K, other=-1)
-        at = tl.where(at < rows, at, -1)
-        weight = tl.load(weights + t * K + k, mask=k < K, other=0.0)
-        owner = tl.where(slot >= 0, slot // S, -1)
-        held = ((owner == rank) & (at >= 0) & (element(here_P, rank, P) > 0))[:, None] & (cols < D)[None, :]
-        y_KD = tl.load(y + at[:, None].to(tl.int64) * D + cols[None, :], mask=held, other=0.0)
-        total = tl.sum(y_KD.to(tl.float32) * weight[:, None], axis=0)
-        for step in tl.static_range(R - 1):
-            source = (rank + 1 + step) % R
-            wants = (tl.max((owner == source).to(tl.int32)) > 0) & (element(here_P, source, P) > 0)
-            row = ((parity * R + source) * T_MAX + t).to(tl.int64)
-            total += tl.load(results + row * D + cols, mask=(cols < D) & wants, other=0.0).to(tl.float32)
-        tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
-
-
 @triton.jit(do_not_specialize=["tokens", "rank", "notice", "notice_stride", "rows"])
 def combine_kernel(
     y, position, counts, slots, weights, out, own, state, host, notice,
@@ -183,8 +121,7 @@ def combine_kernel(
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr, MODE: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
-    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, WEIGHTS: tl.constexpr, RESULTS: tl.constexpr,
-    RESULT_FLAG: tl.constexpr,
+    CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, RESULTS: tl.constexpr, RESULT_FLAG: tl.constexpr,
 ):  # fmt: skip
     """Bring the experts' results back to their tokens' owners, and add them. COLLECTIVE. rows: how many y has.
 
@@ -198,20 +135,13 @@ def combine_kernel(
     PROGRAMS: tl.constexpr = CHUNKS * GROUPS
     # What is to be sent and added where does not depend on the peers: know it before they answer.
     owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, group, rows, S, K, KP, T_MAX, MODE)
-    if MODE != FAST:
-        pair, at = _first_rows(position, counts, rank, group, rows, R, K, T_MAX, GROUPS, ROWS_AT_ONCE)
-    expected, parity, alive_P = begin(own, state, CUT_AT, COMBINE, PROGRAMS, R, P, GUARD)
+    pair, at = _first_rows(position, counts, rank, group, rows, R, K, T_MAX, GROUPS, ROWS_AT_ONCE)
+    expected, parity, alive_P = begin(own, state, CUT_AT, COMBINE, R, P, GUARD)
     others_P = tl.where(r == rank, 0, alive_P)
-    if MODE == FAST:
-        _send_sums(
-            state, own, y, position, counts, rank, group, cols, parity, alive_P, rows,
-            RESULTS, WEIGHTS, R, P, K, KP, D, T_MAX, GROUPS,
-        )  # fmt: skip
-    else:
-        _send_rows(
-            state, own, y, position, counts, rank, group, cols, parity, alive_P, pair, at, rows,
-            RESULTS, R, P, K, KP, D, T_MAX, GROUPS, ROWS_AT_ONCE,
-        )  # fmt: skip
+    _send_rows(
+        state, own, y, position, counts, rank, group, cols, parity, alive_P, pair, at, rows,
+        RESULTS, R, P, K, KP, D, T_MAX, GROUPS, ROWS_AT_ONCE,
+    )  # fmt: skip
     raise_flag(own, state, RESULT_FLAG + (rank * PROGRAMS + pid) * 8, expected, others_P, R, P)
     draw_ticket(state, expected, COMBINE)
     here_P = wait_for(
@@ -219,13 +149,7 @@ def combine_kernel(
         expected, others_P, R, P, GUARD, INTERPRETED,
     )  # fmt: skip
     here_P = tl.where(r == rank, alive_P, here_P)
-    if MODE == FAST:
-        _add_sums(
-            own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P, rows,
-            RESULTS, R, P, S, K, KP, D, T_MAX, GROUPS, CHUNK,
-        )  # fmt: skip
-    else:
-        _add_rows(
-            own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P,
-            owner_K, at_K, weight_K, rows, RESULTS, R, P, S, K, KP, D, T_MAX, GROUPS, CHUNK, MODE,
-        )  # fmt: skip
+    _add_rows(
+        own, y, position, slots, weights, out, tokens, rank, group, cols, parity, here_P,
+        owner_K, at_K, weight_K, rows, RESULTS, R, P, S, K, KP, D, T_MAX, GROUPS, CHUNK, MODE,
+    )  # fmt: skip

@@ -84,13 +84,13 @@ class CudaCommunicator(Communicator):
         self.slots_per_rank, self._top_k, self._hidden = slots_per_rank, top_k, hidden
         self._max_tokens, self._dtype, self._fp8, self._mode = max_tokens, dtype, fp8, mode
         self._elastic, self._timeout_s = elastic, peer_timeout_s
-        self._shape = shape or LaunchShape.of(hidden)
         self._padded = power_of_two(ep_size)
         device = device or torch.device("cuda", torch.cuda.current_device())
+        self._shape = shape or LaunchShape.on(device, hidden)
         self.layout = BufferLayout(
             ep_size, max_tokens, hidden, top_k, 1 if fp8 else dtype.itemsize, dtype.itemsize,
             self._shape.chunks(hidden) * self._shape.dispatch_groups,
-            self._shape.chunks(hidden) * self._shape.combine_groups,
+            self._shape.chunks(hidden) * self._shape.combine_groups, mode == "fast",
         )  # fmt: skip
         self._memory = memory or CudaIpcMemory(self.layout.nbytes, device)
         self._own = self._memory.buffer
@@ -478,8 +478,7 @@ class CudaCommunicator(Communicator):
         x = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
         sent = self.dispatch(x, slots, weights if self._mode == "fast" else None)
         y = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
-        if self._mode == "exact":
-            self.combine(y, sent)
+        self.combine(y, sent)
         self.combine_weighted(y, sent, weights)
         self.barrier()
         self._tell("cut", [], 0)

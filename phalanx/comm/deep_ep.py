@@ -344,7 +344,7 @@ class Buffer:
         chunks = launch.chunks(hidden)
         return BufferLayout(
             num_ranks, num_max_dispatch_tokens_per_rank, hidden, _HINTED_TOP_K, 2, 2,
-            chunks * launch.dispatch_groups, chunks * launch.combine_groups,
+            chunks * launch.dispatch_groups, chunks * launch.combine_groups, False,
         ).nbytes  # fmt: skip
 
     @property

@@ -176,7 +176,7 @@ def dispatch_kernel(
     """
     pid = tl.program_id(0)
     if pid < R:
-        expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R + CHUNKS * GROUPS, R, P, GUARD)
+        expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R, P, GUARD)
         _send_meta(
             own, state, slots, weights, tokens, rank, pid, expected, parity, alive_P,
             META, COUNT, WEIGHTS, META_FLAG, R, P, S, K, T_MAX, BLOCK, WEIGHTED,
@@ -188,7 +188,7 @@ def dispatch_kernel(
         group = program // CHUNKS
         # Our own tokens are under way before we know the number of this collective.
         slot_TK, x_TD = _tile(x, slots, tokens, group, chunk * CHUNK + tl.arange(0, CHUNK), K, KP, D, GROUPS, TILE)
-        expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R + CHUNKS * GROUPS, R, P, GUARD)
+        expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R, P, GUARD)
         _send_tokens(
             own, state, x, slots, slot_TK, x_TD, tokens, rank, group, chunk, parity, alive_P,
             X, SCALES, R, P, S, K, KP, D, T_MAX, CHUNK, GROUPS, TILE, FP8,

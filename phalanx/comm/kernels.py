@@ -1,6 +1,6 @@
 """How ranks meet in the CUDA communicator's kernels (Triton), how a wait ends, and the kernels that carry no token.
 
-Those are gather and tell; dispatch is in `dispatch_kernels`, combine in `combine_kernels`.
+Those are gather and tell; dispatch is in `dispatch_kernels`, combine in `combine_kernels` and `line_kernels`.
 
 One kernel is one collective of one rank. Its programs first send, then wait: no program waits for another one of its
 own rank, so a grid that fits the device at once cannot deadlock with the peers' grids.
@@ -49,6 +49,7 @@ CUT: tl.constexpr = tl.constexpr(4)
 DISPATCH: tl.constexpr = tl.constexpr(0)
 COMBINE: tl.constexpr = tl.constexpr(1)
 GATHER: tl.constexpr = tl.constexpr(2)
+SUMS: tl.constexpr = tl.constexpr(3)
 
 POLL: tl.constexpr = tl.constexpr(64)
 """Rounds of a wait (of about 0.1 us on an H200) between two looks at what may end it."""
@@ -56,6 +57,8 @@ TURN_BITS: tl.constexpr = tl.constexpr(16)
 """A program's turn to read host memory lasts 2**16 ns."""
 PATIENT_NS: tl.constexpr = tl.constexpr(200_000)
 """Waits shorter than this never read host memory."""
+TICKETS: tl.constexpr = tl.constexpr(1 << 16)
+"""Tickets that the programs of one launch draw together, however many they are."""
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def _look(pointers, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _now(INTERPRETED: tl.constexpr):
+def now_ns(INTERPRETED: tl.constexpr):
     """Nanoseconds of the device's clock. The interpreter has no clock: no wait times out there."""
     if INTERPRETED:
         return tl.full((), 0, tl.int64)
@@ -84,20 +87,24 @@ def element(vector_P, index, P: tl.constexpr):
 
 
 @triton.jit
-def begin(
-    own, state, cut_at, kind: tl.constexpr, PROGRAMS: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
-    GUARD: tl.constexpr,
-):  # fmt: skip
+def bits_of(flag_P, P: tl.constexpr):
+    """Bit r is set where flag_P[r] > 0."""
+    r = tl.arange(0, P).to(tl.int64)
+    return tl.sum(tl.where(flag_P > 0, tl.full([P], 1, tl.int64) << r, 0))
+
+
+@triton.jit
+def begin(own, state, cut_at, kind: tl.constexpr, R: tl.constexpr, P: tl.constexpr, GUARD: tl.constexpr):
     """What every program reads first: (expected flag word, parity, alive_P).
 
-    The number of this collective follows from a ticket that each of the grid's PROGRAMS programs draws once
-    (`draw_ticket`), after it has read it: nobody has to reset it, and no program waits for another."""
+    The number of this collective follows from the tickets that the programs of earlier launches drew, each after it
+    had read it (`draw_ticket`): nobody has to reset it, and no program waits for another."""
     r = tl.arange(0, P)
     epoch = tl.load(state + EPOCH)
-    sequence = tl.load(state + TICKET + kind) // PROGRAMS + 1
+    sequence = tl.load(state + TICKET + kind) // TICKETS + 1
     if GUARD:
         alive_P = tl.load(state + MASK + r, mask=r < R, other=0).to(tl.int32)
-        cut_P = tl.load((own + cut_at).to(tl.pointer_type(tl.int64)) + r, mask=r < R, other=0, volatile=True)
+        cut_P = tl.load((own + cut_at).to(tl.pointer_type(tl.int64)) + r, mask=r < R, other=0)
         interrupted = tl.load(state + INTERRUPTED)
         newly_cut = (alive_P > 0) & (cut_P >= epoch)
         tl.store(state + MASK + P + r, CUT, mask=newly_cut)
@@ -110,12 +117,23 @@ def begin(
 
 @triton.jit
 def draw_ticket(state, expected, kind: tl.constexpr):
-    """Draw this program's ticket. What is added depends on the number read, so the read is over before: no fence."""
-    tl.atomic_add(state + TICKET + kind, (expected >= 0).to(tl.int64), sem="relaxed", scope="gpu")
+    """Draw this program's ticket; the first program draws those that are left over. What is added depends on the number
+    read, and all warps have read it before: no fence."""
+    tl.debug_barrier()
+    drawn = tl.where(tl.program_id(0) == 0, TICKETS - tl.num_programs(0) + 1, 1)
+    tl.atomic_add(state + TICKET + kind, tl.where(expected >= 0, drawn, 0).to(tl.int64), sem="relaxed", scope="gpu")
 
 
 @triton.jit
-def _give_up(
+def agreed(value):
+    """A scalar int64 that each warp may have loaded at another moment: the least of theirs, the same for all warps.
+
+    Warps of a program must take the same way wherever barriers stand on it, and a reduction is one."""
+    return tl.min(tl.zeros([1024], tl.int64) + value)
+
+
+@triton.jit
+def give_up(
     own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, elapsed, turn,
     R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +193,7 @@ def wait_for(
     flag_P = (own + flags_at).to(tl.pointer_type(tl.int64)) + tl.minimum(r, R - 1) * stride
     seen_P = _look(flag_P, INTERPRETED)
     waiting_P = tl.where(seen_P >= expected, 0, awaited_P)
-    started = _now(INTERPRETED)
+    started = now_ns(INTERPRETED)
     rounds = 0
     while tl.max(waiting_P) > 0:
         seen_P = _look(flag_P, INTERPRETED)
@@ -183,11 +201,11 @@ def wait_for(
         rounds += 1
         if GUARD:  # noqa: SIM102  (compiled away)
             if rounds % POLL == 0:
-                now = _now(INTERPRETED)
+                now = now_ns(INTERPRETED)
                 elapsed = now - started
                 turn = (now >> TURN_BITS) % tl.num_programs(0) == tl.program_id(0)
                 turn = INTERPRETED or (turn and elapsed > PATIENT_NS)
-                waiting_P = _give_up(
+                waiting_P = give_up(
                     own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, elapsed, turn,
                     R, P,
                 )  # fmt: skip
@@ -224,7 +242,7 @@ def gather_kernel(
 
     0 words: a barrier. Grid: one program.
     """
-    expected, parity, alive_P = begin(own, state, CUT_AT, GATHER, 1, R, P, GUARD)
+    expected, parity, alive_P = begin(own, state, CUT_AT, GATHER, R, P, GUARD)
     r = tl.arange(0, P)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = (column < words) & (r < R)

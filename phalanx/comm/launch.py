@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout
+from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, lines
 from phalanx.comm.received import Handle, Lists
 from phalanx.errors import PhalanxError
 
@@ -30,25 +30,44 @@ class LaunchShape:
     """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
-    program sends at once.
+    program sends at once. line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program moves at once;
+    line_senders, line_receivers: how many programs at most do the one and the other.
     """
 
     chunk: int = 1024
     dispatch_groups: int = 18
     dispatch_tile: int = 8
     dispatch_warps: int = 8
-    combine_groups: int = 36
-    combine_rows: int = 16
+    combine_groups: int = 48
+    combine_rows: int = 8
     combine_warps: int = 4
+    line_tile: int = 4
+    line_warps: int = 2
+    line_senders: int = 512
+    line_receivers: int = 512
+
+    def __post_init__(self) -> None:
+        # A word that two threads load may be another one for each: the number of a line is then not that of its data.
+        assert self.line_tile * 16 >= 32 * self.line_warps, f"a thread without a word of its own: {self}"
 
     @classmethod
     def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
-        """A shape that fills about `programs` multiprocessors."""
+        """A shape for about `programs` multiprocessors. Combine's programs wait in threes on each, so as to have more
+        under way."""
         chunk = min(1024, power_of_two(hidden))
         chunks = -(-hidden // chunk)
         return cls(
-            chunk=chunk, dispatch_groups=max(1, programs // chunks), combine_groups=max(1, 2 * programs // chunks)
-        )
+            chunk=chunk, dispatch_groups=max(1, programs // chunks),
+            combine_groups=max(1, 8 * programs // (3 * chunks)),
+            line_senders=4 * programs, line_receivers=4 * programs,
+        )  # fmt: skip
+
+    @classmethod
+    def on(cls, device: torch.device, hidden: int) -> LaunchShape:
+        """`of` for this device. LOCAL."""
+        if device.type != "cuda":
+            return cls.of(hidden)
+        return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count))
 
     def chunks(self, hidden: int) -> int:
         """How many chunks a row has. LOCAL."""
@@ -88,10 +107,11 @@ class Kernels:
     def __init__(self, fixed: Fixed) -> None:
         from triton import knobs
 
-        from phalanx.comm import combine_kernels, dispatch_kernels, kernels
+        from phalanx.comm import combine_kernels, dispatch_kernels, kernels, line_kernels
 
         self._code = kernels
         self._dispatch_kernel, self._combine_kernel = dispatch_kernels.dispatch_kernel, combine_kernels.combine_kernel
+        self._line_kernel = line_kernels.line_combine_kernel
         self._seen: dict[str, tuple[int, int, Any]] = {}
         self._fixed = fixed
         layout, shape, at = fixed.layout, fixed.shape, fixed.layout.offsets
@@ -104,19 +124,23 @@ class Kernels:
         moves = {
             **waits, "S": fixed.slots, "K": fixed.top_k, "KP": power_of_two(fixed.top_k), "D": fixed.hidden,
             "T_MAX": fixed.max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(fixed.hidden),
-            "WEIGHTS": at["weights"],
         }  # fmt: skip
         pairs = power_of_two(fixed.max_tokens * fixed.top_k)
         block = pairs if pairs * fixed.padded <= _PAIRS_IN_REGISTERS else 1024
         self._dispatch = {
             **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
-            "BLOCKS": -(-pairs // block),
-            "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast", "META": at["meta"], "COUNT": at["count"],
-            "X": at["x"], "SCALES": at["scales"], "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
+            "BLOCKS": -(-pairs // block), "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast",
+            "META": at["meta"], "COUNT": at["count"], "WEIGHTS": at["weights"], "X": at["x"], "SCALES": at["scales"],
+            "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
         }  # fmt: skip
         self._combine = {
             **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"],
             "RESULT_FLAG": at["result_flag"],
+        }  # fmt: skip
+        self._lines = {
+            **{name: moves[name] for name in (*waits, "S", "K", "D", "T_MAX")},
+            "LINES": lines(fixed.hidden, layout.result_itemsize), "TILE": shape.line_tile,
+            "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
         }  # fmt: skip
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
@@ -130,7 +154,7 @@ class Kernels:
             lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
             num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
-        self._seen["dispatch"] = (programs, self._shape.dispatch_warps, compiled)
+        self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
 
     def combine(
         self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
@@ -138,16 +162,42 @@ class Kernels:
     ) -> None:  # fmt: skip
         """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe."""
         c = self._fixed
+        if mode == "fast":
+            assert weights is not None, "mode fast adds at the expert's rank: it needs weights"
+            self._combine_sums(y, handle, weights, out, tokens)
+            return
         compiled = self._combine_kernel[(c.layout.combine_programs,)](
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
-            MODE=("rows", "exact", "fast").index(mode),
-            num_warps=self._shape.combine_warps,
+            MODE=("rows", "exact").index(mode), num_warps=self._shape.combine_warps,
         )  # fmt: skip
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
 
+    def _combine_sums(self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int) -> None:
+        assert y.data_ptr() % 8 == 0, "results are read 8 bytes at a time"
+        c = self._fixed
+        senders, receivers = self._line_programs(tokens)
+        compiled = self._line_kernel[(senders + receivers,)](
+            y, handle.position, handle.counts, handle.slots_TK, weights, out, *self._words(), tokens, c.rank,
+            y.shape[0], senders, **self._lines, num_warps=self._shape.line_warps,
+        )  # fmt: skip
+        most = self._line_programs(c.max_tokens)[1]
+        self._seen["combine (fast)"] = (most, self._shape.line_warps, compiled)
+
+    def _line_programs(self, tokens: int) -> tuple[int, int]:
+        """How many programs send and receive lines: as many as there may be work for, all of them when there is much.
+
+        What the others own is not known here: at least as many send as a few tokens want."""
+        units = -(-self._lines["LINES"] // self._shape.line_tile)
+        ends = self._fixed.ep_size - 1
+        few = min(self._shape.line_senders, max(tokens, 16) * units * ends)
+        senders = -(-few // ends) * ends if ends else 0
+        return senders, max(1, min(self._shape.line_receivers, tokens * units))
+
     def check_fit(self) -> None:
-        """Whether each grid launched so far fits the device at once; its programs wait for peers, so it must. LOCAL."""
+        """Whether the programs that wait for peers fit the device at once, in each grid launched so far. LOCAL.
+
+        They must, with room for one more: those that only send wait for nobody, and end there one after the other."""
         if self._fixed.own.device.type != "cuda":
             return
         device = torch.cuda.get_device_properties(self._fixed.own.device)
@@ -156,7 +206,7 @@ class Kernels:
             at_once = min(_REGISTERS // registers, 64 // warps, 32)
             if shared := compiled.metadata.shared:
                 at_once = min(at_once, device.shared_memory_per_multiprocessor // (shared + 1024))
-            if programs > at_once * device.multi_processor_count:
+            if programs >= at_once * device.multi_processor_count:
                 raise LaunchTooLarge(
                     f"{name}: {programs} programs of {registers} registers, {device.name} runs "
                     f"{at_once * device.multi_processor_count} at once: choose a LaunchShape with fewer groups"

@@ -40,11 +40,13 @@ class BufferLayout:
     everything that is received, because a peer may be one collective of a kind ahead:
 
         x           2 * R * T * D * b          (+ 2 * R * T * D / 128 * 4 for the scales of fp8)
-        results     2 * max(K, R) * T * D * 2  (a row per (token, k); under `fast` a row per (rank, token))
+        results     2 * K * T * D * 2          (a row per (token, k))
+        sums        2 * R * T * D / 60 * 128   (under `fast` only: a row per (rank, token), in lines)
         slot lists  2 * R * T * K * 8          (int32 slot, float32 weight)
         flags       8 * R words a program, and a few lines of counters
 
-    2 ranks, T = 128, D = 7168, K = 8, fp8: 33.2 MB. It grows with T: larger batches of prefill go in several waves.
+    2 ranks, T = 128, D = 7168, K = 8, fp8: 33.2 MB, under `fast` 41.1. It grows with T: larger batches of prefill go
+    in several waves.
     """
 
     ep_size: int
@@ -55,6 +57,7 @@ class BufferLayout:
     result_itemsize: int
     dispatch_programs: int
     combine_programs: int
+    fast: bool
 
     def __post_init__(self) -> None:
         assert min(self.ep_size, self.max_tokens, self.hidden, self.top_k) >= 1, self
@@ -68,6 +71,7 @@ class BufferLayout:
         sizes = {
             "cut": 8 * R,
             "opened": 8 * R,
+            "begun": 8 * R,
             "meta_flag": 8 * R,
             "row_flag": 8 * R,
             "data_flag": 8 * R * self.dispatch_programs,
@@ -78,7 +82,8 @@ class BufferLayout:
             "weights": 2 * 4 * R * T * K,
             "scales": 2 * 4 * R * T * (D // 128) if self.x_itemsize == 1 else 0,
             "x": 2 * R * T * D * self.x_itemsize,
-            "results": 2 * max(R, K) * T * D * self.result_itemsize,
+            "results": 2 * K * T * D * self.result_itemsize,
+            "sums": 2 * R * T * lines(D, self.result_itemsize) * _LINE if self.fast else 0,
         }
         offsets, at = {}, 0
         for name, size in sizes.items():
@@ -90,6 +95,11 @@ class BufferLayout:
     @property
     def nbytes(self) -> int:
         return self.offsets["end"]
+
+
+def lines(hidden: int, itemsize: int) -> int:
+    """How many lines a row of sums fills: 120 bytes of it each, and a word that numbers the collective. LOCAL."""
+    return -(-hidden * itemsize // (_LINE - 8))
 
 
 class PeerMemory(ABC):

@@ -83,6 +83,20 @@ def check_exchange(ranks: int, config: dict[str, int], **options: object) -> Non
             p.all("same_bits", seed=3, tokens=config["max_tokens"], trials=4)
 
 
+def check_half(ranks: int, config: dict[str, int], **options: Any) -> None:
+    """A rank dies between a dispatch and its combine: the others' combine ends, with all that they made themselves."""
+    with party(COMMANDS, ranks, devices()) as p:
+        opened(p, **config, peer_timeout_s=30.0, **options)
+        last, everyone = ranks - 1, list(p.ranks.values())
+        for m in everyone:
+            alive = list(range(last))
+            m.send("half_exchange", seed=7, tokens=config["max_tokens"], alive=alive, combines=m.rank != last)
+        expect(p.ranks[last].reply(), lost=[])
+        kill(p.ranks[last])
+        for m in everyone[:last]:
+            expect(m.reply(), lost=[last], causes={str(last): "notice"})
+
+
 def after_start(p: Party, victim: int, act: Callable[[Rank], Any]) -> tuple[Any, dict[int, Reply]]:
     """All serve; once they run, `act` happens to the victim. Returns when, and what the survivors say."""
     everyone = list(p.ranks)
@@ -336,6 +350,8 @@ def checks() -> dict[str, Stage]:
         "deep-ep": beside(1, check_deep_ep, 2, SMALL),
         "deep-ep-fp8": beside(2, check_deep_ep, 2, SMALL, fp8=True),
         "edges": beside(3, check_edges),
+        "half": beside(1, check_half, 2, SMALL),
+        "half-fast": beside(2, check_half, 4, {**SMALL, "slots_per_rank": 6}, mode="fast"),
         "exchange-large": beside(4, check_exchange, 2, LARGE, fp8=True),
         "exchange-bf16": beside(1, check_exchange, 2, SMALL),
         "exchange-fp8": beside(2, check_exchange, 2, SMALL, fp8=True),
@@ -357,7 +373,10 @@ def checks() -> dict[str, Stage]:
 def interpreted() -> dict[str, Stage]:
     """What Triton's interpreter can run, one after the other."""
     small = {"max_tokens": 4, "hidden": 256, "top_k": 2, "slots_per_rank": 3}
-    shape = {"chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "combine_groups": 2, "combine_rows": 4}
+    shape = {
+        "chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "combine_groups": 2, "combine_rows": 4,
+        "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2,
+    }  # fmt: skip
 
     def alone(check: Callable[..., None], *arguments: Any, **options: Any) -> Stage:
         return Stage(partial(check, *arguments, **options, interpret=True, shape=shape), 280.0)
@@ -367,6 +386,9 @@ def interpreted() -> dict[str, Stage]:
         "exchange-fast": alone(check_exchange, 2, small, mode="fast"),
         "exchange-fp8": alone(check_exchange, 2, small, fp8=True),
         "three-ranks": alone(check_exchange, 3, small),
+        "three-ranks-fast": alone(check_exchange, 3, small, mode="fast"),
+        "half": alone(check_half, 2, small),
+        "half-fast": alone(check_half, 3, small, mode="fast"),
         "meet": alone(check_meet),
         "edges": alone(check_edges),
         "edges-relayed": alone(check_edges, maps_host=False),

@@ -104,13 +104,28 @@ def exchange(ranks: RankProcess, seed: int, tokens: list[int], alive: list[int])
 
     y = expert(sources, torch.from_numpy(want[:, 0]) + comm.rank * S).to(ranks.device)
     expected = rows_expected(*all_inputs[comm.rank][:2], alive, S)
-    if not fast:
-        back = comm.combine(y, sent).cpu()
-        assert torch.equal(back, expected), f"rows differ at {(back != expected).any(2).nonzero().tolist()[:4]}"
+    back = comm.combine(y, sent).cpu()
+    assert torch.equal(back, expected), f"rows differ at {(back != expected).any(2).nonzero().tolist()[:4]}"
     out = comm.combine_weighted(y, sent, weights)
     close(out, weighted(expected, all_inputs[comm.rank][2]), 2.0 if fast else 1.0)
     assert out.shape == (tokens[comm.rank], ranks.hidden)
     return {"pairs": len(want)}
+
+
+def half_exchange(ranks: RankProcess, seed: int, tokens: int, alive: list[int], combines: bool) -> Reply:
+    """A dispatch of all ranks, of which only those in `alive` combine: what the others' experts made is missing."""
+    comm, S = ranks.comm, ranks.slots_per_rank
+    x, slots, weights = (t.to(ranks.device) for t in inputs(comm.rank, ranks, seed, tokens))
+    sent = comm.dispatch(x, slots, weights)
+    got = sent.trimmed()
+    y = expert(got.x_ND[got.row_M], got.slot_M + comm.rank * S)
+    assert comm.status().clean, comm.status()
+    if combines:
+        out = comm.combine_weighted(y, sent, weights)
+        fast = ranks.options.get("mode") == "fast"
+        close(out, weighted(rows_expected(x.cpu(), slots.cpu(), alive, S), weights.cpu()), 2.0 if fast else 1.0)
+    status = comm.status()
+    return {"lost": sorted(status.lost), "causes": dict(status.causes)}
 
 
 def same_bits(ranks: RankProcess, seed: int, tokens: int, trials: int) -> Reply:
@@ -311,9 +326,9 @@ def raises(ranks: RankProcess, what: str, **arguments: Any) -> Reply:
 
 
 COMMANDS = {
-    "exchange": exchange, "same_bits": same_bits, "capture": capture, "serve": serve, "wait_for_peers": wait_for_peers,
-    "interrupt": interrupt, "meet": meet, "watch": watch, "sleep": sleep, "ring": ring, "raises": raises,
-    "expect": expect_members,
+    "exchange": exchange, "half_exchange": half_exchange, "same_bits": same_bits, "capture": capture, "serve": serve,
+    "wait_for_peers": wait_for_peers, "interrupt": interrupt, "meet": meet, "watch": watch, "sleep": sleep,
+    "ring": ring, "raises": raises, "expect": expect_members,
     "deep_ep": deep_ep, "deep_ep_capture": deep_ep_capture, "deep_ep_replay": deep_ep_replay,
 }  # fmt: skip
 

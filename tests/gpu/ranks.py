@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,15 +220,15 @@ class RankProcess:
         top_k: int, slots_per_rank: int, interpret: bool = False, maps_host: bool = True,
         shape: dict[str, int] | None = None, **options: Any,
     ) -> Reply:  # fmt: skip
-        """The communicator. `shape`: fields of LaunchShape."""
+        """The communicator. `shape`: fields of LaunchShape that are not as for any communicator of this width."""
         self.top_k, self.hidden, self.slots_per_rank = top_k, hidden, slots_per_rank
-        launch = LaunchShape(**shape) if shape else LaunchShape.of(hidden)
+        launch = replace(LaunchShape.of(hidden), **(shape or {}))
         memory: PeerMemory | None = None
         if interpret:
             itemsize = 1 if options.get("fp8") else 2
             layout = BufferLayout(
                 ep_size, max_tokens, hidden, top_k, itemsize, 2, launch.chunks(hidden) * launch.dispatch_groups,
-                launch.chunks(hidden) * launch.combine_groups,
+                launch.chunks(hidden) * launch.combine_groups, options.get("mode") == "fast",
             )  # fmt: skip
             memory = HostSharedMemory(layout.nbytes, maps_host)
             self.device = torch.device("cpu")

@@ -8,15 +8,16 @@ import sys
 import pytest
 
 from phalanx.comm.launch import LaunchShape
-from phalanx.comm.peer_memory import BufferLayout
+from phalanx.comm.peer_memory import BufferLayout, lines
 
 
-def layout(ep_size: int, tokens: int, hidden: int, top_k: int, x_itemsize: int) -> BufferLayout:
+def layout(ep_size: int, tokens: int, hidden: int, top_k: int, x_itemsize: int, fast: bool = False) -> BufferLayout:
     shape = LaunchShape.of(hidden)
     chunks = shape.chunks(hidden)
     return BufferLayout(
-        ep_size, tokens, hidden, top_k, x_itemsize, 2, chunks * shape.dispatch_groups, chunks * shape.combine_groups
-    )
+        ep_size, tokens, hidden, top_k, x_itemsize, 2, chunks * shape.dispatch_groups, chunks * shape.combine_groups,
+        fast,
+    )  # fmt: skip
 
 
 GEOMETRIES = [(2, 128, 7168, 8, 1), (8, 128, 7168, 8, 2), (4, 1, 128, 1, 2), (3, 37, 1000, 5, 2), (16, 512, 2048, 4, 1)]
@@ -47,13 +48,16 @@ def test_every_part_of_a_buffer_has_the_room_that_its_kernel_addresses(
     assert ends["meta"] - at["meta"] >= 4 * pairs
     assert ends["weights"] - at["weights"] >= 4 * pairs
     assert ends["x"] - at["x"] >= 2 * ep_size * tokens * hidden * x_itemsize
-    assert ends["results"] - at["results"] >= 2 * max(ep_size, top_k) * tokens * hidden * 2
+    assert ends["results"] - at["results"] >= 2 * top_k * tokens * hidden * 2
     if x_itemsize == 1:
         assert ends["scales"] - at["scales"] >= 2 * ep_size * tokens * (hidden // 128) * 4
+    sums = layout(*geometry, fast=True).offsets
+    assert sums["end"] - sums["sums"] >= 2 * ep_size * tokens * lines(hidden, 2) * 128
 
 
 def test_the_documented_size_for_the_benchmark_shape_holds() -> None:
     assert round(layout(2, 128, 7168, 8, 1).nbytes / 1e6, 1) == 33.2
+    assert round(layout(2, 128, 7168, 8, 1, fast=True).nbytes / 1e6, 1) == 41.1
 
 
 def test_a_buffer_grows_with_tokens_a_rank_not_with_experts() -> None:
@@ -73,4 +77,14 @@ def test_a_launch_shape_covers_every_column_with_grids_that_an_h200_holds_at_onc
     assert shape.chunk & (shape.chunk - 1) == 0
     assert shape.chunks(hidden) * shape.chunk >= hidden > (shape.chunks(hidden) - 1) * shape.chunk
     assert shape.chunks(hidden) * shape.dispatch_groups <= 132
-    assert shape.chunks(hidden) * shape.combine_groups <= 2 * 132
+    assert shape.chunks(hidden) * shape.combine_groups <= 3 * 132
+
+
+@pytest.mark.parametrize("hidden", [60, 64, 2048, 7168])
+def test_a_row_of_results_fills_no_more_lines_than_its_bytes_and_their_numbers_need(hidden: int) -> None:
+    assert lines(hidden, 2) * 120 >= hidden * 2 > (lines(hidden, 2) - 1) * 120
+
+
+def test_a_launch_shape_whose_threads_would_share_words_of_a_line_is_refused() -> None:
+    with pytest.raises(AssertionError, match="a word of its own"):
+        LaunchShape(line_tile=2, line_warps=2)

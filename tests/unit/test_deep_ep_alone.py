@@ -89,7 +89,7 @@ def test_the_size_hint_covers_any_top_k_up_to_16_and_does_not_grow_with_the_expe
     hint = Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 288)
     assert hint == Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 8)
     for top_k in (1, 8, 16):
-        assert hint >= BufferLayout(8, 128, 7168, top_k, 2, 2, 7, 7).nbytes
+        assert hint >= BufferLayout(8, 128, 7168, top_k, 2, 2, 7, 7, False).nbytes
     for said, asked in {
         "num_experts: 288 do not divide among 7 ranks": (128, 7168, 7, 288),
         "num_max_dispatch_tokens_per_rank: a whole number": (-1, 7168, 8, 288),
