@@ -54,7 +54,7 @@ BLOCK_TILINGS = (
     BlockTiling(up=128, down=128, programs=2),
     BlockTiling(rows=32),
     BlockTiling(rows=32, up_stages=4, down_stages=6, programs=2),
-    BlockTiling.of(Tiling.of(64 * SLOTS, SLOTS, exact=False)),
+    BlockTiling.like(Tiling.of(64 * SLOTS, SLOTS, exact=False)),
     BlockTiling(rows=64, down_stages=3, programs=2),
 )
 

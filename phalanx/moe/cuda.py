@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -194,21 +195,26 @@ _FEW = 9.0
 _MANY = 48.0
 """Pairs a slot from which tiles of 128 rows are faster than of 64; measured with 33 (64 rows are) and 65 (128 are)."""
 
+MIN_ROWS = 16
+"""No tile has fewer pairs."""
+
 _VERY_FEW = 32
 """Pairs at a rank for which tiles of 64 outputs are fewer than the device's processors."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the experts' kernels cut their work. rows: pairs a tile; up, down: outputs a tile; depth: inputs a round."""
+    """How the experts' kernel cuts its work. rows: pairs a tile; up, down: outputs a tile; depth: inputs a round.
+    programs: a processor."""
 
     rows: int = 16
     up: int = 64
-    down: int = 64
+    down: int = 128
     depth: int = 128
     up_stages: int = 3
-    down_stages: int = 4
+    down_stages: int = 3
     warps: int = 4
+    programs: int = 2
 
     @classmethod
     def of(cls, pairs: int, slots: int, *, exact: bool) -> Tiling:
@@ -220,11 +226,11 @@ class Tiling:
         has 64 rows, which devices multiply with another instruction than 16 and 32."""
         a_slot = pairs / max(1, slots)
         if a_slot <= _FEW:
-            return cls(up=32, up_stages=4) if pairs <= _VERY_FEW else cls()
+            return cls(up=32, down=64, up_stages=4, down_stages=4) if pairs <= _VERY_FEW else cls()
         if exact or a_slot <= 2 * _FEW:
-            return cls(rows=32)
+            return cls(rows=32, down=64, down_stages=4)
         if a_slot <= _MANY:
-            return cls(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3)
+            return cls(rows=64, up=64, down=128, depth=64, up_stages=4, down_stages=4)
         return cls(rows=128, up=128, down=256, depth=64, up_stages=3, down_stages=3, warps=8)
 
 
@@ -237,9 +243,13 @@ class DeviceExperts:
     ) -> None:  # fmt: skip
         """pairs: the most (token, slot) pairs that a dispatch may bring. weigh_early: the communicator's mode is
         `fast`, in which weights travel with the tokens."""
-        from phalanx.moe import kernels
+        from phalanx.moe import expert_kernels, kernels
 
-        self._code = kernels
+        self._code, self._experts_kernel = kernels, expert_kernels.experts_kernel
+        self._tiles: dict[str, Any] = {
+            "UP_TILE": expert_kernels.up_tile, "DOWN_TILE": expert_kernels.down_tile,
+            "X": 3 * bank.hidden * bank.expert_width, "AT": 0,
+        }  # fmt: skip
         self._bank, self._routes, self._comm, self._load = bank, routes, comm, load
         self._top_k, self._num_experts, self._norm_topk = top_k, num_experts, norm_topk
         self._weigh_early = weigh_early
@@ -249,7 +259,8 @@ class DeviceExperts:
         self._processors = 2
         if weights.device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(weights.device).multi_processor_count
-        self._programs = 2 * self._processors
+        most = -(-pairs // MIN_ROWS) + bank.slots_per_rank
+        self._turns = torch.zeros(int(expert_kernels.READY) + most, dtype=torch.int32, device=weights.device)
 
     def forward(
         self, layer: int, x_TD: Tensor, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor, tiling: Tiling
@@ -281,15 +292,11 @@ class DeviceExperts:
     def experts(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: Tiling) -> Tensor:
         """[M, D], valid until the next call: rows `row_M` of x_ND through the slots that `first_S` says. LOCAL."""
         bank, t = self._bank, tiling
-        weights = bank.weights_LSX[layer]
-        shape = {
-            "S": bank.slots_per_rank, "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width,
-            "D": bank.hidden, "PROGRAMS": self._programs, "BM": t.rows, "BK": t.depth,
-        }  # fmt: skip
-        self._code.up_kernel[(self._programs,)](
-            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_warps=t.warps, num_stages=t.up_stages
-        )
-        self._code.down_kernel[(self._programs,)](
-            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=t.warps, num_stages=t.down_stages
-        )
+        programs = t.programs * self._processors
+        self._experts_kernel[(programs,)](
+            x_ND, row_M, first_S, bank.weights_LSX[layer], self._h_MF, self._y_MD, self._turns, **self._tiles,
+            S=bank.slots_per_rank, SP=power_of_two(bank.slots_per_rank), F=bank.expert_width, D=bank.hidden,
+            BM=t.rows, UP=t.up, DOWN=t.down, BK=t.depth, UP_STAGES=t.up_stages, DOWN_STAGES=t.down_stages,
+            num_warps=t.warps,
+        )  # fmt: skip
         return self._y_MD
