@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.cuda import CudaCommunicator
-from phalanx.comm.launch import power_of_two
+from phalanx.comm.launch import power_of_two, programs_at_once
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
@@ -215,6 +215,7 @@ class Tiling:
     down_stages: int = 3
     warps: int = 4
     programs: int = 2
+    late: bool = False
 
     @classmethod
     def of(cls, pairs: int, slots: int, *, exact: bool) -> Tiling:
@@ -245,9 +246,10 @@ class DeviceExperts:
         `fast`, in which weights travel with the tokens."""
         from phalanx.moe import expert_kernels, kernels
 
-        self._code, self._experts_kernel = kernels, expert_kernels.experts_kernel
+        self._code, self._kernel = kernels, expert_kernels.experts_kernel
         self._tiles: dict[str, Any] = {
-            "UP_TILE": expert_kernels.up_tile, "DOWN_TILE": expert_kernels.down_tile,
+            "UP_TILE": expert_kernels.up_tile, "DOWN_TILE": expert_kernels.down_tile, "S": bank.slots_per_rank,
+            "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width, "D": bank.hidden,
             "X": 3 * bank.hidden * bank.expert_width, "AT": 0,
         }  # fmt: skip
         self._bank, self._routes, self._comm, self._load = bank, routes, comm, load
@@ -256,9 +258,9 @@ class DeviceExperts:
         weights = bank.weights_LSX
         self._h_MF = torch.empty(pairs, bank.expert_width, dtype=bank.dtype, device=weights.device)
         self._y_MD = torch.empty(pairs, bank.hidden, dtype=bank.dtype, device=weights.device)
-        self._processors = 2
-        if weights.device.type == "cuda":
-            self._processors = torch.cuda.get_device_properties(weights.device).multi_processor_count
+        on_device = weights.device.type == "cuda"
+        self._device = torch.cuda.get_device_properties(weights.device) if on_device else None
+        self._programs: dict[Tiling, int] = {}
         most = -(-pairs // MIN_ROWS) + bank.slots_per_rank
         self._turns = torch.zeros(int(expert_kernels.READY) + most, dtype=torch.int32, device=weights.device)
 
@@ -292,11 +294,20 @@ class DeviceExperts:
     def experts(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: Tiling) -> Tensor:
         """[M, D], valid until the next call: rows `row_M` of x_ND through the slots that `first_S` says. LOCAL."""
         bank, t = self._bank, tiling
-        programs = t.programs * self._processors
-        self._experts_kernel[(programs,)](
-            x_ND, row_M, first_S, bank.weights_LSX[layer], self._h_MF, self._y_MD, self._turns, **self._tiles,
-            S=bank.slots_per_rank, SP=power_of_two(bank.slots_per_rank), F=bank.expert_width, D=bank.hidden,
-            BM=t.rows, UP=t.up, DOWN=t.down, BK=t.depth, UP_STAGES=t.up_stages, DOWN_STAGES=t.down_stages,
-            num_warps=t.warps,
-        )  # fmt: skip
+        given = (x_ND, row_M, first_S, bank.weights_LSX[layer], self._h_MF, self._y_MD, self._turns)
+        cut = {
+            **self._tiles, "BM": t.rows, "UP": t.up, "DOWN": t.down, "BK": t.depth, "UP_STAGES": t.up_stages,
+            "DOWN_STAGES": t.down_stages, "LATE": t.late, "num_warps": t.warps,
+        }  # fmt: skip
+        if t not in self._programs:
+            self._programs[t] = self._fitting(self._kernel.warmup(*given, grid=(1,), **cut), t)
+        self._kernel[(self._programs[t],)](*given, **cut)
         return self._y_MD
+
+    def _fitting(self, compiled: Any, tiling: Tiling) -> int:
+        """As many programs as asked for, of those that run at once: they wait for one another."""
+        if self._device is None:
+            return 1  # Triton's interpreter runs one after the other
+        compiled.run  # loads it, and so finds out what a program needs
+        held = programs_at_once(compiled, tiling.warps, self._device)
+        return max(1, min(held, tiling.programs)) * int(self._device.multi_processor_count)

@@ -40,7 +40,7 @@ class BlockExperts(DeviceExperts):
         from phalanx.moe import block_kernels
 
         super().__init__(*parts, **sizes)
-        self._tiles = {
+        self._tiles |= {
             "UP_TILE": block_kernels.block_up_tile, "DOWN_TILE": block_kernels.block_down_tile,
             "X": self._bank.expert_bytes, "AT": self._bank.layout.scales_start,
         }  # fmt: skip

@@ -104,44 +104,48 @@ def experts_kernel(
     x, row_M, first, weights, h, y, turns,
     UP_TILE: tl.constexpr, DOWN_TILE: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, F: tl.constexpr,
     D: tl.constexpr, X: tl.constexpr, AT: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
-    BK: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr,
+    BK: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """y[m] = w2 (silu(gate x[row_M[m]]) * up x[row_M[m]]) with the weights of m's slot.
 
     weights: [S, X]; first: int32 [S + 1], where each slot's pairs begin; h: [M, F] and y: [M, D] are written; turns:
     int32 [READY + tiles of rows], zeros before and after. UP_TILE, DOWN_TILE: how a tile of either product is made.
-    Grid: any.
+    Grid: as many programs as run at once, or fewer.
     """
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
     s = tl.arange(0, SP)
     begin_S = tl.load(first + s, mask=s < S, other=0)
     end_S = tl.load(first + s + 1, mask=s < S, other=0)
-    drawn = tl.atomic_add(turns + DRAWN, 1, sem="relaxed")
     # A dispatch that was broken off may leave lists of two batches: no count may then be negative.
     tiles_S = tl.maximum(end_S - begin_S + BM - 1, 0) // BM
     upto_S = tl.cumsum(tiles_S, 0)
     tiles = tl.sum(tiles_S)
     UPS: tl.constexpr = (F + UP - 1) // UP
     DOWNS: tl.constexpr = (D + DOWN - 1) // DOWN
-    while drawn < tiles * UPS:
-        following = tl.atomic_add(turns + DRAWN, 1, sem="relaxed")
-        tile = drawn // UPS
+    for item in range(pid, tiles * UPS, programs):
+        tile = item // UPS
         slot, start, end = _pick(tile, begin_S, end_S, upto_S, tiles_S, SP, BM)
-        UP_TILE(x, row_M, weights, h, slot, start, end, drawn % UPS, F, D, X, AT, BM, UP, BK, UP_STAGES)
+        UP_TILE(x, row_M, weights, h, slot, start, end, item % UPS, F, D, X, AT, BM, UP, BK, UP_STAGES)
         tl.debug_barrier()  # the whole tile is stored before it is counted
         tl.atomic_add(turns + READY + tile, 1, sem="release")
-        drawn = following
-    while drawn < tiles * (UPS + DOWNS):
-        following = tl.atomic_add(turns + DRAWN, 1, sem="relaxed")
-        tile = (drawn - tiles * UPS) // DOWNS
+    # Whoever had fewer tiles of w13 begins with the first ones of w2; the rest goes to whoever is free.
+    item = (pid + programs - (tiles * UPS) % programs) % programs
+    while item < tiles * DOWNS:
+        following = tiles * DOWNS
+        if not LATE and tiles * DOWNS > programs:
+            following = programs + tl.atomic_add(turns + DRAWN, 1, sem="relaxed")
+        tile = item // DOWNS
         slot, start, end = _pick(tile, begin_S, end_S, upto_S, tiles_S, SP, BM)
         stored = tl.atomic_add(turns + READY + tile, 0, sem="acquire")
         while stored < UPS:
             stored = tl.atomic_add(turns + READY + tile, 0, sem="acquire")
         tl.debug_barrier()
-        column = (drawn - tiles * UPS) % DOWNS
-        DOWN_TILE(h, weights, y, slot, start, end, column, F, D, X, AT, BM, DOWN, BK, DOWN_STAGES)
-        drawn = following
-    if tl.atomic_add(turns + ENDED, 1) == tl.num_programs(0) - 1:  # nobody reads them any more
+        DOWN_TILE(h, weights, y, slot, start, end, item % DOWNS, F, D, X, AT, BM, DOWN, BK, DOWN_STAGES)
+        if LATE and tiles * DOWNS > programs:
+            following = programs + tl.atomic_add(turns + DRAWN, 1, sem="relaxed")
+        item = following
+    if tl.atomic_add(turns + ENDED, 1) == programs - 1:  # nobody reads them any more
         i = tl.arange(0, 256)
         for at in range(0, tiles + READY, 256):
             tl.store(turns + at + i, 0, mask=at + i < tiles + READY)
