@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,45 +26,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, DeviceLoad, Tiling
-from phalanx.moe.cuda_blocks import BlockExperts, BlockTiling, kind_for
+from phalanx.moe.cuda_blocks import BlockTiling, kind_for
 from phalanx.moe.gate import RouteTable
 from phalanx.moe.layout import ExpertFormat
 
 SLOTS, EXPERTS, TOP_K, HIDDEN, WIDTH = 64, 128, 8, 2048, 768
-LAYERS, REPLAYS = 8, 11
+LAYERS, REPLAYS = 8, 15
 TILINGS = (
-    Tiling(), Tiling(late=True),
+    Tiling(),
+    Tiling(down=64, down_stages=4),
     Tiling(up_stages=4, down_stages=4),
-    Tiling(down=64, down_stages=4), Tiling(down=64, down_stages=4, late=True),
-    Tiling(programs=3), Tiling(programs=3, late=True),
-    Tiling(up=32, down=64, up_stages=4, down_stages=4), Tiling(up=32, down=64, up_stages=4, down_stages=4, programs=3), Tiling(up=32, down=64, up_stages=6, down_stages=5), Tiling(up=32, down=32, up_stages=6, down_stages=6), Tiling(up=16, down=32, up_stages=4, down_stages=4, programs=3),
-    Tiling(rows=32, down=64, down_stages=4), Tiling(rows=32), Tiling(rows=32, late=True), Tiling(rows=32, depth=64, up_stages=5, down_stages=5), Tiling(rows=32, up_stages=4, down_stages=4),
-    Tiling(rows=64, depth=64, up_stages=4, down_stages=4), Tiling(rows=64, depth=64, up_stages=4, down_stages=4, late=True), Tiling(rows=64, depth=64, up_stages=5, down_stages=5), Tiling(rows=64, depth=64, up_stages=4, down_stages=4, warps=8), Tiling(rows=64, depth=64, up=128, down=128, up_stages=3, down_stages=4, warps=8), Tiling(rows=64, depth=64, up=128, down=256, up_stages=3, down_stages=3, warps=8),
-    Tiling(rows=128, up=128, down=256, depth=64, up_stages=3, down_stages=3, warps=8, programs=1),
-    Tiling(rows=128, up=128, down=256, depth=64, up_stages=4, down_stages=4, warps=8, programs=1),
-    Tiling(rows=128, up=128, down=128, depth=64, up_stages=4, down_stages=4, warps=8, programs=1),
+    Tiling(programs=3),
+    Tiling(up=32, down=64, up_stages=4, down_stages=4),
+    Tiling(rows=32),
+    Tiling(rows=32, down=64, down_stages=4),
+    Tiling(rows=32, depth=64, up_stages=5, down_stages=5),
+    Tiling(rows=64, depth=64, up_stages=4, down_stages=4),
+    Tiling(rows=64, depth=64, up_stages=5, down_stages=5),
+    Tiling(rows=64, depth=64, up=128, down=256, warps=8),
+    Tiling(rows=128, depth=64, up=128, down=256, warps=8, programs=1),
+    Tiling(rows=128, depth=64, up=128, down=256, up_stages=4, down_stages=4, warps=8, programs=1),
 )
 BLOCK_TILINGS = (
-    BlockTiling(), BlockTiling(down=128, down_stages=3),
-    BlockTiling(late=True), BlockTiling(down=128, down_stages=3, late=True),
-    BlockTiling(programs=3, late=True),
-    BlockTiling(up=32, up_stages=4, late=True), BlockTiling(up=32, down=32, up_stages=4, late=True),
-    BlockTiling(rows=32, up_stages=4, down_stages=4, down=128, programs=2), BlockTiling(rows=32, up_stages=4, down_stages=4, down=128, programs=2, late=True), BlockTiling(rows=32, up_stages=4, down_stages=4, programs=3, late=True),
-    BlockTiling(rows=64, down=128, down_stages=3, programs=2),
+    BlockTiling(),
+    BlockTiling(down=64, down_stages=4),
+    BlockTiling(up=32, down=64, up_stages=4, down_stages=4),
+    BlockTiling(rows=32, up_stages=4, down_stages=4, programs=2),
+    BlockTiling(rows=32, down=64, up_stages=4, down_stages=4, programs=3),
+    BlockTiling(rows=64, programs=2),
 )
 
 
 def layer_us(
-    experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling | BlockTiling
+    experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling
 ) -> tuple[float, torch.Tensor]:
     """Microseconds of a layer, and its result."""
     first = torch.searchsorted(slot_M, torch.arange(SLOTS + 1, device=x.device)).to(torch.int32)
     rows = torch.arange(len(slot_M), device=x.device) % len(x)
 
     def one(layer: int) -> torch.Tensor:
-        if isinstance(tiling, Tiling):
-            return experts.experts(layer, x, rows, first, tiling)
-        return cast(BlockExperts, experts).products(layer, x, rows, first, tiling)
+        return experts.experts(layer, x, rows, first, tiling)
 
     def run() -> None:
         for layer in range(LAYERS):
@@ -109,7 +111,7 @@ def main() -> int:
         print("experts_gpu: this machine has no CUDA device")
         return 0
     device = torch.device("cuda", 0)
-    kinds: list[tuple[DeviceBank, DeviceExperts, tuple[Tiling | BlockTiling, ...]]] = [(*rig("plain", device), TILINGS)]
+    kinds: list[tuple[DeviceBank, DeviceExperts, Sequence[Tiling]]] = [(*rig("plain", device), TILINGS)]
     if options.fp8:
         kinds.append((*rig("fp8", device), BLOCK_TILINGS))
     generator = torch.Generator(device).manual_seed(0)
@@ -118,17 +120,13 @@ def main() -> int:
         slot_M = chosen[chosen < SLOTS].sort().values
         x = torch.randn(tokens, HIDDEN, device=device, generator=generator).to(torch.bfloat16)
         served = Tiling.of(len(slot_M), SLOTS, exact=False)
-        fits = {16: (16,), 32: (16, 32, 64), 64: (32, 64), 128: (64, 128)}[served.rows]
+        fits = {16: (16, 32), 32: (16, 32, 64), 64: (32, 64), 128: (64,)}[served.rows]
         for bank, experts, tilings in kinds:
             reference: torch.Tensor | None = None
             if options.fp8:
-                tilings = tuple(t for t in tilings if t.rows in fits)
+                tilings = tuple(t for t in tilings if t.rows in fits) if tilings is BLOCK_TILINGS else (served,)
             for tiling in tilings:
-                try:
-                    us, got = layer_us(experts, x, slot_M, tiling)
-                except Exception as error:
-                    print("failed", tiling, str(error)[:200])
-                    continue
+                us, got = layer_us(experts, x, slot_M, tiling)
                 reference = got if reference is None else reference
                 error = float((got.float() - reference.float()).norm() / reference.float().norm())
                 rate = len(slot_M.unique()) * bank.expert_bytes / us / 1e6

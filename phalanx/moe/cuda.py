@@ -215,7 +215,6 @@ class Tiling:
     down_stages: int = 3
     warps: int = 4
     programs: int = 2
-    late: bool = False
 
     @classmethod
     def of(cls, pairs: int, slots: int, *, exact: bool) -> Tiling:
@@ -229,10 +228,10 @@ class Tiling:
         if a_slot <= _FEW:
             return cls(up=32, down=64, up_stages=4, down_stages=4) if pairs <= _VERY_FEW else cls()
         if exact or a_slot <= 2 * _FEW:
-            return cls(rows=32, down=64, down_stages=4)
+            return cls(rows=32)
         if a_slot <= _MANY:
-            return cls(rows=64, up=64, down=128, depth=64, up_stages=4, down_stages=4)
-        return cls(rows=128, up=128, down=256, depth=64, up_stages=3, down_stages=3, warps=8)
+            return cls(rows=64, depth=64, up_stages=4, down_stages=4)
+        return cls(rows=128, up=128, down=256, depth=64, warps=8, programs=1)
 
 
 class DeviceExperts:
@@ -297,7 +296,7 @@ class DeviceExperts:
         given = (x_ND, row_M, first_S, bank.weights_LSX[layer], self._h_MF, self._y_MD, self._turns)
         cut = {
             **self._tiles, "BM": t.rows, "UP": t.up, "DOWN": t.down, "BK": t.depth, "UP_STAGES": t.up_stages,
-            "DOWN_STAGES": t.down_stages, "LATE": t.late, "num_warps": t.warps,
+            "DOWN_STAGES": t.down_stages, "num_warps": t.warps,
         }  # fmt: skip
         if t not in self._programs:
             self._programs[t] = self._fitting(self._kernel.warmup(*given, grid=(1,), **cut), t)
@@ -308,6 +307,6 @@ class DeviceExperts:
         """As many programs as asked for, of those that run at once: they wait for one another."""
         if self._device is None:
             return 1  # Triton's interpreter runs one after the other
-        compiled.run  # loads it, and so finds out what a program needs
+        _ = compiled.run  # loads it, and so finds out what a program needs
         held = programs_at_once(compiled, tiling.warps, self._device)
         return max(1, min(held, tiling.programs)) * int(self._device.multi_processor_count)

@@ -17,19 +17,17 @@ class BlockTiling(Tiling):
 
     The defaults were the fastest with 8 pairs a slot (benchmarks/results/engine_gpu.md)."""
 
-    down: int = 64
     depth: int = BLOCK
-    down_stages: int = 4
     programs: int = 4
 
     @classmethod
     def like(cls, tiling: Tiling) -> BlockTiling:
         """For the pairs that `tiling` was chosen for; those for `exact` ones give a row the same bits. LOCAL, pure."""
         if tiling.rows <= 16:
-            return cls(up=tiling.up)
+            return cls(up=tiling.up, down=tiling.down)
         if tiling.rows <= 32:
-            return cls(rows=32, up_stages=4, down_stages=6, programs=2)
-        return cls(rows=64, down=128, down_stages=3, programs=2)
+            return cls(rows=32, up_stages=4, down_stages=4, programs=2)
+        return cls(rows=64, programs=2)
 
 
 class BlockExperts(DeviceExperts):

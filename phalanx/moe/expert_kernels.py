@@ -1,10 +1,10 @@
 """The experts of an MoE layer as one Triton kernel: both grouped products, without a pause of the memory between them.
 
 With the few rows of a decode the time is that of the weights' way from memory; a second kernel would begin with
-nothing under way, after the last program of the first one had ended. So one kernel makes the tiles of both products.
-Its programs draw tiles from a counter: first all of w13, then those of w2, each of which waits until its rows are
-there. A program that holds a tile of w13 waits for nobody, so all tiles come to an end however many programs run at
-once, and the last ones are shared by whoever is free (stream-K's aim, by smaller means).
+nothing under way, after the last program of the first one had ended. So one kernel makes the tiles of both products:
+each program its share of w13's, then w2's, which wait until their rows are there. Whoever is free draws the next tile
+of w2, so all programs end together (a persistent grid, as in CUTLASS; draining evenly is stream-K's aim, too).
+A program may wait for any other, so a grid is no larger than what runs at once.
 
 How many rows each slot got is read from the device, so a captured graph serves every batch. A row's sums are added in
 one order, whatever else its slot got, and whoever adds them.
@@ -104,7 +104,7 @@ def experts_kernel(
     x, row_M, first, weights, h, y, turns,
     UP_TILE: tl.constexpr, DOWN_TILE: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, F: tl.constexpr,
     D: tl.constexpr, X: tl.constexpr, AT: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
-    BK: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr, LATE: tl.constexpr,
+    BK: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """y[m] = w2 (silu(gate x[row_M[m]]) * up x[row_M[m]]) with the weights of m's slot.
 
@@ -133,7 +133,7 @@ def experts_kernel(
     item = (pid + programs - (tiles * UPS) % programs) % programs
     while item < tiles * DOWNS:
         following = tiles * DOWNS
-        if not LATE and tiles * DOWNS > programs:
+        if tiles * DOWNS > programs:
             following = programs + tl.atomic_add(turns + DRAWN, 1, sem="relaxed")
         tile = item // DOWNS
         slot, start, end = _pick(tile, begin_S, end_S, upto_S, tiles_S, SP, BM)
@@ -142,8 +142,6 @@ def experts_kernel(
             stored = tl.atomic_add(turns + READY + tile, 0, sem="acquire")
         tl.debug_barrier()
         DOWN_TILE(h, weights, y, slot, start, end, item % DOWNS, F, D, X, AT, BM, DOWN, BK, DOWN_STAGES)
-        if LATE and tiles * DOWNS > programs:
-            following = programs + tl.atomic_add(turns + DRAWN, 1, sem="relaxed")
         item = following
     if tl.atomic_add(turns + ENDED, 1) == programs - 1:  # nobody reads them any more
         i = tl.arange(0, 256)
