@@ -15,7 +15,6 @@ first one's.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from graph_times import layer_us
 
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, DeviceLoad, Tiling
 from phalanx.moe.cuda_blocks import BlockTiling, kind_for
@@ -57,9 +57,7 @@ BLOCK_TILINGS = (
 )
 
 
-def layer_us(
-    experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling
-) -> tuple[float, torch.Tensor]:
+def timed(experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling) -> tuple[float, torch.Tensor]:
     """Microseconds of a layer, and its result."""
     first = torch.searchsorted(slot_M, torch.arange(SLOTS + 1, device=x.device)).to(torch.int32)
     rows = torch.arange(len(slot_M), device=x.device) % len(x)
@@ -67,24 +65,9 @@ def layer_us(
     def one(layer: int) -> torch.Tensor:
         return experts.experts(layer, x, rows, first, tiling)
 
-    def run() -> None:
-        for layer in range(LAYERS):
-            one(layer)
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    samples = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / LAYERS)
-    return statistics.median(samples[2:]), one(0)[: len(slot_M)].clone()
+    for layer in range(LAYERS):
+        one(layer)
+    return layer_us(one, LAYERS, REPLAYS), one(0)[: len(slot_M)].clone()
 
 
 def rig(expert_format: ExpertFormat, device: torch.device) -> tuple[DeviceBank, DeviceExperts]:
@@ -126,7 +109,7 @@ def main() -> int:
             if options.fp8:
                 tilings = tuple(t for t in tilings if t.rows in fits) if tilings is BLOCK_TILINGS else (served,)
             for tiling in tilings:
-                us, got = layer_us(experts, x, slot_M, tiling)
+                us, got = timed(experts, x, slot_M, tiling)
                 reference = got if reference is None else reference
                 error = float((got.float() - reference.float()).norm() / reference.float().norm())
                 rate = len(slot_M.unique()) * bank.expert_bytes / us / 1e6

@@ -6,13 +6,13 @@ times; microseconds a layer, median. Results of both are compared.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
+from graph_times import layer_us
 from library_decode import Chains, best_attention, two_products
 from torch import Tensor
 
@@ -45,34 +45,21 @@ class Row:
         return f"{self.what:48s} ours {self.ours:7.1f} us, torch {self.theirs:7.1f} us, ratio {ratio}"
 
 
-def layer_us(run: Callable[[int], Tensor], device: torch.device) -> tuple[float, Tensor]:
+def _timed(run: Callable[[int], Tensor], device: torch.device) -> tuple[float, Tensor]:
     """Microseconds of `run(layer)`, and the first layer's result. Without a device everything runs once: for tests."""
     first = run(0).clone()
     for layer in range(1, LAYERS):
         run(layer)
     if device.type != "cuda":
         return 0.0, first
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(LAYERS):
-            run(layer)
-    samples = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / LAYERS)
-    return statistics.median(samples[2:]), first
+    return layer_us(run, LAYERS, REPLAYS), first
 
 
 def compared(
     what: str, ours: Callable[[int], Tensor], theirs: Callable[[int], Tensor], device: torch.device
 ) -> Row:  # fmt: skip
     """Both, timed and compared. Raises when they differ."""
-    (our_us, got), (their_us, want) = (layer_us(run, device) for run in (ours, theirs))
+    (our_us, got), (their_us, want) = (_timed(run, device) for run in (ours, theirs))
     error = float((got.float() - want.float()).norm() / want.float().norm())
     assert error < MOST, f"{what}: results differ by {error:.1e}"
     return Row(what, our_us, their_us)

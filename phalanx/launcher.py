@@ -17,7 +17,6 @@ import signal
 import socket
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -31,6 +30,7 @@ from phalanx.halts import Halts
 from phalanx.hosts.muster import Events, Muster
 from phalanx.hosts.places import Terms, next_incarnation
 from phalanx.hosts.talk import Halted, NoticeCause, Report
+from phalanx.incarnations import Incarnations, Worker
 from phalanx.process import adopt_orphans, launcher_endpoint, server_endpoint, wake_on_signals
 from phalanx.remains import stale_keys
 from phalanx.restarts import Barren, Restarts
@@ -54,26 +54,6 @@ EVICTION_GRACE_S = 1.0
 """An evicted process that can still run finds out and ends by itself; one that has not by then is killed."""
 
 
-@dataclass
-class Worker:
-    """One incarnation of a rank, from the moment it is asked for."""
-
-    rank: int
-    incarnation: int
-    pid: int = 0
-    born_s: float = 0.0
-    alive: bool = True
-    masked: bool = False
-    called_back: bool = False
-    """It is out, its process has not ended yet, and an operator wants another one in its place."""
-    member: bool = False
-    """It was in a view."""
-    retired: bool = False
-    """Its place is no longer in use, and it was asked to end."""
-    doomed_s: float | None = None
-    """When it is to be killed, if it still lives: it was evicted, or has had all the time there is to come in."""
-
-
 class Launcher:
     """Runs one service from its start to its end."""
 
@@ -86,8 +66,7 @@ class Launcher:
         self._run_dir = tempfile.mkdtemp(prefix="phalanx-")
         self._context = zmq.Context()
         self._poller = zmq.Poller()
-        self._workers: dict[int, Worker] = {}
-        """The newest incarnation of each rank."""
+        self._workers = Incarnations()
         self._restarts = Restarts(config.max_restarts if config.elastic else 0, config.restart_window_s)
         self._due: dict[int, float] = {}
         """When a dead rank is to be started again. Until the ranks have met for the first time nobody is."""
@@ -195,12 +174,12 @@ class Launcher:
 
     def _start(self, rank: int) -> None:
         """Have the next process of a rank started on its host; `_hear_of_worker` is told when it is there."""
-        last = self._workers.get(rank)
+        last = self._workers.of(rank)
         incarnation = next_incarnation(last.incarnation if last else None, self._have_met())
         if incarnation:
             log.info("rank %d is started, as %d.%d", rank, rank, incarnation)
             self._store.set(COMING.format(rank), str(incarnation))
-        self._workers[rank] = Worker(rank, incarnation)
+        self._workers.add(Worker(rank, incarnation))
         self._hands(rank).start(rank, incarnation, scaled=rank in self._added)
 
     def _hands(self, rank: int) -> Crew | Muster:
@@ -220,7 +199,7 @@ class Launcher:
                 self._halted(report)
                 return
             case m.Spawned(rank=rank, incarnation=incarnation):
-                worker = self._current(rank, incarnation)
+                worker = self._workers.current(rank, incarnation)
                 if worker is None:
                     return
                 worker.pid, worker.born_s = report.pid, time.monotonic()
@@ -237,17 +216,12 @@ class Launcher:
                 return
         self._tell(report)
 
-    def _current(self, rank: int, incarnation: int) -> Worker | None:
-        """A living worker, when it is the newest of its rank; None for those that count as dead already."""
-        worker = self._workers.get(rank)
-        return worker if worker is not None and worker.alive and worker.incarnation == incarnation else None
-
     def _died(self, report: m.Died) -> None:
         """A worker's process is gone. The board of its own host says so already."""
         if self._hands(report.rank) is self._others:
             self._crew.notice(report.rank, report.incarnation, "exit")
         self._others.notice(report.rank, report.incarnation, "exit")
-        worker = self._current(report.rank, report.incarnation)
+        worker = self._workers.current(report.rank, report.incarnation)
         if worker is not None and worker.retired and report.detail == STOPPED:
             report = msgspec.structs.replace(report, cause="left")
         self._tell(report)
@@ -257,7 +231,7 @@ class Launcher:
         worker.alive = False
         if self._stopping:
             return
-        if not self._anybody() and not self._have_met():
+        if not self._workers.anybody and not self._have_met():
             self._fail("no rank lived to the first meeting: stopping the service")
         elif worker.rank not in self._in_use:
             log.info("rank %d is out of use", worker.rank)
@@ -275,10 +249,9 @@ class Launcher:
 
     def _halted(self, report: Halted) -> None:
         """A worker is stopped, or was. The others need not wait for it any longer than a roll call would."""
-        living = {name for name in self._members if (worker := self._current(*name)) is not None and not worker.masked}
-        worker = self._current(report.rank, report.incarnation)
-        coming = worker is not None and not worker.member and not worker.masked
-        if coming:  # nobody waits for it but a scaling, say, and whoever wants its place filled
+        living = self._workers.unmasked(self._members)
+        worker = self._workers.current(report.rank, report.incarnation)
+        if worker is not None and worker.is_coming:
             living.add((report.rank, report.incarnation))
         seconds = self._halts.heard(report.rank, report.incarnation, report.seconds, living)
         if seconds is not None and self.config.elastic:
@@ -287,12 +260,12 @@ class Launcher:
                 report.rank, report.incarnation, seconds,
             )  # fmt: skip
             self._notice(report.rank, report.incarnation, "halted")
-            if worker is not None and coming:  # nobody evicts it
+            if worker is not None and worker.is_coming:  # nobody evicts it
                 worker.doomed_s = time.monotonic()
 
     def _unborn(self, report: m.Died) -> None:
         """A process that was asked for cannot be forked: nobody ever had this name, so the next one may."""
-        worker = self._current(report.rank, report.incarnation)
+        worker = self._workers.current(report.rank, report.incarnation)
         if worker is None:
             return
         worker.alive = False
@@ -306,10 +279,6 @@ class Launcher:
     def _wait_for_a_nursery(self, worker: Worker) -> None:
         barren = self._barren[self._others.places.host_of(worker.rank)]
         self._give_up(worker, barren.add([worker.rank], time.monotonic()))
-
-    def _anybody(self) -> bool:
-        """Whether a worker lives, or is coming."""
-        return any(worker.alive for worker in self._workers.values())
 
     def _notice(self, rank: int, incarnation: int, cause: NoticeCause) -> None:
         """Everybody's waits are to know of a death."""
@@ -327,7 +296,7 @@ class Launcher:
         self._barren[node_rank] = Barren()
         for rank in self._in_use.intersection(ranks) if not self._stopping else ():
             self._restarts.forget(rank)
-            if rank not in self._workers and not self._have_met():
+            if self._workers.of(rank) is None and not self._have_met():
                 self._start(rank)
             else:
                 self._due[rank] = time.monotonic()
@@ -335,7 +304,7 @@ class Launcher:
     def _host_lost(self, node_rank: int, reason: str) -> None:
         """All its ranks are dead in one moment: first the boards, then the rest."""
         ranks = self._others.places.ranks_of(node_rank)
-        gone = [worker for rank in ranks if (worker := self._workers.get(rank)) is not None and worker.alive]
+        gone = [worker for rank in ranks if (worker := self._workers.living(rank)) is not None]
         for worker in gone:
             worker.alive = False
             self._notice(worker.rank, worker.incarnation, "host")
@@ -351,7 +320,7 @@ class Launcher:
         log.log(level, "lost host %d (ranks %s): %s", node_rank, ranks, reason)
         if self._stopping:
             return
-        if not self._anybody() and not self._have_met():
+        if not self._workers.anybody and not self._have_met():
             self._fail("no rank lived to the first meeting: stopping the service")
         elif not self.config.elastic:
             self._fail("a host is gone and --no-elastic is set: stopping the service")
@@ -381,7 +350,7 @@ class Launcher:
             log.error("rank %d is not started again: %s", worker.rank, reason)
 
     def _start_by_hand(self, rank: int) -> None:
-        worker, node = self._workers.get(rank), self._others.places.host_of(rank)
+        worker, node = self._workers.of(rank), self._others.places.host_of(rank)
         if worker is not None and worker.alive and (worker.masked or (worker.member and worker.doomed_s is not None)):
             log.warning("rank %d will be started again by an operator when its process has ended", rank)
             worker.called_back = True
@@ -403,12 +372,11 @@ class Launcher:
         self._in_use, self._added = ranks, (self._added | new) & ranks
         for rank in gone:
             self._due.pop(rank, None)
-            worker = self._workers.get(rank)
-            if worker is not None and worker.alive and worker.pid and not worker.member:
+            worker = self._workers.living(rank)
+            if worker is not None and worker.pid and not worker.member:
                 self._retire(worker)
         for rank in new:
-            worker = self._workers.get(rank)
-            if worker is None or not worker.alive:
+            if self._workers.living(rank) is None:
                 self._restarts.forget(rank)
                 self._due[rank] = time.monotonic()
 
@@ -426,10 +394,9 @@ class Launcher:
         if epoch <= self._epoch:
             return
         self._epoch, self._members, self._met = epoch, members, True
-        newest = {worker.rank: worker.incarnation for worker in self._workers.values()}
-        for key in stale_keys(self._store.list_keys(), epoch, newest):
+        for key in stale_keys(self._store.list_keys(), epoch, self._workers.names()):
             self._store.delete_key(key)
-        for worker in self._workers.values():
+        for worker in self._workers:
             if not worker.alive:
                 continue
             if (worker.rank, worker.incarnation) in members:
@@ -446,7 +413,7 @@ class Launcher:
         due = [*self._due.values()]
         if due and not self._met:
             due = [time.monotonic() + MEETING_LOOK_S]
-        due += [w.doomed_s for w in self._workers.values() if w.alive and w.doomed_s is not None]
+        due += self._workers.due_s()
         wanted = [self._crew.due_s(), self._others.due_s(), *(barren.again_s for barren in self._barren.values())]
         due += [at for at in wanted if at is not None]
         return int(1000 * max(0.0, min(due) - time.monotonic())) + 1 if due else None
@@ -454,33 +421,31 @@ class Launcher:
     def _do_what_is_due(self, now: float) -> None:
         self._others.tick(now)
         self._crew.tick({self._server.pid})
-        if self._crew.failed and not self._anybody() and not self._stopping:
+        if self._crew.failed and not self._workers.anybody and not self._stopping:
             self._fail("no worker is left, and none can be started: stopping the service")
         for barren in self._barren.values():
             if barren.again_s is not None and now >= barren.again_s and not self._stopping:
                 self._due |= dict.fromkeys(barren.take(), now)
-        for worker in self._workers.values():
-            if worker.alive and worker.doomed_s is not None and now >= worker.doomed_s:
-                worker.doomed_s = None
-                why = "was evicted and does not end" if worker.member else "did not come in in time"
-                why = "was asked to end and does not" if worker.retired else why
-                log.warning("killing rank %d.%d (pid %d): it %s", worker.rank, worker.incarnation, worker.pid, why)
-                self._hands(worker.rank).signal(worker.rank, worker.incarnation, signal.SIGKILL)
+        for worker in self._workers.take_due(now):
+            log.warning(
+                "killing rank %d.%d (pid %d): it %s", worker.rank, worker.incarnation, worker.pid, worker.why_doomed
+            )
+            self._hands(worker.rank).signal(worker.rank, worker.incarnation, signal.SIGKILL)
         for rank in [rank for rank, at in self._due.items() if now >= at and self._have_met() and not self._stopping]:
             del self._due[rank]
             node = self._others.places.host_of(rank)
             if node and not self._others.is_in(node):
                 log.warning("rank %d cannot be started: its host %d is not there", rank, node)
             elif self._barren[node].again_s is not None:
-                self._wait_for_a_nursery(self._workers.setdefault(rank, Worker(rank, 0, alive=False)))
+                self._wait_for_a_nursery(self._workers.of(rank) or self._workers.add(Worker(rank, 0, alive=False)))
             else:
                 self._start(rank)
 
     # --- an operator's hand
 
     def _signal(self, rank: int, number: signal.Signals) -> None:
-        worker = self._workers.get(rank)
-        if worker is None or not worker.alive or not worker.pid:
+        worker = self._workers.living(rank)
+        if worker is None or not worker.pid:
             log.warning("no live process in rank %d to send %s to", rank, number.name)
             return
         log.warning("sending %s to rank %d (pid %d), as asked", number.name, rank, worker.pid)
@@ -488,8 +453,8 @@ class Launcher:
 
     def _mask(self, rank: int) -> None:
         """An operator takes a rank out: to its peers it is dead from this word on, and it exits when it reads it."""
-        worker = self._workers.get(rank)
-        if worker is None or not worker.alive or not worker.pid:
+        worker = self._workers.living(rank)
+        if worker is None or not worker.pid:
             log.warning("no live process in rank %d to mask", rank)
             return
         log.warning("rank %d.%d is masked by an operator", rank, worker.incarnation)

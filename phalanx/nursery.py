@@ -289,7 +289,10 @@ def main() -> None:
 def _fork_on_request(channel: socket.socket, become: Callable[[Spec, int], None]) -> socket.socket | None:
     """Until the launcher hangs up. None then; in a spare nursery that was forked on the way, its own channel."""
     while True:
-        packet, fds, _, _ = socket.recv_fds(channel, MAX_PACKET, 1)
+        try:
+            packet, fds, _, _ = socket.recv_fds(channel, MAX_PACKET, 1)
+        except ConnectionResetError:  # a hang-up, too, by a launcher that has not read all answers
+            packet = b""
         if not packet:
             return None
         (gate,) = fds
@@ -313,7 +316,8 @@ def _fork_on_request(channel: socket.socket, become: Callable[[Spec, int], None]
         answer = os.read(reader, 64)
         os.close(reader)
         os.waitpid(between, 0)
-        channel.send(answer)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            channel.send(answer)
 
 
 def _become(run: object, spec: Spec, gate: int) -> None:

@@ -19,7 +19,7 @@ import torch
 import zmq
 
 from phalanx import messages as m
-from phalanx.backend import Place, backend
+from phalanx.backend import Backend, Place, backend
 from phalanx.comm.notices import NoticeBoard
 from phalanx.device_errors import leave_at_once, said_of_device
 from phalanx.elastic.agree import Change, Limits, MonotonicClock, Shape, TcpStore
@@ -79,10 +79,11 @@ class Stopped(BaseException):
     """The launcher asked this process to end. Not an Exception: nothing on the way may take it for a failure."""
 
 
-def run(spec: WorkerSpec) -> int:
+def run(spec: WorkerSpec, parts: Callable[[Place], Backend] = backend) -> int:
     """One worker's whole life; its exit code. Leaves its last words for the launcher when it fails. LOCAL, blocks.
 
-    A worker on a device that fails, or is out, ends here and at once: what it holds there may never answer again."""
+    parts: makes what depends on where it computes. A worker on a device that fails, or is out, ends here and at once:
+    what it holds there may never answer again."""
     set_up_logging(spec.config.log_level, spec.config.log_format, f"rank {spec.rank}.{spec.incarnation}")
     torch.set_num_threads(spec.config.threads_per_rank)
     torch.set_grad_enabled(False)
@@ -93,7 +94,7 @@ def run(spec: WorkerSpec) -> int:
     signal.signal(signal.SIGTERM, stop)
     on_device = spec.config.device != "cpu"
     try:
-        Worker(spec).run()
+        Worker(spec, parts).run()
     except Stopped:
         return EXIT_STOPPED
     except Evicted as error:
@@ -115,7 +116,7 @@ def run(spec: WorkerSpec) -> int:
 class Worker:
     """One rank's engine, its membership, and its mail."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, parts: Callable[[Place], Backend] = backend) -> None:
         config = spec.config
         self._prepared = Stopwatch(spec.asked_s)
         chaos = config.enable_chaos
@@ -137,7 +138,7 @@ class Worker:
             site=spec.site,
         )
         slots, dtype = place.slots, place.dtype
-        rank_parts = backend(place)
+        rank_parts = parts(place)
         if isinstance(self._faults, faults.FaultInjector):
             self._faults.on_device = rank_parts.failing()
         bank = self._bank = rank_parts.bank
@@ -153,8 +154,8 @@ class Worker:
             ways = transports(config, site)
             other = Remote(self._me, site.node_rank, site.nnodes, store, ways, config.peer_timeout_s)
             sources.insert(-1, other)
-        parts = vault.dense_parts() if vault is not None else None
-        weights = DenseWeights.of(parts) if parts else checkpoint.dense_weights(dtype)
+        dense = vault.dense_parts() if vault is not None else None
+        weights = DenseWeights.of(dense) if dense else checkpoint.dense_weights(dtype)
         checked = partial(
             once, store, f"products/{spec.host}", me=f"{spec.rank}.{spec.incarnation}", patience_s=CHECK_PATIENCE_S
         )

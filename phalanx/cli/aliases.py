@@ -135,7 +135,7 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign(("--disable-radix-cache",), "alias", "no KV is kept for later prompts",
             target="--no-enable-prefix-caching", value=False),
     Foreign(("--enable-two-batch-overlap",), "accepted", "no effect: a batch is computed in one piece"),
-    Foreign(("--disable-overlap-schedule",), "accepted", "a step is scheduled after the one before was committed"),
+    Foreign(("--disable-overlap-schedule",), "accepted", "no effect: the same tokens, with steps ahead or without"),
     Foreign(("--cuda-graph-max-bs-decode",), "alias", "the largest batch of decodes with a CUDA graph", "int",
             target="--cuda-graph-max-bs"),
     Foreign(("--disable-cuda-graph", "--enforce-eager"), "alias", "nothing is captured in CUDA graphs",

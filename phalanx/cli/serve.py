@@ -166,11 +166,14 @@ def _check_model(config: ServeConfig) -> str:
     """Raise for all that ranks and server would find wrong with the model, or with these flags for it; else a digest of
     its shape, which is to be the same on each host. LOCAL."""
     from phalanx.elastic.vault.fabric import check_devices, chosen, rdma_devices
+    from phalanx.elastic.vault.room import check_memory
     from phalanx.model.known import open_model
     from phalanx.observe.events import EventLog
     from phalanx.server.text import ModelText
 
-    model = open_model(config).config
+    checkpoint = open_model(config)
+    model = checkpoint.config
+    check_memory(config, checkpoint)
     config.expert_slots(model.num_experts)
     config.context_length(model.max_position)
     config.kv_blocks(model.kv_bytes(config.block_size, ELEMENT_BYTES[config.dtype]))

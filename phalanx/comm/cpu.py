@@ -15,9 +15,7 @@ that is filled from them. A wait then sends and receives in each round, and also
 
 from __future__ import annotations
 
-import math
 import os
-import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -497,12 +495,4 @@ class CpuCommunicator(Communicator):
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not ready.isdisjoint(wake_fds):
                 return False
-            ready = {fd for fd, _ in self._poller(wake_fds).poll(math.ceil(remaining * 1000))}
-
-    def _poller(self, wake_fds: tuple[int, ...]) -> select.poll:
-        """Everything that may end a sleep."""
-        poller = select.poll()
-        for fd in (self._own.wake_read, *wake_fds):
-            poller.register(fd, select.POLLIN)
-        self._peers.register(poller)
-        return poller
+            ready = self._peers.await_sign(wake_fds, remaining)

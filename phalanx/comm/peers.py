@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import select
 import time
+from collections.abc import Iterable
 
 from phalanx.comm import tags
 from phalanx.comm.base import CollectiveTimeout, PeerDied
@@ -115,13 +117,18 @@ class Peers:
             return []
         return [peer.rank for peer in self.live if isinstance(peer, PeerSegment) and gone(peer.pidfd)]
 
-    def register(self, poller: select.poll) -> None:
-        """Have `poller` say when a live peer's process ends, or something came over its stream."""
+    def await_sign(self, wake_fds: Iterable[int], timeout_s: float) -> set[int]:
+        """Wait until somebody wakes this rank, a live peer's process ends, something comes over a stream, or one of
+        `wake_fds` is readable; what of it is ready. LOCAL, waits."""
+        poller = select.poll()
+        for fd in (self._own.wake_read, *wake_fds):
+            poller.register(fd, select.POLLIN)
         for peer in self.live:
             if isinstance(peer, StreamPeer):
                 peer.register(poller)
             else:
                 poller.register(peer.pidfd, select.POLLIN)
+        return {fd for fd, _ in poller.poll(math.ceil(timeout_s * 1000))}
 
     def tell(self) -> None:
         """Have every peer, masked or not, read this rank's words, even behind a frame that is only half sent."""

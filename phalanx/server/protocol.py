@@ -1,7 +1,8 @@
 """What clients may send, field by field, and what an error looks like. pydantic at the edge, msgspec behind it.
 
 Meanings and defaults are OpenAI's, extra fields vLLM's. Fields that Phalanx does not know are ignored, as clients of
-both expect, and logged at debug level; fields that it knows and cannot honour are refused by name.
+both expect, and logged at debug level; fields that it knows and cannot honour are refused by name. Only what operators
+send is taken exactly: there an unknown field is a slip of the pen, and leaving it out may mean every rank.
 """
 
 from __future__ import annotations
@@ -227,20 +228,33 @@ class DetokenizeRequest(_Request):
     skip_special_tokens: bool = False
 
 
-class AbortRequest(_Request):
+class _Order(BaseModel):
+    """What an operator sends."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        if isinstance(body, dict) and (unknown := sorted(map(str, body.keys() - cls.model_fields.keys()))):
+            raise _field_error(unknown[0], f"this field is not known, only {', '.join(cls.model_fields)}")
+        return body
+
+
+class AbortRequest(_Order):
     """POST /abort_requests: the ids that clients were given, or "all"."""
 
     request_ids: list[str] | Literal["all"]
 
 
-class ApplyRequest(_Request):
+class ApplyRequest(_Order):
     """POST /fault_tolerance/apply."""
 
     instruction: str
     params: dict[str, Any] = Field(default_factory=dict)
 
 
-class ScaleRequest(_Request):
+class ScaleRequest(_Order):
     """POST /scale_elastic_ep: the size under either name, as SGLang's and vLLM's users write it."""
 
     new_ep_size: Annotated[int, Field(strict=True)] | None = None
@@ -248,7 +262,7 @@ class ScaleRequest(_Request):
     drain_timeout: Annotated[float, Field(strict=True, ge=0, le=_MAX_COUNT)] = DRAIN_S
 
 
-class ChaosRequest(_Request):
+class ChaosRequest(_Order):
     """POST /chaos."""
 
     kind: Literal[Kind, "cont"]

@@ -164,6 +164,11 @@ class Roster:
             r for r in self.records.values() if r.identity in self.members and not r.dead and not r.cannot_serve
         ]  # fmt: skip
 
+    def all_reported(self) -> bool:
+        """Whether a recovery is being counted of which every living member has told its times."""
+        living = {identity for identity in self.members if self.current(*identity) is not None}
+        return self.tally is not None and bool(living) and living <= self.tally.reports.keys()
+
     def state(self, rank: int) -> m.RankState:
         """What `GET /fault_tolerance/status` says of a rank."""
         record = self.records.get(rank)

@@ -415,7 +415,7 @@ class Router:
         self._change(known, lost)
         if was_member:
             self._disturb(self.roster.epoch + 1)
-        if self.roster.tally is not None and self._reported():
+        if self.roster.all_reported():
             self._close_tally("complete")
 
     def _pass_on(self, knock: m.Knock) -> None:
@@ -424,11 +424,6 @@ class Router:
         for record in self.roster.records.values():
             if not record.dead and record.identity.rank != knock.rank:
                 self._effects.append(ToRank(record.identity, knock))
-
-    def _reported(self) -> bool:
-        tally = self.roster.tally
-        living = {i for i in self.roster.members if self.roster.current(*i) is not None}
-        return tally is not None and bool(living) and living <= tally.reports.keys()
 
     def _adopted(self, message: m.Adopted) -> None:
         identity = Identity(message.rank, message.incarnation)

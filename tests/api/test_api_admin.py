@@ -133,6 +133,7 @@ BAD_INSTRUCTIONS = [
     ({"instruction": "rejoin", "params": {"rank": 9}}, "params.rank"),
     ({"instruction": "pause", "params": []}, "params"),
     ({"instruction": "pause", "params": {"ranks": [0]}}, "params.ranks"),
+    ({"instruction": "pause", "rank": 0}, "rank"),
 ]
 
 
@@ -166,6 +167,7 @@ def test_chaos_signals_through_the_launcher_or_arms_the_rank(make_cluster: Calla
         {"kind": "cont", "rank": 0, "at_step": 1},
         {"kind": "raise", "rank": 0, "where": "nowhere"},
         {"kind": "kill", "rank": 0, "at_step": -1},
+        {"kind": "kill", "rank": 0, "step": 9},
     ]
     for body in bad:
         assert cluster.http.post("/chaos", json=body).status_code == 400, body

@@ -137,6 +137,8 @@ BAD_SIZES: list[tuple[dict[str, Any], str]] = [
     ({"new_ep_size": 2, "drain_timeout": "soon"}, "drain_timeout"),
     ({"new_ep_size": 2, "drain_timeout": True}, "drain_timeout"),
     ({"new_ep_size": 2, "drain_timeout": float("nan")}, "drain_timeout"),
+    ({"new_ep_size": 2, "drain_timout": 0}, "drain_timout"),
+    ({"size": 2}, "size"),
 ]
 BAD_PARAMS: list[tuple[dict[str, Any], str]] = [
     ({}, "params"),

@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from asking import becomes, chaos, get, instruct, metric, post
 from streams import PROMPTS, SAMPLING, Streams
 
+from phalanx.process import SpareSpec
 from phalanx.testing.damage import vault_of
 from phalanx.testing.service import Service
 
@@ -93,6 +96,22 @@ def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(starting: subprocess
     assert list(tmp_path.glob("phalanx-*")) == []
 
 
+def test_a_nursery_whose_answer_nobody_reads_ends_without_a_traceback() -> None:
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    spare, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "phalanx.nursery", str(theirs.fileno()), str(os.getpid())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True) as nursery:
+        order = msgspec.msgpack.encode(SpareSpec(launcher_pid=os.getpid()))
+        socket.send_fds(mine, [order], [its.fileno()])
+        theirs.close()
+        its.close()
+        assert select.select([mine], [], [], 120)[0], "nobody was born"
+        mine.close()
+        spare.close()
+        _, said = nursery.communicate(timeout=60)
+    assert (nursery.returncode, said) == (0, "")
+
+
 def test_without_elasticity_a_death_ends_the_service_at_once_and_in_plain_words(serve: Serve) -> None:
     service = serve(ep_size=3, no_elastic=True, drain_timeout=300)
     streams = Streams(service.url, PROMPTS, max_tokens=512, temperature=0).start()
@@ -156,7 +175,10 @@ def test_streams_outlive_a_spoilt_disk_once_it_is_mended(
     model = Path(shutil.copytree(tiny, tmp_path / "tiny"))
     service = serve("kill@decode:rank=1:n=5", model=model, ep_size=2, expert_backup="disk")
     before = spoil_experts(model)
+    instruct(service, "pause").raise_for_status()  # one that comes after the death would be refused
     streams = Streams(service.url, PROMPTS, **SAMPLING["greedy"]).start()
+    becomes(lambda: get(service, "/server_info").json()["requests_in_flight"], len(PROMPTS))
+    instruct(service, "retry").raise_for_status()
     service.wait_for_line("rank 0.0 cannot serve: cannot restore layer 0 expert")
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
     assert post(service, "/v1/completions", body).status_code == 503

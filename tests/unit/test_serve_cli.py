@@ -7,11 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
 
 from phalanx.cli import main
+from phalanx.config import ServeConfig
+from phalanx.elastic.vault.room import check_memory, room_for
+from phalanx.errors import BadConfig
+from phalanx.model.loader import Checkpoint
 from phalanx.testing.tiny import make_tiny
 
 
@@ -129,3 +134,38 @@ def test_what_devices_cannot_do_is_refused_whether_or_not_there_is_one(
     served: Path, flags: tuple[str, ...], said: str
 ) -> None:
     assert said in refusal(str(served), "--device", "cuda", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ways"),
+    [
+        (("--ep-size", "2"), ("--nnodes", "--quantization fp8", "--ep-size")),
+        (("--dtype", "float32"), ("--nnodes", "--quantization fp8", "--dtype bfloat16")),
+        (("--quantization", "fp8"), ("--nnodes",)),
+    ],
+    ids=["two ranks", "float32", "fp8"],
+)
+def test_a_model_that_no_memory_of_this_host_can_hold_is_refused_with_what_would_change_it(
+    served: Path, tmp_path: Path, flags: tuple[str, ...], ways: tuple[str, ...]
+) -> None:
+    model = Path(shutil.copytree(served, tmp_path / "huge"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 1 << 36}))
+    said = refusal(str(model), "--load-format", "dummy", *flags)
+    assert "does not fit into this host's memory: it needs at least" in said
+    assert [way for way in ("--nnodes", "--quantization fp8", "--dtype bfloat16", "--ep-size") if way in said] == (
+        sorted(ways, key=said.index)
+    )
+
+
+def test_what_a_host_must_hold_is_each_expert_once_and_the_other_weights_in_every_rank(served: Path) -> None:
+    checkpoint = Checkpoint.open(served)
+    shape = room_for(ServeConfig(model=str(served)), checkpoint).shape
+    experts = shape.num_layers * shape.num_experts * shape.expert_bytes
+    for ranks, nodes, needed in ((1, 1, experts + shape.dense_bytes), (3, 1, experts + 3 * shape.dense_bytes),
+                                 (4, 2, experts // 2 + 2 * shape.dense_bytes)):  # fmt: skip
+        config = ServeConfig(model=str(served), ep_size=ranks, nnodes=nodes)
+        check_memory(config, checkpoint, needed)
+        with pytest.raises(BadConfig, match="does not fit"):
+            check_memory(config, checkpoint, needed - 1)
+        check_memory(msgspec.structs.replace(config, device="cuda"), checkpoint, 0)

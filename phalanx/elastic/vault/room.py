@@ -1,4 +1,4 @@
-"""How much memory the vault takes, what the ranks will need beside it, and what the host has. No torch here."""
+"""How much memory a service takes on a host: the ranks, and the vault beside them; and what there is. No torch here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from phalanx.config import ELEMENT_BYTES, ServeConfig
 from phalanx.elastic.vault.memory import VaultShape
 from phalanx.elastic.vault.shares import EVERYTHING, Share
+from phalanx.errors import BadConfig
 from phalanx.model.loader import Checkpoint
 
 PROCESS_BYTES = 200 << 20
@@ -47,15 +48,7 @@ def room_for(
     over the hosts. Opens no weights. LOCAL."""
     model = checkpoint.config
     itemsize = ELEMENT_BYTES[config.dtype]
-    dense = checkpoint.dense_elements()
-    shape = VaultShape(
-        model.num_moe_layers,
-        model.num_experts,
-        model.expert_layout(itemsize).total_bytes,
-        sum(dense) * itemsize,
-        len(dense),
-        share,
-    )
+    shape = _shape(config, checkpoint, share)
     copies = 2 if config.dtype == "bfloat16" else 1  # plain, and in the layout that oneDNN computes from
     copies_of_experts = copies if model.expert_format == "plain" else 1
     if config.device == "cuda":  # a rank's memory is the device's; the dense weights only pass through the host's
@@ -69,19 +62,75 @@ def room_for(
     return Room(shape, available_bytes() if available is None else available, ranks)
 
 
+def check_memory(config: ServeConfig, checkpoint: Checkpoint, there: int | None = None) -> None:
+    """Raise BadConfig when the weights alone are more than this host can ever hold, even if nothing else ran on it.
+
+    What is counted cannot be had for less: each expert once, in any of this host's ranks, and in each rank the other
+    weights. there: bytes; by default `total_bytes`. Opens no weights. LOCAL."""
+    if config.device != "cpu":
+        return
+    shape = _shape(config, checkpoint, EVERYTHING)
+    ranks = -(-config.ep_size // config.nnodes)
+    experts = shape.num_layers * shape.num_experts * shape.expert_bytes // config.nnodes
+    there = total_bytes() if there is None else there
+    if experts + ranks * shape.dense_bytes <= there:
+        return
+    ways = ["--nnodes spreads the experts over more hosts"]
+    if checkpoint.config.expert_format == "plain":
+        ways.append("--quantization fp8 makes them smaller")
+    if config.dtype != "bfloat16":
+        ways.append("--dtype bfloat16 halves the others")
+    if ranks > 1:
+        ways.append("a lower --ep-size has these fewer times")
+    raise BadConfig(
+        f"{config.model} does not fit into this host's memory: it needs at least "
+        f"{gb(experts + ranks * shape.dense_bytes)} ({gb(experts)} of experts, and {gb(shape.dense_bytes)} of other "
+        f"weights for each of its ranks, of which there are {ranks}), and there are {gb(there)} with swap: "
+        + "; ".join(ways)
+    )
+
+
 def available_bytes() -> int:
     """Memory that this process and its children may still take: of the host, and within its control group. LOCAL."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    room = int(fields["MemAvailable"].split()[0]) << 10
+    room = _meminfo()["MemAvailable"]
     with suppress(OSError, ValueError, KeyError, StopIteration):  # no control groups of the second kind, or no limit
-        with open("/proc/self/cgroup", encoding="ascii") as file:
-            group = next(line.split("::", 1)[1].strip() for line in file if line.startswith("0::"))
-        directory = _CGROUP + (group if os.path.exists(_CGROUP + group) else "")
+        directory = _control_group()
         limit, used = (int(_read(f"{directory}/memory.{name}")) for name in ("max", "current"))
         stat = dict(line.split() for line in _read(f"{directory}/memory.stat").splitlines())
         room = min(room, limit - used + int(stat["inactive_file"]))
     return max(0, room)
+
+
+def total_bytes() -> int:
+    """Memory and swap that this process and its children could ever take, if nobody else took any. LOCAL."""
+    fields = _meminfo()
+    room, swap = fields["MemTotal"], fields["SwapTotal"]
+    with suppress(OSError, ValueError, StopIteration):
+        room = min(room, int(_read(f"{_control_group()}/memory.max")))
+    with suppress(OSError, ValueError, StopIteration):
+        swap = min(swap, int(_read(f"{_control_group()}/memory.swap.max")))
+    return room + swap
+
+
+def _shape(config: ServeConfig, checkpoint: Checkpoint, share: Share) -> VaultShape:
+    model, itemsize, dense = checkpoint.config, ELEMENT_BYTES[config.dtype], checkpoint.dense_elements()
+    expert_bytes = model.expert_layout(itemsize).total_bytes
+    return VaultShape(
+        model.num_moe_layers, model.num_experts, expert_bytes, sum(dense) * itemsize, len(dense), share
+    )  # fmt: skip
+
+
+def _meminfo() -> dict[str, int]:
+    """Bytes by the kernel's names for them."""
+    lines = (line.split() for line in _read("/proc/meminfo").splitlines())
+    return {name.rstrip(":"): int(number) << 10 for name, number, *_ in lines}
+
+
+def _control_group() -> str:
+    """The directory of this process's control group. Raises StopIteration when it has none of the second kind."""
+    lines = _read("/proc/self/cgroup").splitlines()
+    group = next(line.split("::", 1)[1].strip() for line in lines if line.startswith("0::"))
+    return _CGROUP + (group if os.path.exists(_CGROUP + group) else "")
 
 
 def gb(size: int) -> str:
