@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ import torch
 from graph_times import layer_us
 
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, DeviceLoad, Tiling
-from phalanx.moe.cuda_blocks import BlockExperts, BlockTiling, kind_for
+from phalanx.moe.cuda_blocks import BlockTiling, kind_for
 from phalanx.moe.gate import RouteTable
 from phalanx.moe.layout import ExpertFormat
 
@@ -33,43 +34,36 @@ SLOTS, EXPERTS, TOP_K, HIDDEN, WIDTH = 64, 128, 8, 2048, 768
 LAYERS, REPLAYS = 8, 15
 TILINGS = (
     Tiling(),
-    Tiling(up=32, up_stages=4),
-    Tiling(up=32, down=32, up_stages=4),
-    Tiling(up=128, down=128, depth=64),
-    Tiling(depth=64, up_stages=4, down_stages=5),
-    Tiling(up=64, down=128, depth=64, up_stages=5, down_stages=5),
+    Tiling(down=64, down_stages=4),
+    Tiling(up_stages=4, down_stages=4),
+    Tiling(programs=3),
+    Tiling(up=32, down=64, up_stages=4, down_stages=4),
     Tiling(rows=32),
-    Tiling(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3),
-    Tiling(rows=128, up=64, down=128, depth=64, up_stages=3, down_stages=3, warps=8),
-    Tiling(rows=128, up=64, down=128, depth=64, up_stages=4, down_stages=4, warps=8),
-    Tiling(rows=128, up=128, down=128, depth=64, up_stages=3, down_stages=4, warps=8),
-    Tiling(rows=128, up=128, down=256, depth=64, up_stages=3, down_stages=3, warps=8),
+    Tiling(rows=32, down=64, down_stages=4),
+    Tiling(rows=32, depth=64, up_stages=5, down_stages=5),
+    Tiling(rows=64, depth=64, up_stages=4, down_stages=4),
+    Tiling(rows=64, depth=64, up_stages=5, down_stages=5),
+    Tiling(rows=64, depth=64, up=128, down=256, warps=8),
+    Tiling(rows=128, depth=64, up=128, down=256, warps=8, programs=1),
+    Tiling(rows=128, depth=64, up=128, down=256, up_stages=4, down_stages=4, warps=8, programs=1),
 )
 BLOCK_TILINGS = (
     BlockTiling(),
-    BlockTiling(up_stages=4, down_stages=6, programs=2),
-    BlockTiling(up_stages=4, down_stages=6, programs=3),
-    BlockTiling(up_stages=6, down_stages=8, programs=2),
-    BlockTiling(up=32, down=32, up_stages=6, down_stages=8, programs=2),
-    BlockTiling(up=128, down=128, programs=2),
-    BlockTiling(rows=32),
-    BlockTiling(rows=32, up_stages=4, down_stages=6, programs=2),
-    BlockTiling.of(Tiling.of(64 * SLOTS, SLOTS, exact=False)),
-    BlockTiling(rows=64, down_stages=3, programs=2),
+    BlockTiling(down=64, down_stages=4),
+    BlockTiling(up=32, down=64, up_stages=4, down_stages=4),
+    BlockTiling(rows=32, up_stages=4, down_stages=4, programs=2),
+    BlockTiling(rows=32, down=64, up_stages=4, down_stages=4, programs=3),
+    BlockTiling(rows=64, programs=2),
 )
 
 
-def timed(
-    experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling | BlockTiling
-) -> tuple[float, torch.Tensor]:
+def timed(experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling: Tiling) -> tuple[float, torch.Tensor]:
     """Microseconds of a layer, and its result."""
     first = torch.searchsorted(slot_M, torch.arange(SLOTS + 1, device=x.device)).to(torch.int32)
     rows = torch.arange(len(slot_M), device=x.device) % len(x)
 
     def one(layer: int) -> torch.Tensor:
-        if isinstance(tiling, Tiling):
-            return experts.experts(layer, x, rows, first, tiling)
-        return cast(BlockExperts, experts).products(layer, x, rows, first, tiling)
+        return experts.experts(layer, x, rows, first, tiling)
 
     for layer in range(LAYERS):
         one(layer)
@@ -100,7 +94,7 @@ def main() -> int:
         print("experts_gpu: this machine has no CUDA device")
         return 0
     device = torch.device("cuda", 0)
-    kinds: list[tuple[DeviceBank, DeviceExperts, tuple[Tiling | BlockTiling, ...]]] = [(*rig("plain", device), TILINGS)]
+    kinds: list[tuple[DeviceBank, DeviceExperts, Sequence[Tiling]]] = [(*rig("plain", device), TILINGS)]
     if options.fp8:
         kinds.append((*rig("fp8", device), BLOCK_TILINGS))
     generator = torch.Generator(device).manual_seed(0)

@@ -61,7 +61,7 @@ TILINGS = (
 )
 KINDS = {
     "attention": ("prefill_kernel",), "decodes": ("decode_kernel", "merge_kernel"),
-    "experts": ("up_kernel", "down_kernel"), "exchange": ("dispatch_kernel", "combine_kernel"),
+    "experts": ("experts_kernel",), "exchange": ("dispatch_kernel", "combine_kernel"),
     "small": ("norm_kernel", "place_kernel", "gate_kernel"),
 }  # fmt: skip
 """What a profile's kernels are counted as; all others are dense products, copies and the sampler."""

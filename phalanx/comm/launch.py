@@ -202,14 +202,11 @@ class Kernels:
             return
         device = torch.cuda.get_device_properties(self._fixed.own.device)
         for name, (programs, warps, compiled) in self._seen.items():
-            registers = -(-compiled.n_regs // 8) * 8 * 32 * warps
-            at_once = min(_REGISTERS // registers, 64 // warps, 32)
-            if shared := compiled.metadata.shared:
-                at_once = min(at_once, device.shared_memory_per_multiprocessor // (shared + 1024))
-            if programs >= at_once * device.multi_processor_count:
+            at_once = programs_at_once(compiled, warps, device) * device.multi_processor_count
+            if programs >= at_once:
                 raise LaunchTooLarge(
-                    f"{name}: {programs} programs of {registers} registers, {device.name} runs "
-                    f"{at_once * device.multi_processor_count} at once: choose a LaunchShape with fewer groups"
+                    f"{name}: {programs} programs of {compiled.n_regs} registers a thread, {device.name} runs "
+                    f"{at_once} at once: choose a LaunchShape with fewer groups"
                 )
 
     def gather(self, row: Tensor, out: Tensor, words: int) -> None:
@@ -226,6 +223,17 @@ class Kernels:
     def _words(self) -> tuple[Any, ...]:
         c = self._fixed
         return c.own, c.state, c.host, c.notice_pointer, c.notice_stride
+
+
+def programs_at_once(compiled: Any, warps: int, device: Any) -> int:
+    """How many programs of a compiled kernel a multiprocessor holds at once. LOCAL.
+
+    compiled: as a launch returns it. device: its properties, as torch gives them."""
+    registers = -(-compiled.n_regs // 8) * 8 * 32 * warps
+    held: int = min(_REGISTERS // registers, 64 // warps, 32)
+    if shared := compiled.metadata.shared:
+        held = min(held, device.shared_memory_per_multiprocessor // (shared + 1024))
+    return held
 
 
 def power_of_two(n: int) -> int:

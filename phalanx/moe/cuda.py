@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.cuda import CudaCommunicator
-from phalanx.comm.launch import power_of_two
+from phalanx.comm.launch import power_of_two, programs_at_once
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
@@ -194,21 +195,26 @@ _FEW = 9.0
 _MANY = 48.0
 """Pairs a slot from which tiles of 128 rows are faster than of 64; measured with 33 (64 rows are) and 65 (128 are)."""
 
+MIN_ROWS = 16
+"""No tile has fewer pairs."""
+
 _VERY_FEW = 32
 """Pairs at a rank for which tiles of 64 outputs are fewer than the device's processors."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the experts' kernels cut their work. rows: pairs a tile; up, down: outputs a tile; depth: inputs a round."""
+    """How the experts' kernel cuts its work. rows: pairs a tile; up, down: outputs a tile; depth: inputs a round.
+    programs: a processor."""
 
     rows: int = 16
     up: int = 64
-    down: int = 64
+    down: int = 128
     depth: int = 128
     up_stages: int = 3
-    down_stages: int = 4
+    down_stages: int = 3
     warps: int = 4
+    programs: int = 2
 
     @classmethod
     def of(cls, pairs: int, slots: int, *, exact: bool) -> Tiling:
@@ -220,12 +226,12 @@ class Tiling:
         has 64 rows, which devices multiply with another instruction than 16 and 32."""
         a_slot = pairs / max(1, slots)
         if a_slot <= _FEW:
-            return cls(up=32, up_stages=4) if pairs <= _VERY_FEW else cls()
+            return cls(up=32, down=64, up_stages=4, down_stages=4) if pairs <= _VERY_FEW else cls()
         if exact or a_slot <= 2 * _FEW:
             return cls(rows=32)
         if a_slot <= _MANY:
-            return cls(rows=64, up=64, down=128, depth=64, up_stages=3, down_stages=3)
-        return cls(rows=128, up=128, down=256, depth=64, up_stages=3, down_stages=3, warps=8)
+            return cls(rows=64, depth=64, up_stages=4, down_stages=4)
+        return cls(rows=128, up=128, down=256, depth=64, warps=8, programs=1)
 
 
 class DeviceExperts:
@@ -237,19 +243,25 @@ class DeviceExperts:
     ) -> None:  # fmt: skip
         """pairs: the most (token, slot) pairs that a dispatch may bring. weigh_early: the communicator's mode is
         `fast`, in which weights travel with the tokens."""
-        from phalanx.moe import kernels
+        from phalanx.moe import expert_kernels, kernels
 
-        self._code = kernels
+        self._code, self._kernel = kernels, expert_kernels.experts_kernel
+        self._tiles: dict[str, Any] = {
+            "UP_TILE": expert_kernels.up_tile, "DOWN_TILE": expert_kernels.down_tile, "S": bank.slots_per_rank,
+            "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width, "D": bank.hidden,
+            "X": 3 * bank.hidden * bank.expert_width, "AT": 0,
+        }  # fmt: skip
         self._bank, self._routes, self._comm, self._load = bank, routes, comm, load
         self._top_k, self._num_experts, self._norm_topk = top_k, num_experts, norm_topk
         self._weigh_early = weigh_early
         weights = bank.weights_LSX
         self._h_MF = torch.empty(pairs, bank.expert_width, dtype=bank.dtype, device=weights.device)
         self._y_MD = torch.empty(pairs, bank.hidden, dtype=bank.dtype, device=weights.device)
-        self._processors = 2
-        if weights.device.type == "cuda":
-            self._processors = torch.cuda.get_device_properties(weights.device).multi_processor_count
-        self._programs = 2 * self._processors
+        on_device = weights.device.type == "cuda"
+        self._device = torch.cuda.get_device_properties(weights.device) if on_device else None
+        self._programs: dict[Tiling, int] = {}
+        most = -(-pairs // MIN_ROWS) + bank.slots_per_rank
+        self._turns = torch.zeros(int(expert_kernels.READY) + most, dtype=torch.int32, device=weights.device)
 
     def forward(
         self, layer: int, x_TD: Tensor, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor, tiling: Tiling
@@ -281,15 +293,20 @@ class DeviceExperts:
     def experts(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: Tiling) -> Tensor:
         """[M, D], valid until the next call: rows `row_M` of x_ND through the slots that `first_S` says. LOCAL."""
         bank, t = self._bank, tiling
-        weights = bank.weights_LSX[layer]
-        shape = {
-            "S": bank.slots_per_rank, "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width,
-            "D": bank.hidden, "PROGRAMS": self._programs, "BM": t.rows, "BK": t.depth,
+        given = (x_ND, row_M, first_S, bank.weights_LSX[layer], self._h_MF, self._y_MD, self._turns)
+        cut = {
+            **self._tiles, "BM": t.rows, "UP": t.up, "DOWN": t.down, "BK": t.depth, "UP_STAGES": t.up_stages,
+            "DOWN_STAGES": t.down_stages, "num_warps": t.warps,
         }  # fmt: skip
-        self._code.up_kernel[(self._programs,)](
-            x_ND, row_M, first_S, weights, self._h_MF, **shape, BN=t.up, num_warps=t.warps, num_stages=t.up_stages
-        )
-        self._code.down_kernel[(self._programs,)](
-            self._h_MF, first_S, weights, self._y_MD, **shape, BN=t.down, num_warps=t.warps, num_stages=t.down_stages
-        )
+        if t not in self._programs:
+            self._programs[t] = self._fitting(self._kernel.warmup(*given, grid=(1,), **cut), t)
+        self._kernel[(self._programs[t],)](*given, **cut)
         return self._y_MD
+
+    def _fitting(self, compiled: Any, tiling: Tiling) -> int:
+        """As many programs as asked for, of those that run at once: they wait for one another."""
+        if self._device is None:
+            return 1  # Triton's interpreter runs one after the other
+        _ = compiled.run  # loads it, and so finds out what a program needs
+        held = programs_at_once(compiled, tiling.warps, self._device)
+        return max(1, min(held, tiling.programs)) * int(self._device.multi_processor_count)

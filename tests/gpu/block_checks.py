@@ -60,12 +60,12 @@ def _block_case(device: torch.device, slots: int, hidden: int, width: int, pairs
     want = through_experts(on_device[0], on_device[1], first, weights, width)
     worst, exact_bits = 0.0, []
     tilings = dict.fromkeys(
-        (BlockTiling.of(Tiling.of(many * slots, slots, exact=exact)), exact)
+        (BlockTiling.like(Tiling.of(many * slots, slots, exact=exact)), exact)
         for exact in (False, True)
         for many in (0, 2, 12, 40)
     )
     for tiling, exact in tilings:
-        got = experts.products(0, *on_device, tiling)[:pairs].cpu()
+        got = experts.experts(0, *on_device, tiling)[:pairs].cpu()
         error = error_of(got, want)
         assert error < 1e-2, f"{slots} slots, {hidden} x {width}, {pairs} pairs, {tiling}: relative error {error:.1e}"
         worst = max(worst, error)

@@ -23,6 +23,6 @@ def test_weights_in_blocks_are_cut_for_the_same_pairs_into_parts_of_blocks() -> 
     for exact in (False, True):
         for pairs in range(0, 9000, 7):
             tiling = Tiling.of(pairs, 64, exact=exact)
-            blocks = BlockTiling.of(tiling)
+            blocks = BlockTiling.like(tiling)
             assert blocks.rows == min(tiling.rows, 64)
             assert 128 % blocks.up == 128 % blocks.down == 0
