@@ -6,6 +6,7 @@ Only this file knows both the engine (which computes steps) and the failure path
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -33,6 +34,7 @@ from phalanx.elastic.restore import DiskSource, PeerSource, Source, VaultSource
 from phalanx.elastic.vault.memory import Bytes, Follower, Vault, VaultGone
 from phalanx.elastic.vault.remote import Remote
 from phalanx.elastic.vault.transports import transports
+from phalanx.engine.rehearsal import rehearse
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
 from phalanx.model.known import KnownCheckpoint
@@ -242,6 +244,9 @@ class Worker:
             self._bank.pack()
             self._prepared.lap("pack")
         self._runner.warm_up(self._limits)
+        rehearse(self._limits, self._runner, self._comm)
+        gc.collect()
+        gc.freeze()  # what serving begins with lives as long: no collection looks at it while others wait
         self._prepared.lap("warm_up")
 
     def _step(self) -> StepResult:
@@ -297,10 +302,12 @@ class Worker:
                     prompt_tokens=result.prompt_tokens,
                 )
             )
-        if (recovered := self._timeline.first_step(self._me, self._prepared, idle=result.idle)) is not None:
+        recovered = self._timeline.stepped(
+            self._me, self._prepared, result.seconds, idle=result.idle, boundary=result.boundary
+        )
+        if recovered is not None:
             self._mail.send(recovered)
         if result.boundary:
-            self._timeline.boundary()
             self._change = Change(FORESEEN[result.proposal - 1])
             return
         if result.proposal:
