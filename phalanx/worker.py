@@ -13,6 +13,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -357,6 +358,7 @@ class Worker:
 
     def _suspect(self, lost: PeerLost) -> Change:
         change = self._recovery.change_after(lost)
+        change = replace(change, detect_s=change.detect_s + time.monotonic() - lost.found_s)
         self._timeline.trouble(change.detect_s)
         if change.lost:
             self._mail.send(m.Suspected(**self._name, suspects=list(change.lost), epoch=self._recovery.view.epoch))

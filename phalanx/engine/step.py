@@ -308,7 +308,7 @@ class Engine:
         """The one place where a failure surfaces, together with what is `lost` already. LOCAL."""
         if not status.clean:
             ranks, epoch = (lost.ranks, lost.epoch) if lost else ((), 0)
-            raise PeerLost(status.lost.union(ranks), max(status.interrupted, epoch))
+            raise PeerLost(status.lost.union(ranks), max(status.interrupted, epoch), lost.found_s if lost else None)
 
     def _sample(self, batch: StepBatch, ran: Ran) -> _Outcome:
         outcome = _Outcome({r.request_id: ran.tokens[row] for r, row in batch.samples if row in ran.tokens}, {}, {})
