@@ -17,6 +17,7 @@ Only a bug raises anything else.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 
@@ -50,11 +51,13 @@ class PeerLost(MembershipError):
 
     ranks: the suspects (may be empty when a peer's open roll call ended the step).
     epoch: the highest epoch for which a roll call is known to be open; 0 when none is.
+    found_s: when that was found, by time.monotonic(): what runs on a device must end before anybody can deal with it.
     """
 
-    def __init__(self, ranks: Iterable[int], epoch: int = 0) -> None:
+    def __init__(self, ranks: Iterable[int], epoch: int = 0, found_s: float | None = None) -> None:
         self.ranks = tuple(sorted(ranks))
         self.epoch = epoch
+        self.found_s = time.monotonic() if found_s is None else found_s
         super().__init__(f"lost ranks {list(self.ranks)}" + (f", roll call {epoch} is open" if epoch else ""))
 
 

@@ -194,6 +194,22 @@ class PhaseSeconds(msgspec.Struct, frozen=True, kw_only=True):
     total: float = 0.0
 
 
+class StepSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step spent its time on, on one rank."""
+
+    meet: float = 0.0
+    """Until all peers had come to the step; to plan it included."""
+    launch: float = 0.0
+    """Lay it out and launch it; where the host computes, all of the computing."""
+    meet_next: float = 0.0
+    """The same of the step that is launched behind it, where one is."""
+    launch_next: float = 0.0
+    wait: float = 0.0
+    """From then on until it had run."""
+    commit: float = 0.0
+    """Choose what tokens the device has not chosen, and count the step."""
+
+
 class MemberInfo(msgspec.Struct, frozen=True):
     rank: int
     incarnation: int
@@ -236,6 +252,10 @@ class Recovered(Message, frozen=True):
     steps_replayed: int = 0
     prepared: dict[str, float] = {}
     """Of a newcomer: seconds from its birth until it asked to be let in, by what it did."""
+    first_step: StepSeconds = StepSeconds()
+    """Of `seconds.replay`: the first step under `epoch`."""
+    pace: float = 0.0
+    """Seconds that a step took this rank before, in the median of the last ones; 0: it took too few."""
 
 
 class Balance(Message, frozen=True):

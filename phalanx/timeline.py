@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from itertools import pairwise
+from statistics import median
 
 from phalanx import messages as m
 from phalanx.elastic.recover import Adoption
 from phalanx.world import Member
+
+_PACE_STEPS = 32
+"""So many steps say how long one takes."""
 
 
 class Stopwatch:
@@ -41,21 +47,21 @@ class Timeline:
         self._adopted_at = 0.0
         self._bytes: dict[str, int] = {}
         self._source_s: dict[str, float] = {}
+        self._ends: deque[float] = deque(maxlen=_PACE_STEPS + 1)
+        self._pace = 0.0
 
     def trouble(self, detect_s: float) -> None:
         """A PeerLost was raised, `detect_s` after the first sign. The first of several counts. LOCAL."""
         if not self._running:
             self._began, self._running, self._cut_off = time.monotonic() - detect_s, True, True
 
-    def boundary(self) -> None:
-        """All left a step boundary for a change that somebody proposed: no step was cut off. LOCAL."""
-        if not self._running:
-            self._began, self._running = time.monotonic(), True
-
     def adopted(self, adoption: Adoption, staged: dict[str, int], staged_s: dict[str, float]) -> None:
         """A new World stands; the replay begins. staged: bytes by source that were restored beforehand; staged_s: the
         seconds they took. LOCAL."""
         self._adoption, self._adopted_at = adoption, time.monotonic()
+        ends = list(self._ends)
+        self._ends.clear()
+        self._pace = median(later - sooner for sooner, later in pairwise(ends)) if len(ends) > _PACE_STEPS // 2 else 0.0
         self._bytes = {
             source: adoption.bytes_restored.get(source, 0) + staged.get(source, 0)
             for source in {*adoption.bytes_restored, *staged}
@@ -64,10 +70,19 @@ class Timeline:
             source: adoption.seconds_restored.get(source, 0.0) + staged_s.get(source, 0.0) for source in self._bytes
         }
 
-    def first_step(self, me: Member, prepared: Stopwatch, *, idle: bool) -> m.Recovered | None:
-        """The report, when the step that just ended was the first since `adopted`. idle: nobody had anything to run,
-        so no step was replayed either. LOCAL."""
+    def stepped(
+        self, me: Member, prepared: Stopwatch, seconds: m.StepSeconds, *, idle: bool, boundary: bool
+    ) -> m.Recovered | None:
+        """A step ended, and its tokens are on their way; the report, when it was the first since `adopted`. seconds:
+        what it spent its time on. idle: nobody had anything to run, so no step was replayed either. boundary: see
+        `StepResult`. LOCAL."""
         adoption, now = self._adoption, time.monotonic()
+        if idle:
+            self._ends.clear()
+        else:
+            self._ends.append(now)
+        if boundary and not self._running:
+            self._began, self._running = now, True
         if adoption is None:
             return None
         replayed = int(self._cut_off and not idle)
@@ -92,4 +107,6 @@ class Timeline:
             seconds_restored=self._source_s,
             steps_replayed=replayed,
             prepared=prepared.take(),
+            first_step=seconds,
+            pace=self._pace,
         )

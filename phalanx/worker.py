@@ -6,12 +6,14 @@ Only this file knows both the engine (which computes steps) and the failure path
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import select
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -33,6 +35,7 @@ from phalanx.elastic.restore import DiskSource, PeerSource, Source, VaultSource
 from phalanx.elastic.vault.memory import Bytes, Follower, Vault, VaultGone
 from phalanx.elastic.vault.remote import Remote
 from phalanx.elastic.vault.transports import transports
+from phalanx.engine.rehearsal import rehearse
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
 from phalanx.model.known import KnownCheckpoint
@@ -243,6 +246,9 @@ class Worker:
             self._bank.pack()
             self._prepared.lap("pack")
         self._runner.warm_up(self._limits)
+        rehearse(self._limits, self._runner, self._comm)
+        gc.collect()
+        gc.freeze()  # what serving begins with lives as long: no collection looks at it while others wait
         self._prepared.lap("warm_up")
 
     def _step(self) -> StepResult:
@@ -298,10 +304,12 @@ class Worker:
                     prompt_tokens=result.prompt_tokens,
                 )
             )
-        if (recovered := self._timeline.first_step(self._me, self._prepared, idle=result.idle)) is not None:
+        recovered = self._timeline.stepped(
+            self._me, self._prepared, result.seconds, idle=result.idle, boundary=result.boundary
+        )
+        if recovered is not None:
             self._mail.send(recovered)
         if result.boundary:
-            self._timeline.boundary()
             self._change = Change(FORESEEN[result.proposal - 1])
             return
         if result.proposal:
@@ -351,6 +359,7 @@ class Worker:
 
     def _suspect(self, lost: PeerLost) -> Change:
         change = self._recovery.change_after(lost)
+        change = replace(change, detect_s=change.detect_s + time.monotonic() - lost.found_s)
         self._timeline.trouble(change.detect_s)
         if change.lost:
             self._mail.send(m.Suspected(**self._name, suspects=list(change.lost), epoch=self._recovery.view.epoch))

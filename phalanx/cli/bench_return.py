@@ -16,7 +16,9 @@ from phalanx.cli.figures import cells, percentiles
 from phalanx.testing.service import Service
 from phalanx.testing.streams import Stream
 
-_LET_IN = r"recovered:.* ranks \[[^\]]*\b{}\b[^\]]*\] rejoined.* total (?P<total>[\d.]+) s"
+_LET_IN = (
+    r"recovered:.* ranks \[[^\]]*\b{}\b[^\]]*\] rejoined.* total (?P<total>[\d.]+) s(?: = (?P<steps>[\d.]+) steps)?"
+)
 _CAME_IN = r"rank {}\.{} came in (?P<total>[\d.]+) s after it was started \((?P<phases>[^)]*)\)"
 
 _FEWEST_STEPS = 8
@@ -28,7 +30,8 @@ class Return:
     """How a victim came back, or several that were let in together.
 
     after_s: from the failure until the service was seen at full strength, with all victims. pause_s: from the step
-    boundary until the end of the first step with the newcomers, by the healthy ranks' own word. step_s: what a
+    boundary until the end of the first step with the newcomers, by the healthy ranks' own word; pause_steps: in steps
+    as they took them right before, 0 where they do not say. step_s: what a
     token took before the failure, on average over a stream (they may come in bursts), of the median stream. stalls_s:
     the gap around the return, of each stream that was not over. prepared_s: what a newcomer did by itself, the slowest
     of several. before_per_s, after_per_s: pieces of all streams a second, before the failure and after the last
@@ -36,6 +39,7 @@ class Return:
 
     after_s: float
     pause_s: float
+    pause_steps: float
     step_s: float
     stalls_s: list[float]
     prepared_s: dict[str, float]
@@ -55,11 +59,11 @@ class Return:
         times_s: when the failure happened, and when full strength was seen. line: the log's length before the failure.
         LOCAL."""
         hurt_s, back_s = times_s
-        let_in: dict[float, float] = {}
+        let_in: dict[float, tuple[float, float]] = {}
         prepared: dict[float, dict[str, float]] = {}
         for rank, incarnation in newcomers:
             told, at_s = service.line_at(_LET_IN.format(rank), after=line)
-            let_in[at_s] = float(told["total"])
+            let_in[at_s] = float(told["total"]), float(told["steps"] or 0)
             came_in, _ = service.line_at(_CAME_IN.format(rank, incarnation), after=line)
             words = (phase.split() for phase in came_in["phases"].split(", "))
             mine = {name: float(seconds) for name, seconds in words}
@@ -71,13 +75,14 @@ class Return:
             cls(
                 after_s=back_s - hurt_s,
                 pause_s=pause_s,
+                pause_steps=pause_steps,
                 step_s=step_s,
                 stalls_s=[_gap_around(stream, at_s - pause_s / 2) for stream in _running(streams, at_s)],
                 prepared_s=prepared[at_s],
                 before_per_s=_rate(streams, began_s, hurt_s, step_s),
                 after_per_s=_rate(streams, at_s, first_end_s, step_s) if at_s == max(let_in) else 0.0,
             )
-            for at_s, pause_s in sorted(let_in.items())
+            for at_s, (pause_s, pause_steps) in sorted(let_in.items())
         ]
 
 
@@ -110,8 +115,8 @@ def _rate(streams: Sequence[Stream], since_s: float, until_s: float, step_s: flo
 
 
 def figures(rounds: Sequence[Sequence[Return]]) -> dict[str, Any] | None:
-    """Of the returns of each round; None when nobody came back. `_steps` are multiples of that round's median step.
-    LOCAL."""
+    """Of the returns of each round; None when nobody came back. `gap_around_the_return_steps` are multiples of that
+    round's median step before the failure, `pause_of_healthy_ranks_steps` of theirs before the return. LOCAL."""
     returned = [back for backs in rounds for back in backs]
     if not returned:
         return None
@@ -122,7 +127,7 @@ def figures(rounds: Sequence[Sequence[Return]]) -> dict[str, Any] | None:
         "kill_to_full_strength_s": percentiles([max(back.after_s for back in backs) for backs in rounds if backs]),
         "step_s": percentiles([back.step_s for back in stepped]),
         "pause_of_healthy_ranks_s": percentiles([back.pause_s for back in returned]),
-        "pause_of_healthy_ranks_steps": percentiles([back.pause_s / back.step_s for back in stepped]),
+        "pause_of_healthy_ranks_steps": percentiles([back.pause_steps for back in returned if back.pause_steps]),
         "gap_around_the_return_s": percentiles([gap for back in returned for gap in back.stalls_s]),
         "gap_around_the_return_steps": percentiles([gap / back.step_s for back in stepped for gap in back.stalls_s]),
         "rate_after_over_before": percentiles([back.after_per_s / back.before_per_s for back in rated]),
@@ -137,7 +142,7 @@ def rows(kind: str, back: dict[str, Any], names: Sequence[str]) -> list[tuple[st
         *((f"  newcomer alone: {phase}", *cells(seconds, *names)) for phase, seconds in back["prepared_s"].items()),
         ("median step", *cells(back["step_s"], *names)),
         ("healthy ranks' pause for the return", *cells(back["pause_of_healthy_ranks_s"], *names)),
-        ("  in median steps", *_plain(back["pause_of_healthy_ranks_steps"], names)),
+        ("  in their steps before it", *_plain(back["pause_of_healthy_ranks_steps"], names)),
         ("streams' gap around the return", *cells(back["gap_around_the_return_s"], *names)),
         ("  in median steps", *_plain(back["gap_around_the_return_steps"], names)),
         ("rate after the return, over before", *_plain(back["rate_after_over_before"], names)),

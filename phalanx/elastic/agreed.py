@@ -30,7 +30,8 @@ class Change:
     """Why the members must meet.
 
     lost: ranks that seem lost (suspicion, not eviction); causes: why, by rank; detect_s: from the first sign of
-    trouble until it was certain; epoch: the highest epoch for which a roll call is known to be open, 0 for none.
+    trouble until it was certain, and nothing of the step ran any more; epoch: the highest epoch for which a roll call
+    is known to be open, 0 for none.
     """
 
     trigger: Trigger

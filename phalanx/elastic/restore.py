@@ -232,6 +232,8 @@ class Restore:
         self.seconds_by_source: dict[str, float] = {}
         """How long the restore waited for that, the check of the digest included. What comes from several hosts at
         once adds up."""
+        self._trouble: dict[tuple[int, int], str] = {}
+        """What the last source said that failed, by (layer, expert)."""
         self._lender = ""
         """The source that lent last: what is lent may still be on its way to a device."""
         for source in sources:
@@ -318,6 +320,9 @@ class Restore:
     def _finish(self, move: Move, filled: bool) -> None:
         self._digests.drop(move)  # another copy may have been taken than the one that was digested
         if not filled:
+            if not self.lost:  # one says what is wrong: all may be lost
+                why = self._trouble.get((move.layer, move.expert), "no source has a copy")
+                log.warning("layer %d expert %d cannot be had from anywhere: %s", move.layer, move.expert, why)
             self.lost.append((move.layer, move.expert))
         self._done += 1
         if self._progress is not None:
@@ -337,6 +342,7 @@ class Restore:
                     size = self._take(move, copy)
                 except TROUBLE as error:
                     log.info("layer %d expert %d cannot be had from %s: %s", layer, expert, source.name, error)
+                    self._trouble[layer, expert] = f"{source.name}: {error}"
                     continue
                 if size:
                     self._lender = source.name if isinstance(copy, Loan) else self._lender

@@ -24,11 +24,23 @@ import numpy.typing as npt
 from phalanx.comm.base import Communicator, Status
 from phalanx.engine import sampler
 from phalanx.engine.batch import PromptRows, StepBatch, build, build_behind
+from phalanx.engine.laps import Laps
 from phalanx.engine.request import Request
 from phalanx.engine.runner import Flight, Ran, StepRunner
 from phalanx.engine.scheduler import Limits, Plan, Scheduler
 from phalanx.errors import PeerLost
-from phalanx.messages import Abort, Load, Logprob, Pause, PromptLogprobs, Resume, Submit, TokenOut, ToWorker
+from phalanx.messages import (
+    Abort,
+    Load,
+    Logprob,
+    Pause,
+    PromptLogprobs,
+    Resume,
+    StepSeconds,
+    Submit,
+    TokenOut,
+    ToWorker,
+)
 from phalanx.testing.faults import NO_FAULTS, Faults
 from phalanx.world import World
 
@@ -56,7 +68,7 @@ class StepResult:
     idle: no rank has anything more to do, nothing runs: all may sleep. proposal: the highest of any rank. boundary: all
     ranks are ready for what is proposed; nothing runs, all are at the same step boundary. Both may come with the tokens
     of the step before. step: the number of the last step committed, the same on all ranks. prompt_tokens: prompt tokens
-    computed in it.
+    computed in it. seconds: what this call spent its time on.
     """
 
     tokens: list[TokenOut] = field(default_factory=list)
@@ -67,6 +79,7 @@ class StepResult:
     boundary: bool = False
     step: int = 0
     prompt_tokens: int = 0
+    seconds: StepSeconds = field(default_factory=StepSeconds)
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,7 @@ class Engine:
         self._launched: list[_Launched] = []
         """Steps under way, the older one first: at most two within `step`, at most one between its calls."""
         self._untold = _Untold()
+        self._laps = Laps()
 
     def step(self, proposal: int = 0, ready: bool = False) -> StepResult:
         """Take one step to its end, with all ranks; the one after it may have been launched by then. COLLECTIVE.
@@ -140,6 +154,7 @@ class Engine:
         ready for it. When all ranks are, they end at the same step boundary, with nothing under way.
         Raises PeerLost when ranks fell silent or a roll call was opened. Then nothing is under way; what was committed
         before is told with the next result."""
+        self._laps = Laps()
         try:
             self._faults.point("step", self._step + 1)
             said = self._go_on(proposal, ready)
@@ -156,6 +171,7 @@ class Engine:
             boundary=said.boundary,
             step=self._step,
             prompt_tokens=untold.prompt_tokens,
+            seconds=self._laps.seconds(),
         )
 
     def accept(self, messages: Iterable[ToWorker]) -> None:
@@ -238,6 +254,7 @@ class Engine:
         self._faults.point("schedule")
         number = (behind.number if behind else self._step) + 1
         header_RN = self._header([plan.num_tokens, proposal, ready, self._epoch, bool(plan), number])
+        self._laps.lap("meet_next" if behind else "meet")
         proposal = int(header_RN[:, _PROPOSAL].max())
         if header_RN[header_RN[:, _STEP] > 0, _READY].all():
             return _Said(proposal, boundary=True)
@@ -253,6 +270,7 @@ class Engine:
         self._scheduler.depart(plan)
         number = int(header_RN[:, _STEP].max())
         self._launched.append(_Launched(plan, batch, number, prompt_tokens, flight))
+        self._laps.lap("launch_next" if behind else "launch")
         return _Said(proposal)
 
     def _following(self, step: _Launched) -> Plan | None:
@@ -268,6 +286,7 @@ class Engine:
         outcome = _Outcome({}, {}, {})
         if step.flight is not None:
             ran = step.flight.finish()
+            self._laps.lap("wait")
             # The last collective is over and what follows is local: the check can stand before the sampler.
             self._check(ran.status or self._comm.status(), lost)
             outcome = self._sample(step.batch, ran)
@@ -275,6 +294,7 @@ class Engine:
         del self._launched[0]
         self._step = step.number
         self._commit(step, outcome)
+        self._laps.lap("commit")
 
     def _header(self, row: list[int]) -> npt.NDArray[np.int64]:
         """What every rank brings to a step: int64 [R, 6]. It is read only if it is complete. COLLECTIVE."""
@@ -288,7 +308,7 @@ class Engine:
         """The one place where a failure surfaces, together with what is `lost` already. LOCAL."""
         if not status.clean:
             ranks, epoch = (lost.ranks, lost.epoch) if lost else ((), 0)
-            raise PeerLost(status.lost.union(ranks), max(status.interrupted, epoch))
+            raise PeerLost(status.lost.union(ranks), max(status.interrupted, epoch), lost.found_s if lost else None)
 
     def _sample(self, batch: StepBatch, ran: Ran) -> _Outcome:
         outcome = _Outcome({r.request_id: ran.tokens[row] for r, row in batch.samples if row in ran.tokens}, {}, {})

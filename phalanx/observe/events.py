@@ -14,6 +14,7 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from phalanx.errors import BadConfig
+from phalanx.messages import StepSeconds
 
 log = logging.getLogger("phalanx.events")
 
@@ -42,6 +43,10 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     causes: dict[int, str]
     prepared: dict[str, float] = {}
     """Of ranks that joined: seconds by what they did alone before they asked to be let in, the slowest of them."""
+    first_step: dict[int, StepSeconds] = {}
+    """By rank: what the first step under the new view, most of `replay`, was spent on."""
+    pace: float = 0.0
+    """Seconds that a step took those who were there before, in the median of their last ones; 0: they took too few."""
     outcome: str
     """complete: every rank of the view reported. partial: some did not in time. superseded: a further change came
     first. cannot_serve: the living cannot serve."""
@@ -57,13 +62,17 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
         what = "scaled" if self.trigger == "scale" else "recovered"
         return (
             f"{what}: {self._who()}, epoch {self.previous_epoch} -> {self.epoch}, "
-            f"total {self.seconds['total']:.3f} s ({phases}), {self.requests_moved} requests moved, "
+            f"total {self.seconds['total']:.3f} s{self._steps()} ({phases}), {self.requests_moved} requests moved, "
             f"{restored or 'no bytes'} restored" + ("" if self.outcome == "complete" else f" ({self.outcome})")
         )
 
     def _rate(self, source: str) -> str:
         seconds = self.seconds_restored.get(source, 0.0)
         return f" at {self.bytes_restored[source] / seconds / 1e9:.2f} GB/s a rank" if seconds else ""
+
+    def _steps(self) -> str:
+        """What was foreseen costs those who serve about a step: so it is given in steps, too."""
+        return f" = {self.seconds['total'] / self.pace:.2f} steps" if self.pace and not self.lost else ""
 
     def _who(self) -> str:
         parts = [f"lost ranks {self.lost}"] if self.lost else []

@@ -92,6 +92,8 @@ class Tally:
             steps_replayed=max((r.steps_replayed for r in reports), default=0),
             causes=self.causes,
             outcome=outcome,
+            first_step={who.rank: r.first_step for who, r in self.reports.items()},
+            pace=max((report.pace for report in waited), default=0.0),
             prepared={p: max(r.prepared.get(p, 0.0) for r in reports) for p in _newcomers_phases(reports)},
         )
 
@@ -233,6 +235,8 @@ class Roster:
                 "epoch": last.epoch, "seconds": last.seconds,
                 "bytes_restored": by_kind(last.bytes_restored), "seconds_restored": by_kind(last.seconds_restored),
                 "requests_moved": last.requests_moved,
+                "first_step": {str(rank): msgspec.structs.asdict(took) for rank, took in last.first_step.items()},
+                "pace": last.pace,
             },
         }  # fmt: skip
 

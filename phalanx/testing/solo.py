@@ -16,6 +16,7 @@ from phalanx.backend import Backend
 from phalanx.comm.base import Communicator
 from phalanx.comm.local import LocalCommunicator
 from phalanx.config import ServeConfig
+from phalanx.engine.rehearsal import rehearse
 from phalanx.engine.runner import Runner, StepRunner, limits_for
 from phalanx.engine.step import Engine
 from phalanx.messages import ToWorker
@@ -70,6 +71,7 @@ class SoloEngine:
         self.engine = Engine(self.limits, self.runner, self.comm, model.eos_ids)
         if warm_up:
             self.runner.warm_up(self.limits)
+            rehearse(self.limits, self.runner, self.comm)
         for layer in range(model.num_moe_layers):
             for expert in range(model.num_experts):
                 out = self._bank.slot_bytes(layer, expert)

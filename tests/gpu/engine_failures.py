@@ -170,21 +170,52 @@ RETURN_TOKENS = 3200
 """So many that a round outlasts a return several times over, and that a newcomer lives long enough not to be made to
 wait when it is killed in the next round."""
 
+LARGE_RETURN_TOKENS = 1600
+"""The same for steps of some 3 ms."""
+
 
 def returns_under_64_streams() -> None:
     """Four kills of a rank under 64 streams, and four returns: what the healthy rank, and its streams, felt of them."""
     if lacks(NEEDS):
         return
+    with small_model() as model, trial(model, streams(64, RETURN_TOKENS, 0.05), ep_size=2, peer_timeout=2) as on:
+        _returns(on, 4)
+
+
+def returns_at_a_known_shape() -> None:
+    """The same at Qwen3-30B-A3B's shape with 12 layers and random weights, whose steps are several times as long."""
+    if lacks(NEEDS):
+        return
+    with large_model() as model, trial(
+        model, streams(64, LARGE_RETURN_TOKENS, 0.05), ep_size=2, peer_timeout=2, load_format="dummy",
+        warmup_timeout=100,
+    ) as on:  # fmt: skip
+        _returns(on, 2)
+
+
+@contextlib.contextmanager
+def large_model() -> Iterator[str]:
+    """Qwen3-30B-A3B's shape with 12 layers, for weights at random."""
+    from phalanx.testing.shapes import SHAPES
+    from phalanx.testing.tiny import write_random
+
+    with tempfile.TemporaryDirectory() as directory:
+        model = str(Path(directory) / "q30")
+        write_random(model, replace(SHAPES["qwen3-30b-a3b"], layers=LAYERS), weights=False)
+        yield model
+
+
+def _returns(on: Trial, times: int) -> None:
+    """Kills and returns; prints what the pauses were, against the goal."""
     from phalanx.cli.bench_round import summary
 
     paused: list[float] = []
-    with small_model() as model, trial(model, streams(64, RETURN_TOKENS, 0.05), ep_size=2, peer_timeout=2) as on:
-        rounds = []
-        for _ in range(4):
-            line = on.service.lines
-            rounds.append(on.round("kill", 1))
-            paused.append(_show_return(on, rounds[-1].back[-1], line))
-        figures = summary(on.unfailed, rounds)
+    rounds = []
+    for _ in range(times):
+        line = on.service.lines
+        rounds.append(on.round("kill", 1))
+        paused.append(_show_return(on, rounds[-1].back[-1], line))
+    figures = summary(on.unfailed, rounds)
     kill, back = figures["kill_to_next_token_s"], figures["return"]
     print(f"    kill to next token, ms: p50 {kill['p50'] * 1e3:.0f}, max {kill['max'] * 1e3:.0f}")
     for name, value in back.items():
@@ -196,21 +227,26 @@ def returns_under_64_streams() -> None:
 
 
 def _show_return(on: Trial, back: Return, line: int) -> float:
-    """Print what a return cost; the healthy rank's pause in steps, by its own word."""
+    """Print what a return cost; the healthy rank's pause in steps as it took them right before, by its own word."""
     last = on.service.status()["last_recovery"]
     assert last["joined"], f"the last change was no return: {last}"
     seconds = last["seconds"]
     phases = ", ".join(f"{name} {seconds[name] * 1e3:.2f}" for name in ("agree", "mask", "replan", "restore", "replay"))
-    steps = float(seconds["total"]) / back.step_s
+    assert last["pace"], "the healthy rank took too few steps before the return"
+    steps = float(seconds["total"]) / float(last["pace"])
     gaps = sorted(back.stalls_s)
     felt = f"{statistics.median(gaps) * 1e3:.1f}, {gaps[-1] * 1e3:.1f} ms" if gaps else "none running"
     came_in = next(text for text in on.returns(line) if " came in " in text)
     print(
-        f"    pause {seconds['total'] * 1e3:.2f} ms = {steps:.2f} steps of {back.step_s * 1e3:.2f} ms ({phases}); "
+        f"    pause {seconds['total'] * 1e3:.2f} ms = {steps:.2f} steps of {last['pace'] * 1e3:.2f} ms ({phases}); "
+        f"a token took {back.step_s * 1e3:.2f} ms before the kill; "
         f"streams' gap p50, max {felt}; full strength after {back.after_s:.2f} s\n"
         f"        {came_in[came_in.index('(') :]}",
         flush=True,
     )
+    for rank, took in sorted(last["first_step"].items()):
+        laps = ", ".join(f"{name} {lap * 1e3:.2f}" for name, lap in took.items())
+        print(f"        the first step of rank {rank}, ms: {sum(took.values()) * 1e3:.2f} ({laps})", flush=True)
     return steps
 
 
@@ -221,22 +257,16 @@ def restore_from_the_vault() -> None:
     """Qwen3-30B-A3B's shape with 12 layers, no expert held twice: a rank dies, the other takes in half of them."""
     if lacks(NEEDS):
         return
-    from phalanx.testing.shapes import SHAPES
-    from phalanx.testing.tiny import write_random
-
-    with tempfile.TemporaryDirectory() as directory:
-        model = str(Path(directory) / "q30")
-        write_random(model, replace(SHAPES["qwen3-30b-a3b"], layers=LAYERS), weights=False)
-        with trial(
-            model, streams(64, 160, 0.3), ep_size=2, load_format="dummy", slots_per_rank=EXPERTS, max_restarts=0,
-            warmup_timeout=100,
-        ) as on:  # fmt: skip
-            for rank in (0, 1):
-                on.service.wait_for_line(rf"rank {rank}\.0: .*(experts in the vault are pinned|cannot be pinned)", 60)
-            for text in on.service.whole_log.splitlines():
-                if "pinned" in text or "vault" in text.lower():
-                    print(f"    {text[13:160]}", flush=True)
-            done = on.round("kill", 1)
+    with large_model() as model, trial(
+        model, streams(64, 160, 0.3), ep_size=2, load_format="dummy", slots_per_rank=EXPERTS, max_restarts=0,
+        warmup_timeout=100,
+    ) as on:  # fmt: skip
+        for rank in (0, 1):
+            on.service.wait_for_line(rf"rank {rank}\.0: .*(experts in the vault are pinned|cannot be pinned)", 60)
+        for text in on.service.whole_log.splitlines():
+            if "pinned" in text or "vault" in text.lower():
+                print(f"    {text[13:160]}", flush=True)
+        done = on.round("kill", 1)
     recovery = done.recovery
     seconds, size = recovery["seconds"], sum(recovery["bytes_restored"].values())
     assert size == LAYERS * EXPERTS // 2 * 3 * HIDDEN * WIDTH * 2, recovery["bytes_restored"]

@@ -61,6 +61,7 @@ def stages(interpret: bool) -> dict[str, Stage]:
         "skew": Stage(lambda: skew(count, layers=48), 75),
         "kill64": Stage(kill_under_64_streams, 75),
         "rejoin64": Stage(engine_failures.returns_under_64_streams, 105),
+        "rejoin64-large": Stage(engine_failures.returns_at_a_known_shape, 120),
         "failures": Stage(engine_failures.every_failure, 120),
         "vault": Stage(engine_failures.restore_from_the_vault, 120),
         "ladder-fp8": Stage(lambda: ladder(count, layers=48, quantization="fp8", batches=(1, 64, 256)), 75),

@@ -22,7 +22,7 @@ ON_DEVICES = (
     "meet", "four-kill", "four-stop", "eight-kill",
 )  # fmt: skip
 ENGINE = ("attention", "experts", "experts-fp8", "sampler", "engine-one", "flights", "pair", "logits")
-ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "failures", "vault")
+ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "rejoin64-large", "failures", "vault")
 ENGINE_INTERPRETED = (*ENGINE, "price", "skew")
 INTERPRETED = (
     "exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "three-ranks-fast", "half", "half-fast", "meet",

@@ -24,7 +24,7 @@ class Log:
 
 
 def let_in(ranks: str, pause_s: float) -> str:
-    return f"recovered: ranks [{ranks}] rejoined, epoch 2 -> 3, total {pause_s:.3f} s (detect 0.000)"
+    return f"recovered: ranks [{ranks}] rejoined, epoch 2 -> 3, total {pause_s:.3f} s = 1.25 steps (detect 0.000)"
 
 
 def came_in(rank: int, birth_s: float) -> str:
@@ -48,7 +48,7 @@ def seen(*lines: tuple[float, str]) -> list[Return]:
 def test_ranks_that_are_let_in_together_are_one_return_and_the_slowest_tells_what_took_time() -> None:
     (back,) = seen((4.0, let_in("2, 3", 0.2)), (4.1, came_in(2, 0.5)), (4.1, came_in(3, 0.75)))
     assert back.prepared_s == {"birth": 0.75, "load": 1.0}
-    assert back.pause_s == 0.2
+    assert (back.pause_s, back.pause_steps) == (0.2, 1.25)
     assert back.step_s == pytest.approx(STEP_S)
     assert back.stalls_s == [pytest.approx(3 * STEP_S)]
     assert back.after_per_s / back.before_per_s == pytest.approx(1, rel=0.1)
@@ -76,5 +76,6 @@ def test_ranks_that_are_let_in_one_after_the_other_are_two_returns_to_one_full_s
     assert found is not None
     assert (found["kill_to_full_strength_s"]["n"], found["kill_to_full_strength_s"]["max"]) == (1, BACK_S - HURT_S)
     assert found["gap_around_the_return_s"]["n"] == found["pause_of_healthy_ranks_s"]["n"] == 2
+    assert found["pause_of_healthy_ranks_steps"]["max"] == 1.25
     assert found["rate_after_over_before"]["n"] == 1
     assert figures([[], []]) is None

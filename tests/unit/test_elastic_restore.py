@@ -154,13 +154,17 @@ def test_a_peer_whose_memory_is_gone_costs_no_more_than_the_next_source(ranks: R
     assert list(job.bytes_by_source) == ["disk"]
 
 
-def test_an_expert_that_no_source_has_leaves_an_empty_slot_and_the_others_are_filled(ranks: Ranks) -> None:
+def test_an_expert_that_no_source_has_leaves_an_empty_slot_and_the_others_are_filled(
+    ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
     ranks.fill(0, 0, 0, 1)
-    ranks.disk.lacks = {(0, 3)}
-    job = ranks.restore(ranks.agree([[3, 2, -1, -1, -1, -1], [-1] * 6]))
+    ranks.disk.lacks = {(0, 3), (1, 0)}
+    job = ranks.restore(ranks.agree([[3, 2, -1, -1, -1, -1], [0, -1, -1, -1, -1, -1]]))
     job.advance(lambda: True)
-    assert job.lost == [(0, 3)]
+    assert job.lost == [(0, 3), (1, 0)]
     assert all_of(ranks)[0] == [-1, 2, -1], "what was overwritten must not claim to be there"
+    (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said.startswith("layer 0 expert 3 cannot be had from anywhere: disk: ")
 
 
 def test_a_restore_that_is_cut_off_goes_on_from_what_is_held(ranks: Ranks) -> None:

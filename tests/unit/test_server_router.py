@@ -520,6 +520,7 @@ def test_a_recovery_is_the_slowest_rank_by_phase_and_the_sum_of_bytes(desk: Desk
     last = desk.router.roster.status()["last_recovery"]
     assert set(last) == {
         "trigger", "lost", "joined", "left", "epoch", "seconds", "bytes_restored", "seconds_restored", "requests_moved",
+        "first_step", "pace",
     }  # fmt: skip
     assert (last["trigger"], last["lost"], last["epoch"]) == ("failure", [2], 2)
     assert last["seconds"]["detect"] == 0.010
@@ -573,10 +574,12 @@ def test_start_up_is_no_recovery_and_a_join_names_who_joined(desk: Desk) -> None
     desk.meet((0, 0), (1, 0), (2, 1), trigger="join")
     for rank, incarnation in ((0, 0), (1, 0), (2, 1)):
         desk.hear(m.Recovered(rank=rank, incarnation=incarnation, epoch=3, trigger="join", lost=[],
-                              seconds=m.PhaseSeconds(total=0.002), bytes_restored={}))  # fmt: skip
+                              seconds=m.PhaseSeconds(total=0.002), bytes_restored={}, pace=0.0016,
+                              first_step=m.StepSeconds(wait=0.001 * (rank + 1))))  # fmt: skip
     report = [e.recovery for e in desk.sent if isinstance(e, Report)][-1]
     assert report.joined == [2]
-    assert report.summary().startswith("recovered: ranks [2] rejoined, epoch 2 -> 3, total 0.002 s")
+    assert report.summary().startswith("recovered: ranks [2] rejoined, epoch 2 -> 3, total 0.002 s = 1.25 steps (")
+    assert {rank: took.wait for rank, took in report.first_step.items()} == {0: 0.001, 1: 0.002, 2: 0.003}
     assert desk.router.roster.states() == ["healthy"] * 3
 
 
