@@ -2,7 +2,7 @@
 """Times the CUDA communicator's kernels in CUDA graphs: two ranks on two devices, checked first.
 
     benchmarks/comm_gpu.py                      all parts but the sweep
-    benchmarks/comm_gpu.py --parts bars,guard   some: bars, guard, adapter, nccl, sweep
+    benchmarks/comm_gpu.py --parts bars,guard   some: bars, guard, adapter, nccl, sweep, exact
     benchmarks/comm_gpu.py --json FILE          also as JSON
 
 bars: exchanges are compared with a reference, then timed: "exact" and "fast" of the bars (hidden 7168, fp8 dispatch),
@@ -15,7 +15,8 @@ bits, or it is an error.
 guard: two communicators, with masks and time-outs compiled in and without, whose graphs are replayed in turns (on off,
 off on, ...); the median of the ratios of neighbours, and the interval that holds the true median with 95 %, by order
 statistics. adapter: the same exchanges through DeepEP's interface. nccl: all_to_all of the same bytes, in processes of
-its own. sweep: launch shapes. Each part has processes of its own: one that fails takes no other with it.
+its own. sweep: launch shapes. exact: results that peers read where they stand (`comm.results`, as in all other
+parts), beside results that stand elsewhere and are sent, and launch shapes of the former. Each part has processes of its own: one that fails takes no other with it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,14 @@ SHAPES: dict[str, list[dict[str, int]]] = {
     ],
     "fast": [{}, {"line_tile": 8, "line_warps": 4, "line_senders": 256, "line_receivers": 256}],
 }  # fmt: skip
-PARTS = ("bars", "guard", "adapter", "nccl", "sweep")
+PULLS: dict[str, dict[str, int]] = {
+    "read, as it is": {},
+    "read, 896 programs": {"pull_programs": 896},
+    "read, 299 programs": {"pull_programs": 300},
+    "read, 512 columns": {"pull_chunk": 512, "pull_warps": 2, "pull_programs": 1024},
+    "read, 512 columns, 4 rounds": {"pull_chunk": 512, "pull_warps": 2, "pull_programs": 512},
+}
+PARTS = ("bars", "guard", "adapter", "nccl", "sweep", "exact")
 
 
 # -- in the rank processes ---------------------------------------------------------------------------------------------
@@ -143,6 +151,9 @@ def check(ranks: RankProcess, tokens: list[int], seed: int) -> Reply:
     y = torch.zeros(sent.row_M.shape[0], D, device=ranks.device, dtype=torch.bfloat16)
     y[:count] = rows_MD * (1 + (sent.slot_M[:count, None] + comm.rank * S) / 64)
     out = comm.combine_weighted(y, sent, weights)
+    comm.results.copy_(y)
+    again = comm.combine_weighted(comm.results, sent, weights)
+    assert torch.equal(out.view(torch.int16), again.view(torch.int16)), f"combine of {tokens}: read in place"
     want = torch.zeros(tokens[comm.rank], D, device=ranks.device)
     for k in range(ranks.top_k):
         want += weights[:, k, None] * (x[comm.rank].float() * (1 + mine[:, k, None] / 64)).to(torch.bfloat16).float()
@@ -166,8 +177,10 @@ def off(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm()) if len(want) else 0.0
 
 
-def runs_of(comm: CudaCommunicator, ranks: RankProcess, tokens: int) -> dict[str, Callable[[], torch.Tensor | None]]:
-    """dispatch, combine, both."""
+def runs_of(
+    comm: CudaCommunicator, ranks: RankProcess, tokens: int, in_place: bool = True
+) -> dict[str, Callable[[], torch.Tensor | None]]:
+    """dispatch, combine, both. in_place: the experts' results stand where the communicator wants them."""
     g = torch.Generator().manual_seed(comm.rank)
     places = comm.ep_size * ranks.slots_per_rank
     x = torch.randn(tokens, ranks.hidden, generator=g).to(ranks.device, torch.bfloat16)
@@ -175,6 +188,8 @@ def runs_of(comm: CudaCommunicator, ranks: RankProcess, tokens: int) -> dict[str
     weights = torch.rand(tokens, ranks.top_k, generator=g).to(ranks.device)
     sent = comm.dispatch(x, slots, weights)
     y = torch.randn(sent.row_M.shape[0], ranks.hidden, device=ranks.device, dtype=torch.bfloat16)
+    if in_place:
+        y = comm.results.copy_(y)
     torch.cuda.synchronize()
 
     def dispatch() -> None:
@@ -189,10 +204,10 @@ def runs_of(comm: CudaCommunicator, ranks: RankProcess, tokens: int) -> dict[str
     return {"dispatch": dispatch, "combine": combine, "both": both}
 
 
-def measure(ranks: RankProcess, tokens: int) -> Reply:
+def measure(ranks: RankProcess, tokens: int, in_place: bool = True) -> Reply:
     """us of dispatch, combine and both; every result in the graph keeps the bits of the first."""
     comm, figures = ranks.comm, {}
-    for name, run in runs_of(comm, ranks, tokens).items():
+    for name, run in runs_of(comm, ranks, tokens, in_place).items():
         first, outs = run(), []
         figures[name] = timed(lambda run=run, outs=outs: outs.append(run()), comm.barrier)
         for i, out in enumerate(outs[-REPEATS:]):
@@ -313,11 +328,11 @@ def opened(p: Party, **config: Any) -> Iterator[None]:
     p.all("close")
 
 
-def figures(p: Party, name: str, sizes: tuple[int, ...]) -> dict[str, float]:
+def figures(p: Party, name: str, sizes: tuple[int, ...], in_place: bool = True) -> dict[str, float]:
     """'dispatch 128' and so on -> us, of the communicators that are open; also printed."""
     row = {}
     for n in sizes:
-        for what, us in slower(p.all("measure", tokens=n)).items():
+        for what, us in slower(p.all("measure", tokens=n, in_place=in_place)).items():
             row[f"{what} {n}"] = us
     said = "  ".join(f"{what} " + " / ".join(f"{row[f'{what} {n}']:5.1f}" for n in sizes) for what in WHAT)
     print(f"{name:44s} {said}", flush=True)
@@ -342,6 +357,15 @@ def sweep(p: Party, rows: dict[str, Any]) -> None:
             with opened(p, **CONFIGS[config], shape=shape):
                 p.all("check", tokens=[128, 128], seed=1)
                 rows[name] = figures(p, name, (128, 16, 1))
+
+
+def exact(p: Party, rows: dict[str, Any]) -> None:
+    """Results elsewhere, which are sent, and in place, which are read, in several shapes."""
+    for name, shape in {"sent": {}, **PULLS}.items():
+        with opened(p, **CONFIGS["exact"], shape=shape):
+            for i, tokens in enumerate(CHECKED["exact"]):
+                p.all("check", tokens=tokens, seed=i)
+            rows[name] = figures(p, name, TIMED["exact"], in_place=name != "sent")
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -410,7 +434,7 @@ def nccl(rows: dict[str, Any]) -> None:
 
 def attempt(name: str, rows: dict[str, Any], seconds: float) -> str:
     """Run one part in processes of its own, which are killed should it hang. Returns why it failed, if it did."""
-    with_party = {"bars": bars, "guard": guard, "adapter": adapters, "sweep": sweep}
+    with_party = {"bars": bars, "guard": guard, "adapter": adapters, "sweep": sweep, "exact": exact}
     try:
         if name == "nccl":
             nccl(rows)

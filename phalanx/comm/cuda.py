@@ -22,6 +22,7 @@ import select
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -231,6 +232,20 @@ class CudaCommunicator(Communicator):
         out = torch.empty(tokens, self._top_k, self._hidden, dtype=self._dtype, device=self._device)
         self._kernels.combine(y_MD, dispatched.handle, None, out, tokens, "rows")
         return out
+
+    @cached_property
+    def results(self) -> Tensor:
+        """[R * T * K, D]: where the experts' results stand best, one memory for all layers. LOCAL.
+
+        Under `exact` peers read them there: given to `combine` or `combine_weighted`, whole or its first rows and by
+        all ranks alike, they are not sent. They may be written between a dispatch and its one combine, and at no other
+        time: it is the dispatch that says that the peers have read the last ones. A rank that this one masks by
+        `update_mask` is not waited for, and may read what comes next."""
+        rows, at = self.layout.pairs, self.layout.offsets["y"]
+        if self._mode == "fast":
+            return torch.empty(rows, self._hidden, dtype=self._dtype, device=self._device)
+        part = self._own[at : at + rows * self._hidden * self._dtype.itemsize]
+        return part.view(self._dtype).view(rows, self._hidden)
 
     def combine_weighted(self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
         """Like `combine`, but returns [T, D]: each token's rows times its weights (float32 [T, K]), added. COLLECTIVE.
@@ -480,6 +495,9 @@ class CudaCommunicator(Communicator):
         y = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
         self.combine(y, sent)
         self.combine_weighted(y, sent, weights)
+        if self._mode == "exact":
+            self.combine(self.results, sent)
+            self.combine_weighted(self.results, sent, weights)
         self.barrier()
         self._tell("cut", [], 0)
         self._memory.wait()

@@ -177,6 +177,13 @@ def give_up(
     if opened > epoch:
         tl.atomic_max(state + INTERRUPTED, opened, sem="relaxed", scope="gpu")
         waiting_P = tl.zeros([P], tl.int32)
+        # We go on without the others now, and write over what they may still be reading (`pull_kernels`): they are told
+        # before, whoever else tells them, too.
+        peer_P = tl.load(state + MASK + 4 * P + r, mask=inside, other=0)
+        tl.atomic_max(
+            mine + (peer_P + opened_at) // 8 + rank, opened + tl.zeros([P], tl.int64),
+            mask=inside & (r != rank) & (masked_P == 0), sem="relaxed", scope="sys",
+        )  # fmt: skip
     return waiting_P
 
 

@@ -31,7 +31,8 @@ class LaunchShape:
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
     program sends at once. line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program moves at once;
-    line_senders, line_receivers: how many programs at most do the one and the other.
+    line_senders, line_receivers: how many programs at most do the one and the other. pull_chunk, pull_programs: the
+    columns that a program adds at once, and how many programs at most (`comm.pull_kernels`).
     """
 
     chunk: int = 1024
@@ -45,6 +46,9 @@ class LaunchShape:
     line_warps: int = 2
     line_senders: int = 512
     line_receivers: int = 512
+    pull_chunk: int = 1024
+    pull_warps: int = 4
+    pull_programs: int = 512
 
     def __post_init__(self) -> None:
         # A word that two threads load may be another one for each: the number of a line is then not that of its data.
@@ -60,6 +64,7 @@ class LaunchShape:
             chunk=chunk, dispatch_groups=max(1, programs // chunks),
             combine_groups=max(1, 8 * programs // (3 * chunks)),
             line_senders=4 * programs, line_receivers=4 * programs,
+            pull_chunk=chunk, pull_programs=4 * programs,
         )  # fmt: skip
 
     @classmethod
@@ -107,11 +112,11 @@ class Kernels:
     def __init__(self, fixed: Fixed) -> None:
         from triton import knobs
 
-        from phalanx.comm import combine_kernels, dispatch_kernels, kernels, line_kernels
+        from phalanx.comm import combine_kernels, dispatch_kernels, kernels, line_kernels, pull_kernels
 
         self._code = kernels
         self._dispatch_kernel, self._combine_kernel = dispatch_kernels.dispatch_kernel, combine_kernels.combine_kernel
-        self._line_kernel = line_kernels.line_combine_kernel
+        self._line_kernel, self._pull_kernel = line_kernels.line_combine_kernel, pull_kernels.pull_kernel
         self._seen: dict[str, tuple[int, int, Any]] = {}
         self._fixed = fixed
         layout, shape, at = fixed.layout, fixed.shape, fixed.layout.offsets
@@ -142,6 +147,12 @@ class Kernels:
             "LINES": lines(fixed.hidden, layout.result_itemsize), "TILE": shape.line_tile,
             "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
         }  # fmt: skip
+        self._pull = {
+            **{name: moves[name] for name in (*waits, "S", "K", "KP", "D", "T_MAX")}, "CHUNK": shape.pull_chunk,
+            "BLOCK": 32 * shape.pull_warps,  # a pair a thread: nothing passes from one to another
+            "BLOCKS": min(8, -(-fixed.max_tokens * fixed.top_k // (32 * shape.pull_warps))),
+            "WORDS": at["words"], "READY": at["ready"], "Y": at["y"],
+        }  # fmt: skip
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
@@ -166,12 +177,41 @@ class Kernels:
             assert weights is not None, "mode fast adds at the expert's rank: it needs weights"
             self._combine_sums(y, handle, weights, out, tokens)
             return
+        if self._stands_in_place(y):
+            self._pull_rows(y.shape[0], handle, weights, out, tokens, mode)
+            return
         compiled = self._combine_kernel[(c.layout.combine_programs,)](
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
             MODE=("rows", "exact").index(mode), num_warps=self._shape.combine_warps,
         )  # fmt: skip
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+
+    def _stands_in_place(self, y: Tensor) -> bool:
+        """Whether peers can read y where it is. All ranks must say the same, also one whose y is empty and has, so
+        torch says, no address."""
+        at = y.untyped_storage().data_ptr() + y.storage_offset() * y.element_size()
+        return self._fixed.mode == "exact" and at == self._fixed.own.data_ptr() + self._fixed.layout.offsets["y"]
+
+    def _pull_rows(
+        self, rows: int, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
+        mode: Literal["rows", "exact"],
+    ) -> None:  # fmt: skip
+        c, ends = self._fixed, self._fixed.ep_size - 1
+        others = 1 + ends * self._pull["BLOCKS"]
+        compiled = self._pull_kernel[(others + self._pull_programs(tokens),)](
+            handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
+            out, *self._words(), tokens, c.rank, rows, **self._pull,
+            MODE=("rows", "exact").index(mode), num_warps=self._shape.pull_warps,
+        )  # fmt: skip
+        most = others + self._pull_programs(c.max_tokens)
+        self._seen[f"combine in place ({mode})"] = (most, self._shape.pull_warps, compiled)
+
+    def _pull_programs(self, tokens: int) -> int:
+        """How many programs read: all do equally much, as far as that goes."""
+        units = tokens * -(-self._fixed.hidden // self._shape.pull_chunk)
+        rounds = -(-units // self._shape.pull_programs)
+        return max(1, -(-units // max(1, rounds)))
 
     def _combine_sums(self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int) -> None:
         assert y.data_ptr() % 8 == 0, "results are read 8 bytes at a time"
