@@ -15,8 +15,9 @@ bits, or it is an error.
 guard: two communicators, with masks and time-outs compiled in and without, whose graphs are replayed in turns (on off,
 off on, ...); the median of the ratios of neighbours, and the interval that holds the true median with 95 %, by order
 statistics. adapter: the same exchanges through DeepEP's interface. nccl: all_to_all of the same bytes, in processes of
-its own. sweep: launch shapes. exact: results that peers read where they stand (`comm.results`, as in all other
-parts), beside results that stand elsewhere and are sent, and launch shapes of the former. Each part has processes of its own: one that fails takes no other with it.
+its own. sweep: launch shapes. exact: results that peers read where they stand (`comm.results`, as in all other parts),
+beside results that stand elsewhere and are sent, and launch shapes of the former. Each part has processes of its own:
+one that fails takes no other with it.
 """
 
 from __future__ import annotations

@@ -45,11 +45,11 @@ PULLS: tl.constexpr = tl.constexpr(4)
 """The kind of collective: a ticket counter of its own in `state`."""
 ROW_BITS: tl.constexpr = tl.constexpr(_ROW_BITS)
 ROWS_MASK: tl.constexpr = tl.constexpr((1 << _ROW_BITS) - 1)
-SEQUENCE_BITS: tl.constexpr = tl.constexpr(30)
-SEQUENCE_MASK: tl.constexpr = tl.constexpr((1 << 30) - 1)
+SEQUENCE_BITS: tl.constexpr = tl.constexpr(28)
+SEQUENCE_MASK: tl.constexpr = tl.constexpr((1 << 28) - 1)
 EPOCH_MASK: tl.constexpr = tl.constexpr((1 << 13) - 1)
-"""A word is a tag of 43 bits and a row. What stands in a place is that of the last collective in which its pair was
-there; to be mistaken for a new one it must be exactly 2**30 combines old, or 2**13 epochs."""
+"""A word is a tag of 41 bits and a row. What stands in a place is that of the last collective in which its pair was
+there; to be mistaken for a new one it must be exactly 2**28 combines old, or 2**13 epochs."""
 
 
 NOWHERE: tl.constexpr = tl.constexpr(-(1 << 62))
