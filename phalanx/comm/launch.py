@@ -46,9 +46,9 @@ class LaunchShape:
     line_warps: int = 2
     line_senders: int = 512
     line_receivers: int = 512
-    pull_chunk: int = 1024
-    pull_warps: int = 4
-    pull_programs: int = 512
+    pull_chunk: int = 512
+    pull_warps: int = 2
+    pull_programs: int = 1024
 
     def __post_init__(self) -> None:
         # A word that two threads load may be another one for each: the number of a line is then not that of its data.
@@ -64,7 +64,7 @@ class LaunchShape:
             chunk=chunk, dispatch_groups=max(1, programs // chunks),
             combine_groups=max(1, 8 * programs // (3 * chunks)),
             line_senders=4 * programs, line_receivers=4 * programs,
-            pull_chunk=chunk, pull_programs=4 * programs,
+            pull_chunk=min(512, chunk), pull_programs=8 * programs,
         )  # fmt: skip
 
     @classmethod

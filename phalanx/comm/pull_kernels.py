@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phalanx.comm.combine_kernels import ROWS
+from phalanx.comm.combine_kernels import ROWS, plan
 from phalanx.comm.kernels import (
     CUT,
     INTERRUPTED,
@@ -167,6 +167,8 @@ def _take(
 
     ROWS: out[t, k] = the row of (t, k). EXACT: out[t] = their weighted sum, added in the order of k in float32."""
     UNITS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    # What is wanted does not depend on the peers, or on the number of this collective: know it before.
+    owner_K, at_K, weight_K = plan(position, slots, weights, tokens, rank, program // UNITS, rows, S, K, KP, T_MAX, MODE)
     expected, parity, alive_P = begin(own, state, CUT_AT, PULLS, R, P, GUARD)
     draw_ticket(state, expected, PULLS)
     k = tl.arange(0, KP)
@@ -179,16 +181,10 @@ def _take(
     for unit in range(program, tokens * UNITS, programs):
         t = unit // UNITS
         cols = unit % UNITS * CHUNK + tl.arange(0, CHUNK)
-        slot_K = tl.load(slots + t * K + k, mask=k < K, other=-1)
-        at_K = tl.load(position + (rank * T_MAX + t) * K + k, mask=k < K, other=-1)
-        weight_K = tl.zeros([KP], tl.float32)
-        if MODE != ROWS:
-            weight_K = tl.load(weights + t * K + k, mask=k < K, other=0.0)
-        owner_K = tl.where(slot_K >= 0, slot_K // S, -1)
         away_K = tl.load(state + MASK + 4 * P + owner_K, mask=owner_K >= 0, other=0) // 16
         word_K = words + owner_K.to(tl.int64) * (T_MAX * K) + t * K + k
         here_K = _has(here_bits, owner_K)
-        row_K = tl.where((owner_K == rank) & (here_K > 0) & (at_K < rows), at_K, -1)
+        row_K = tl.where((owner_K == rank) & (here_K > 0), at_K, -1)
         late_K = tl.where(owner_K == rank, 0, here_K)
         while tl.max(late_K) > 0:
             got_K = tl.load(word_K, mask=late_K > 0, other=0, volatile=True)
@@ -205,6 +201,10 @@ def _take(
                     late_K = late_K & _has(here_bits, owner_K)
         # Without it the compiler takes the warps for diverged, and has each load wait for the one before it.
         tl.debug_barrier()
+        next_t = (unit + programs) // UNITS
+        next_owner_K, next_at_K, next_weight_K = plan(
+            position, slots, weights, tokens, rank, next_t, rows, S, K, KP, T_MAX, MODE
+        )
         # A peer's y is at a fixed distance from ours. Plain loads: those past the first cache wait for each other, too.
         place_K = tl.where(row_K >= 0, away_K + row_K.to(tl.int64) * (D // 8), NOWHERE)
         total = tl.zeros([CHUNK], tl.float32)
@@ -217,6 +217,7 @@ def _take(
                 total += element(weight_K, j, KP) * row.to(tl.float32)
         if MODE != ROWS:
             tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
+        owner_K, at_K, weight_K = next_owner_K, next_at_K, next_weight_K
     if GUARD:
         _who_left(own, state, expected, alive_P, R, P, CUT_AT, OPENED_AT)
 
