@@ -16,7 +16,7 @@ guard: two communicators, with masks and time-outs compiled in and without, whos
 off on, ...); the median of the ratios of neighbours, and the interval that holds the true median with 95 %, by order
 statistics. adapter: the same exchanges through DeepEP's interface. nccl: all_to_all of the same bytes, in processes of
 its own. sweep: launch shapes. exact: results that peers read where they stand (`comm.results`, as in all other parts),
-beside results that stand elsewhere and are sent, and launch shapes of the former. Each part has processes of its own:
+beside results that stand elsewhere and are sent, and launch shapes, all in turns. Each part has processes of its own:
 one that fails takes no other with it.
 """
 
@@ -48,7 +48,7 @@ from phalanx.comm.deep_ep import Buffer
 
 SCRIPT = str(Path(__file__).resolve())
 REPEATS, REPLAYS = 40, 25
-PAIRS, PAIR_REPEATS, ADAPTER_REPEATS = 40, 40, 8
+PAIRS, PAIR_REPEATS, ADAPTER_REPEATS, TURNS = 40, 40, 8, 15
 WHAT = ("dispatch", "combine", "both")
 
 BARS: dict[str, Any] = {
@@ -75,13 +75,31 @@ SHAPES: dict[str, list[dict[str, int]]] = {
     ],
     "fast": [{}, {"line_tile": 8, "line_warps": 4, "line_senders": 256, "line_receivers": 256}],
 }  # fmt: skip
-PULLS: dict[str, dict[str, int]] = {
-    "read, as it is": {},
-    "read, 896 programs": {"pull_programs": 896},
-    "read, 299 programs": {"pull_programs": 300},
-    "read, 512 columns": {"pull_chunk": 512, "pull_warps": 2, "pull_programs": 1024},
-    "read, 512 columns, 4 rounds": {"pull_chunk": 512, "pull_warps": 2, "pull_programs": 512},
-}
+SENT = "sent"
+IN_TURNS: dict[str, dict[str, dict[str, Any]]] = {
+    "exact": {
+        SENT: {},
+        "as it is": {},
+        "read in 4 rounds; dispatch 512 columns": {
+            "pull_programs": 512, "chunk": 512, "dispatch_groups": 9, "dispatch_tile": 16, "combine_groups": 24,
+        },
+        "read 256 columns; dispatch 512 columns, 4 warps": {
+            "pull_chunk": 256, "pull_warps": 1, "pull_programs": 1792,
+            "chunk": 512, "dispatch_groups": 9, "dispatch_warps": 4, "combine_groups": 24,
+        },
+        "read by 1 warp; dispatch tiles of 4, 4 warps": {"pull_warps": 1, "dispatch_tile": 4, "dispatch_warps": 4},
+        "read 1024 columns; dispatch 36 groups": {
+            "pull_chunk": 1024, "pull_warps": 4, "pull_programs": 512, "dispatch_groups": 36, "dispatch_tile": 4,
+        },
+    },
+    "engine": {
+        "as it is": {},
+        "dispatch 512 columns": {"chunk": 512, "dispatch_groups": 32},
+        "dispatch 512 columns, tiles of 4, 4 warps": {
+            "chunk": 512, "dispatch_groups": 32, "dispatch_tile": 4, "dispatch_warps": 4,
+        },
+    },
+}  # fmt: skip
 PARTS = ("bars", "guard", "adapter", "nccl", "sweep", "exact")
 
 
@@ -205,10 +223,10 @@ def runs_of(
     return {"dispatch": dispatch, "combine": combine, "both": both}
 
 
-def measure(ranks: RankProcess, tokens: int, in_place: bool = True) -> Reply:
+def measure(ranks: RankProcess, tokens: int) -> Reply:
     """us of dispatch, combine and both; every result in the graph keeps the bits of the first."""
     comm, figures = ranks.comm, {}
-    for name, run in runs_of(comm, ranks, tokens, in_place).items():
+    for name, run in runs_of(comm, ranks, tokens).items():
         first, outs = run(), []
         figures[name] = timed(lambda run=run, outs=outs: outs.append(run()), comm.barrier)
         for i, out in enumerate(outs[-REPEATS:]):
@@ -218,25 +236,29 @@ def measure(ranks: RankProcess, tokens: int, in_place: bool = True) -> Reply:
     return {"us": figures}
 
 
-def pair(ranks: RankProcess, tokens: int) -> Reply:
-    """Replays of graphs of the communicators `on` and `off` in turns: us of each, for dispatch, combine and both."""
-    runs = {name: runs_of(kept[0], ranks, tokens) for name, kept in ranks.kept.items()}
-    align = ranks.kept["on"][0].barrier
+def turns(ranks: RankProcess, tokens: int, rounds: int) -> Reply:
+    """Replays of graphs of all communicators that were put aside, in turns, the first one of a turn being the next one
+    each time: us of each turn, for dispatch, combine and both. Every result has the bits of the first.
+
+    One by one, also a kernel that is the same scatters by 1 us, and is the faster the later it is measured."""
+    names = list(ranks.kept)
+    runs = {name: runs_of(kept[0], ranks, tokens, in_place=name != SENT) for name, kept in ranks.kept.items()}
+    align = ranks.kept[names[0]][0].barrier
     samples: dict[str, dict[str, list[float]]] = {}
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for what in WHAT:
-            graphs = {}
-            for name in runs:
-                runs[name][what]()
+            graphs, firsts, outs = {}, {}, {}
+            for name in names:
+                firsts[name] = runs[name][what]()
                 stream.synchronize()
                 graphs[name] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[name], stream=stream):
-                    for _ in range(PAIR_REPEATS):
-                        runs[name][what]()
-            taken: dict[str, list[float]] = {"on": [], "off": []}
-            for turn in range(PAIRS + 2):
-                for name in ("on", "off") if turn % 2 else ("off", "on"):
+                    outs[name] = [runs[name][what]() for _ in range(PAIR_REPEATS)]
+            taken: dict[str, list[float]] = {name: [] for name in names}
+            for turn in range(rounds + 2):
+                first = turn % len(names)
+                for name in names[first:] + names[:first]:
                     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                     align()
                     start.record()
@@ -244,7 +266,12 @@ def pair(ranks: RankProcess, tokens: int) -> Reply:
                     end.record()
                     end.synchronize()
                     taken[name].append(start.elapsed_time(end) * 1e3 / PAIR_REPEATS)
+            for name, out in firsts.items():
+                same = all(out is None or torch.equal(o.view(torch.int16), out.view(torch.int16)) for o in outs[name])
+                assert same, f"{name}, {what} of {tokens}: other bits than at first"
             samples[what] = {name: us[2:] for name, us in taken.items()}
+    for name, kept in ranks.kept.items():
+        assert kept[0].status().clean, f"{name}: {kept[0].status()}"
     return {"us": samples}
 
 
@@ -283,7 +310,7 @@ def adapter(ranks: RankProcess, tokens: int, use_fp8: bool) -> Reply:
 
 
 COMMANDS = {
-    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "pair": pair, "adapter": adapter,
+    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "turns": turns, "adapter": adapter,
 }  # fmt: skip
 
 
@@ -329,11 +356,11 @@ def opened(p: Party, **config: Any) -> Iterator[None]:
     p.all("close")
 
 
-def figures(p: Party, name: str, sizes: tuple[int, ...], in_place: bool = True) -> dict[str, float]:
+def figures(p: Party, name: str, sizes: tuple[int, ...]) -> dict[str, float]:
     """'dispatch 128' and so on -> us, of the communicators that are open; also printed."""
     row = {}
     for n in sizes:
-        for what, us in slower(p.all("measure", tokens=n, in_place=in_place)).items():
+        for what, us in slower(p.all("measure", tokens=n)).items():
             row[f"{what} {n}"] = us
     said = "  ".join(f"{what} " + " / ".join(f"{row[f'{what} {n}']:5.1f}" for n in sizes) for what in WHAT)
     print(f"{name:44s} {said}", flush=True)
@@ -361,12 +388,28 @@ def sweep(p: Party, rows: dict[str, Any]) -> None:
 
 
 def exact(p: Party, rows: dict[str, Any]) -> None:
-    """Results elsewhere, which are sent, and in place, which are read, in several shapes."""
-    for name, shape in {"sent": {}, **PULLS}.items():
-        with opened(p, **CONFIGS["exact"], shape=shape):
-            for i, tokens in enumerate(CHECKED["exact"]):
+    """Results elsewhere, which are sent, and in place, which are read; launch shapes, each checked first, in turns."""
+    ranks = list(p.ranks.values())
+    for config, shapes in IN_TURNS.items():
+        for name, shape in shapes.items():
+            p.open(ranks, **CONFIGS[config], shape=shape)
+            p.adopt(ranks)
+            for i, tokens in enumerate(CHECKED[config]):
                 p.all("check", tokens=tokens, seed=i)
-            rows[name] = figures(p, name, TIMED["exact"], in_place=name != "sent")
+            p.all("keep", name=name)
+        row: dict[str, dict[str, float]] = {name: {} for name in shapes}
+        for n in TIMED[config]:
+            answers = p.all("turns", tokens=n, rounds=TURNS)
+            for what in WHAT:
+                for name in shapes:
+                    both = zip(*(a["us"][what][name] for a in answers.values()), strict=True)
+                    row[name][f"{what} {n}"] = statistics.median(max(us) for us in both)
+        for name in shapes:
+            said = row[name]
+            line = "  ".join(f"{w} " + " / ".join(f"{said[f'{w} {n}']:5.2f}" for n in TIMED[config]) for w in WHAT)
+            print(f"{config + ', ' + name:56s} {line}", flush=True)
+            rows[f"{config} {name}"] = said
+        p.all("close_kept")
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -389,7 +432,7 @@ def guard(p: Party, rows: dict[str, Any]) -> None:
             p.adopt(ranks)
             p.all("keep", name=name)
         for n in sizes:
-            answers = p.all("pair", tokens=n)
+            answers = p.all("turns", tokens=n, rounds=PAIRS)
             for what in WHAT:
                 us = {
                     name: [max(pairs) for pairs in zip(*(a["us"][what][name] for a in answers.values()), strict=True)]

@@ -72,7 +72,7 @@ def plan(
     at_K = tl.load(position + (rank * T_MAX + t) * K + k, mask=inside, other=-1)
     at_K = tl.where(at_K < rows, at_K, -1)
     owner_K = tl.where(slot_K >= 0, slot_K // S, -1)
-    if MODE == ROWS:  # noqa: SIM108  (compiled away)
+    if MODE == ROWS:
         weight_K = tl.zeros([KP], tl.float32)
     else:
         weight_K = tl.load(weights + t * K + k, mask=inside, other=0.0)

@@ -180,7 +180,7 @@ def dispatch_kernel(
     """Send every token once to each rank that holds one of its slots, and sort what arrives by slot. COLLECTIVE.
 
     Grid: R + CHUNKS * GROUPS programs. The first R send one rank its list of slots each and end; program (group, chunk)
-    of the others moves a chunk of columns of every GROUPS-th token, and has a flag of its own, if there is such a token.
+    of the others moves a chunk of columns of every GROUPS-th token, and raises a flag of its own, if there is one.
     """
     pid = tl.program_id(0)
     if pid < R:

@@ -67,7 +67,9 @@ class BufferLayout:
     def __post_init__(self) -> None:
         assert min(self.ep_size, self.max_tokens, self.hidden, self.top_k) >= 1, self
         assert self.hidden % 8 == 0, f"rows are moved 16 bytes at a time: hidden {self.hidden} is no multiple of 8"
-        assert self.fast or self.pairs < 1 << ROW_BITS, f"{self.pairs} pairs at a rank: words name less than {1 << ROW_BITS} rows"
+        assert self.fast or self.pairs < 1 << ROW_BITS, (
+            f"{self.pairs} pairs at a rank: words name less than {1 << ROW_BITS} rows"
+        )
         assert self.x_itemsize != 1 or self.hidden % 128 == 0, f"fp8 needs groups of 128 channels, hidden {self.hidden}"
 
     @cached_property

@@ -168,7 +168,9 @@ def _take(
     ROWS: out[t, k] = the row of (t, k). EXACT: out[t] = their weighted sum, added in the order of k in float32."""
     UNITS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     # What is wanted does not depend on the peers, or on the number of this collective: know it before.
-    owner_K, at_K, weight_K = plan(position, slots, weights, tokens, rank, program // UNITS, rows, S, K, KP, T_MAX, MODE)
+    owner_K, at_K, weight_K = plan(
+        position, slots, weights, tokens, rank, program // UNITS, rows, S, K, KP, T_MAX, MODE
+    )
     expected, parity, alive_P = begin(own, state, CUT_AT, PULLS, R, P, GUARD)
     draw_ticket(state, expected, PULLS)
     k = tl.arange(0, KP)
