@@ -8,10 +8,10 @@ experts' rows among them. That y is complete needs no fence either: the kernel t
 
 When may y be written again? By the experts that follow the next dispatch: it ends when every peer has begun it, and a
 peer begins it after its combine, with all its reads, has ended. Only a rank that stopped waiting for a peer can write
-while that peer still reads. It tells the peer before: `cut` if it gave up on it, `opened` if a roll call ended its wait
-(`kernels.give_up`); its kernel ends, and with it those stores are done, before another one writes y. So whoever reads
-looks at both words when it has read everything, and what it has read counts only if neither was there; else its status
-says that the step was not whole.
+while that peer still reads. It tells the peer before: `cut` if it gave up on it, `opened` if it learned of a roll call,
+from whomever (`kernels.go_on_alone`); its kernel ends, and with it those stores are done, before another one writes y.
+So whoever reads looks at both words when it has read everything, and what it has read counts only if neither was there;
+else its status says that the step was not whole. (tests/sim/sim_reads.py plays it.)
 
 How a wait ends, the words of `state` and the shape suffixes are in `kernels`; N is rows of y.
 """
@@ -26,7 +26,6 @@ import triton.language as tl
 from phalanx.comm.combine_kernels import ROWS, plan
 from phalanx.comm.kernels import (
     CUT,
-    INTERRUPTED,
     MASK,
     PATIENT_NS,
     POLL,
@@ -36,6 +35,7 @@ from phalanx.comm.kernels import (
     draw_ticket,
     element,
     give_up,
+    go_on_alone,
     now_ns,
     wait_for,
 )
@@ -138,7 +138,7 @@ def _still_here(
 
 
 @triton.jit
-def _who_left(own, state, expected, alive_P, R: tl.constexpr, P: tl.constexpr, CUT_AT: tl.constexpr,
+def _who_left(own, state, rank, expected, alive_P, R: tl.constexpr, P: tl.constexpr, CUT_AT: tl.constexpr,
               OPENED_AT: tl.constexpr):  # fmt: skip
     """After all reads of this program: note whoever went on without us, and may have written over what we read."""
     tl.debug_barrier()  # every thread has stored its sums, so it has read what they are of
@@ -152,7 +152,7 @@ def _who_left(own, state, expected, alive_P, R: tl.constexpr, P: tl.constexpr, C
     tl.store(state + MASK + r, 0, mask=left_P)
     opened = tl.max(opened_P)
     if opened > epoch:
-        tl.atomic_max(state + INTERRUPTED, opened, sem="relaxed", scope="gpu")
+        go_on_alone(own, state, OPENED_AT, rank, opened, R, P)
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def _take(
             tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
         owner_K, at_K, weight_K = next_owner_K, next_at_K, next_weight_K
     if GUARD:
-        _who_left(own, state, expected, alive_P, R, P, CUT_AT, OPENED_AT)
+        _who_left(own, state, rank, expected, alive_P, R, P, CUT_AT, OPENED_AT)
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "notice", "notice_stride", "rows"])
