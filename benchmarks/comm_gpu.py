@@ -48,7 +48,7 @@ from phalanx.comm.deep_ep import Buffer
 
 SCRIPT = str(Path(__file__).resolve())
 REPEATS, REPLAYS = 40, 25
-PAIRS, PAIR_REPEATS, ADAPTER_REPEATS, TURNS = 40, 40, 8, 15
+PAIRS, PAIR_REPEATS, ADAPTER_REPEATS, TURNS = 40, 40, 8, 30
 WHAT = ("dispatch", "combine", "both")
 
 BARS: dict[str, Any] = {
@@ -88,16 +88,11 @@ IN_TURNS: dict[str, dict[str, dict[str, Any]]] = {
             "chunk": 512, "dispatch_groups": 9, "dispatch_warps": 4, "combine_groups": 24,
         },
         "read by 1 warp; dispatch tiles of 4, 4 warps": {"pull_warps": 1, "dispatch_tile": 4, "dispatch_warps": 4},
-        "read 1024 columns; dispatch 36 groups": {
-            "pull_chunk": 1024, "pull_warps": 4, "pull_programs": 512, "dispatch_groups": 36, "dispatch_tile": 4,
-        },
+        "read as it is; dispatch 36 groups, tiles of 4": {"dispatch_groups": 36, "dispatch_tile": 4},
     },
     "engine": {
         "as it is": {},
         "dispatch 512 columns": {"chunk": 512, "dispatch_groups": 32},
-        "dispatch 512 columns, tiles of 4, 4 warps": {
-            "chunk": 512, "dispatch_groups": 32, "dispatch_tile": 4, "dispatch_warps": 4,
-        },
     },
 }  # fmt: skip
 PARTS = ("bars", "guard", "adapter", "nccl", "sweep", "exact")
