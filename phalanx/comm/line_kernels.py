@@ -77,7 +77,7 @@ def _sum_held(
     for j in tl.static_range(K):
         at = tl.load(places + j)
         here = (at >= 0) & (at < rows)
-        weight = tl.load(weights + j)
+        weight = tl.where(here, tl.load(weights + j), 0.0)  # whatever the caller has where there is no slot
         got = tl.load(y_words + at.to(tl.int64) * (D // 4) + word, mask=inside & here, other=0)
         a += weight * _value(got, 0, y)
         b += weight * _value(got, 1, y)

@@ -80,6 +80,7 @@ def exchange(ranks: RankProcess, seed: int, tokens: list[int], alive: list[int])
     fast, fp8 = ranks.options.get("mode") == "fast", bool(ranks.options.get("fp8"))
     all_inputs = {r: inputs(r, ranks, seed, tokens[r]) for r in range(comm.ep_size)}
     x, slots, weights = (t.to(ranks.device) for t in all_inputs[comm.rank])
+    weights = weights.masked_fill(slots < 0, float("nan"))  # nobody's weight counts for nothing
     sent = comm.dispatch(x, slots, weights if fast else None)
     got = sent.trimmed()
 
