@@ -24,10 +24,12 @@ Run = Generator[None]
 class Rules:
     """What of the protocol is followed; a test that leaves one out must find a wrong step.
 
-    look: after reading, see whether anybody went on without us. relay: pass a roll call on before going on alone."""
+    look: after reading, see whether anybody went on without us. relay: pass a roll call on before going on alone, if it
+    was heard of while waiting; relay_look: if it was heard of by the look."""
 
     look: bool = True
     relay: bool = True
+    relay_look: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,16 +179,19 @@ class Rank:
             if asked > self.epoch:
                 yield from self._adopt(asked)
                 continue
-            right = yield from self._step()
-            if self._clean():
-                self.world.clean_steps += 1
-                if not right:
-                    self.world.wrong.append(
-                        f"seed {self.world.seed}: rank {self.number}, epoch {self.epoch}, step {done}"
-                    )
-                done += 1
-            elif self.number not in self.world.stopped:
-                yield from self._interrupt(self.epoch + 1)
+            # A step may have been launched ahead: it runs whatever becomes of the one before.
+            ends = []
+            for _ in range(self.world.rng.choice((1, 2))):
+                right = yield from self._step()
+                ends.append((right, self._clean()))
+            for right, clean in ends:
+                if clean:
+                    self.world.clean_steps += 1
+                    done += 1
+                if clean and not right:
+                    self.world.wrong.append(f"seed {self.world.seed}: rank {self.number}, epoch {self.epoch}")
+            if not ends[-1][1] and self.number not in self.world.stopped:
+                yield from self.interrupt(self.epoch + 1)
                 yield from self._adopt(self.epoch + 1)
         self.world.dead.add(self.number)  # it leaves in peace; the others need not wait
 
@@ -194,7 +199,7 @@ class Rank:
         m = self.memory
         return not m.gone & self.view and max(m.interrupted, m.host_opened) <= self.epoch
 
-    def _interrupt(self, epoch: int) -> Run:
+    def interrupt(self, epoch: int) -> Run:
         self.memory.host_opened = max(self.memory.host_opened, epoch)
         self.world.joined.setdefault(epoch, set())
         kernel = Kernel(self.world, late=5000)  # nobody waits until these have arrived
@@ -247,13 +252,13 @@ class Rank:
             kernel.store(r, lambda r=r, epoch=self.epoch: self._tell("cut", r, epoch))
         opened = max(m.opened.values(), default=0)
         if (opened := max(opened, m.interrupted, m.host_opened)) > self.epoch:
-            self._go_on_alone(kernel, opened)
+            self._go_on_alone(kernel, opened, self.world.rules.relay)
             return set()
         return waiting - m.gone
 
-    def _go_on_alone(self, kernel: Kernel, opened: int) -> None:
+    def _go_on_alone(self, kernel: Kernel, opened: int, tells: bool) -> None:
         self.memory.interrupted = max(self.memory.interrupted, opened)
-        if self.world.rules.relay:
+        if tells:
             for r in self.view - {self.number}:
                 kernel.store(r, lambda r=r: self._tell("opened", r, opened))
 
@@ -349,7 +354,7 @@ class Rank:
             m.gone |= {r for r in alive if m.cut.get(r, 0) >= self.epoch}
             yield
             if (opened := max(m.opened.values(), default=0)) > self.epoch:
-                self._go_on_alone(kernel, opened)
+                self._go_on_alone(kernel, opened, self.world.rules.relay_look)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -380,4 +385,4 @@ def _fault(
     elif kind == "mask":
         yield at, lambda world: world.ranks[rank].memory.host_gone.add(other)
     else:
-        yield at, lambda world: world.spawn(world.ranks[rank]._interrupt(world.ranks[rank].epoch + 1), rank)
+        yield at, lambda world: world.spawn(world.ranks[rank].interrupt(world.ranks[rank].epoch + 1), rank)
