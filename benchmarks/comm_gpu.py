@@ -80,15 +80,9 @@ IN_TURNS: dict[str, dict[str, dict[str, Any]]] = {
     "exact": {
         SENT: {},
         "as it is": {},
-        "read in 4 rounds; dispatch 512 columns": {
-            "pull_programs": 512, "chunk": 512, "dispatch_groups": 9, "dispatch_tile": 16, "combine_groups": 24,
-        },
-        "read 256 columns; dispatch 512 columns, 4 warps": {
-            "pull_chunk": 256, "pull_warps": 1, "pull_programs": 1792,
-            "chunk": 512, "dispatch_groups": 9, "dispatch_warps": 4, "combine_groups": 24,
-        },
-        "read by 1 warp; dispatch tiles of 4, 4 warps": {"pull_warps": 1, "dispatch_tile": 4, "dispatch_warps": 4},
-        "read as it is; dispatch 36 groups, tiles of 4": {"dispatch_groups": 36, "dispatch_tile": 4},
+        "read 256 columns": {"pull_chunk": 256, "pull_warps": 1, "pull_programs": 1792},
+        "dispatch tiles of 8, 8 warps": {"dispatch_tile": 8, "dispatch_warps": 8},
+        "dispatch 512 columns": {"chunk": 512, "dispatch_groups": 9, "dispatch_tile": 8, "combine_groups": 24},
     },
     "engine": {
         "as it is": {},

@@ -87,7 +87,7 @@ class CudaCommunicator(Communicator):
         self._elastic, self._timeout_s = elastic, peer_timeout_s
         self._padded = power_of_two(ep_size)
         device = device or torch.device("cuda", torch.cuda.current_device())
-        self._shape = shape or LaunchShape.on(device, hidden)
+        self._shape = shape or LaunchShape.on(device, hidden, ep_size * max_tokens * top_k)
         self.layout = BufferLayout(
             ep_size, max_tokens, hidden, top_k, 1 if fp8 else dtype.itemsize, dtype.itemsize,
             self._shape.chunks(hidden) * self._shape.dispatch_groups,

@@ -16,6 +16,7 @@ from phalanx.comm.received import Handle, Lists
 from phalanx.errors import PhalanxError
 
 _PAIRS_IN_REGISTERS = 8192
+_FEW_PAIRS = 2048
 _REGISTERS = 65536  # of a multiprocessor, on every device since 2014
 
 Mode = Literal["exact", "fast"]
@@ -55,24 +56,25 @@ class LaunchShape:
         assert self.line_tile * 16 >= 32 * self.line_warps, f"a thread without a word of its own: {self}"
 
     @classmethod
-    def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
+    def of(cls, hidden: int, programs: int = 128, pairs: int = 4096) -> LaunchShape:
         """A shape for about `programs` multiprocessors. Combine's programs wait in threes on each, so as to have more
-        under way."""
+        under way. pairs: the most (token, k) of all ranks; where they are few, 4 warps sort them in their registers."""
         chunk = min(1024, power_of_two(hidden))
         chunks = -(-hidden // chunk)
         return cls(
             chunk=chunk, dispatch_groups=max(1, programs // chunks),
+            dispatch_tile=4 if pairs <= _FEW_PAIRS else 8, dispatch_warps=4 if pairs <= _FEW_PAIRS else 8,
             combine_groups=max(1, 8 * programs // (3 * chunks)),
             line_senders=4 * programs, line_receivers=4 * programs,
             pull_chunk=min(512, chunk), pull_programs=8 * programs,
         )  # fmt: skip
 
     @classmethod
-    def on(cls, device: torch.device, hidden: int) -> LaunchShape:
+    def on(cls, device: torch.device, hidden: int, pairs: int) -> LaunchShape:
         """`of` for this device. LOCAL."""
         if device.type != "cuda":
-            return cls.of(hidden)
-        return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count))
+            return cls.of(hidden, pairs=pairs)
+        return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count), pairs)
 
     def chunks(self, hidden: int) -> int:
         """How many chunks a row has. LOCAL."""

@@ -11,7 +11,7 @@ peer begins it after its combine, with all its reads, has ended. Only a rank tha
 while that peer still reads. It tells the peer before: `cut` if it gave up on it, `opened` if it learned of a roll call,
 from whomever (`kernels.go_on_alone`); its kernel ends, and with it those stores are done, before another one writes y.
 So whoever reads looks at both words when it has read everything, and what it has read counts only if neither was there;
-else its status says that the step was not whole. (tests/sim/sim_reads.py plays it.)
+else its status says that the step was not whole. (`tests/sim/sim_reads.py` plays it.)
 
 How a wait ends, the words of `state` and the shape suffixes are in `kernels`; N is rows of y.
 """
@@ -168,9 +168,7 @@ def _take(
     ROWS: out[t, k] = the row of (t, k). EXACT: out[t] = their weighted sum, added in the order of k in float32."""
     UNITS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     # What is wanted does not depend on the peers, or on the number of this collective: know it before.
-    owner_K, at_K, weight_K = plan(
-        position, slots, weights, tokens, rank, program // UNITS, rows, S, K, KP, T_MAX, MODE
-    )
+    owner_K, at_K, _ = plan(position, slots, weights, tokens, rank, program // UNITS, rows, S, K, KP, T_MAX, ROWS)
     expected, parity, alive_P = begin(own, state, CUT_AT, PULLS, R, P, GUARD)
     draw_ticket(state, expected, PULLS)
     k = tl.arange(0, KP)
@@ -204,22 +202,27 @@ def _take(
         # Without it the compiler takes the warps for diverged, and has each load wait for the one before it.
         tl.debug_barrier()
         next_t = (unit + programs) // UNITS
-        next_owner_K, next_at_K, next_weight_K = plan(
-            position, slots, weights, tokens, rank, next_t, rows, S, K, KP, T_MAX, MODE
-        )
+        next_owner_K, next_at_K, _ = plan(position, slots, weights, tokens, rank, next_t, rows, S, K, KP, T_MAX, ROWS)
         # A peer's y is at a fixed distance from ours. Plain loads: those past the first cache wait for each other, too.
         place_K = tl.where(row_K >= 0, away_K + row_K.to(tl.int64) * (D // 8), NOWHERE)
-        total = tl.zeros([CHUNK], tl.float32)
+        got = ()
         for j in tl.static_range(K):
             place = element(place_K, j, KP)  # in units of 8 results, which a thread reads at once
             row = tl.load(y + place * 8 + cols, mask=(cols < D) & (place > NOWHERE), other=0.0)
-            if MODE == ROWS:
-                tl.store(out + tl.cast(t * K + j, tl.int64) * D + cols, row, mask=cols < D)
-            else:
-                total += element(weight_K, j, KP) * row.to(tl.float32)
-        if MODE != ROWS:
+            got = got + (row,)  # type: ignore[assignment]  # noqa: RUF005
+        # The compiler saves registers, and would ask for some rows only when it has added others: 1.5 us more. Weights
+        # that it cannot load before the barrier keep it from that.
+        tl.debug_barrier()
+        if MODE == ROWS:
+            for j in tl.static_range(K):
+                tl.store(out + tl.cast(t * K + j, tl.int64) * D + cols, got[j], mask=cols < D)
+        else:
+            weight_K = tl.load(weights + t * K + k, mask=(k < K) & (owner_K >= 0), other=0.0)
+            total = tl.zeros([CHUNK], tl.float32)
+            for j in tl.static_range(K):
+                total += element(weight_K, j, KP) * got[j].to(tl.float32)
             tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
-        owner_K, at_K, weight_K = next_owner_K, next_at_K, next_weight_K
+        owner_K, at_K = next_owner_K, next_at_K
     if GUARD:
         _who_left(own, state, rank, expected, alive_P, R, P, CUT_AT, OPENED_AT)
 
