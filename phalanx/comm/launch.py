@@ -17,7 +17,7 @@ from phalanx.errors import PhalanxError
 
 _PAIRS_IN_REGISTERS = 8192
 _REGISTERS = 65536  # of a multiprocessor, on every device since 2014
-_WORDS_A_THREAD = 8
+_TILES_A_ROW = 5
 
 Mode = Literal["exact", "fast"]
 
@@ -76,9 +76,14 @@ class LaunchShape:
     def norms(self, row_lines: int) -> int:
         """Up to how many tokens a combine can norm its rows, of so many lines; 0 where a row is too wide. LOCAL, pure.
 
-        A row stands in the registers of one program: its sums, our own share of them, and what is under way."""
-        fits = power_of_two(row_lines) * 16 <= 32 * self.row_warps * _WORDS_A_THREAD
-        return self.row_receivers if fits else 0
+        A row stands in the registers of one program, in tiles of a word a thread: its sums, our own share of them, and
+        what is under way. Rows of 2048 values take 5 tiles and 149 registers."""
+        return self.row_receivers if row_lines <= _TILES_A_ROW * self.row_tile else 0
+
+    @property
+    def row_tile(self) -> int:
+        """Lines of a tile of those. LOCAL, pure."""
+        return 2 * self.row_warps
 
     def chunks(self, hidden: int) -> int:
         """How many chunks a row has. LOCAL."""
@@ -194,20 +199,18 @@ class Kernels:
         assert y.data_ptr() % 8 == 0, "results are read 8 bytes at a time"
         assert norm is None or tokens <= self.norms, f"{tokens} rows to norm, more than {self.norms}"
         c, shape = self._fixed, self._shape
-        row_lines = self._lines["LINES"]
         if norm is None:
-            tile, warps, whole = shape.line_tile, shape.line_warps, 0
+            tile, warps = shape.line_tile, shape.line_warps
             receivers, most = (self._line_receivers(t, tile) for t in (tokens, c.max_tokens))
             after = out, out, 0.0
         else:
-            tile = 2 * shape.row_warps  # a word for each thread
-            warps, whole = shape.row_warps, max(tile, power_of_two(row_lines))
+            tile, warps = shape.row_tile, shape.row_warps
             receivers, most = max(1, tokens), min(self.norms, c.max_tokens)
             after = norm.residual_TD, norm.weight_D, norm.eps
         senders = self._line_senders(tokens, tile)
         compiled = self._line_kernel[(senders + receivers,)](
             y, handle.position, handle.counts, handle.slots_TK, weights, out, *after, *self._words(), tokens, c.rank,
-            y.shape[0], senders, **self._lines, TILE=tile, ROW=whole, num_warps=warps,
+            y.shape[0], senders, **self._lines, TILE=tile, NORM=norm is not None, num_warps=warps,
         )  # fmt: skip
         self._seen["combine (fast)" if norm is None else "combine (fast, with a norm)"] = (most, warps, compiled)
 

@@ -75,33 +75,23 @@ def _loaded(words, there, other, K: tl.constexpr):
 
 
 @triton.jit
-def _add_held(
-    sums, y, ats, weights, rows, word, inside,
-    D: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Of one token, added to sums, a quarter of the columns each: the weighted rows of the pairs FIRST to LAST - 1 that
-    stand in y. ats, weights: of its K pairs."""
+def _sum_held(y, ats, weights, rows, word, inside, K: tl.constexpr, D: tl.constexpr):
+    """Of one token: the weighted sum of the rows that stand in y, a quarter of the columns each, and if there are any.
+    ats, weights: of its K pairs."""
     y_words = y.to(tl.pointer_type(tl.int64))
-    a, b, c, d = sums
-    for j in tl.static_range(FIRST, LAST):
+    a = tl.zeros(word.shape, tl.float32)
+    b = tl.zeros(word.shape, tl.float32)
+    c = tl.zeros(word.shape, tl.float32)
+    d = tl.zeros(word.shape, tl.float32)
+    found = tl.full((), 0, tl.int32)
+    for j in tl.static_range(K):
         here = (ats[j] >= 0) & (ats[j] < rows)
         got = tl.load(y_words + ats[j].to(tl.int64) * (D // 4) + word, mask=inside & here, other=0)
         a += weights[j] * _value(got, 0, y)
         b += weights[j] * _value(got, 1, y)
         c += weights[j] * _value(got, 2, y)
         d += weights[j] * _value(got, 3, y)
-    return a, b, c, d
-
-
-@triton.jit
-def _sum_held(y, ats, weights, rows, word, inside, K: tl.constexpr, D: tl.constexpr):
-    """Of one token: the weighted sum of the rows that stand in y, a quarter of the columns each, and how many there
-    are."""
-    zeros = tl.zeros(word.shape, tl.float32)
-    a, b, c, d = _add_held((zeros, zeros, zeros, zeros), y, ats, weights, rows, word, inside, D, 0, K)
-    found = tl.full((), 0, tl.int32)
-    for j in tl.static_range(K):
-        found += ((ats[j] >= 0) & (ats[j] < rows)).to(tl.int32)
+        found += here.to(tl.int32)
     return a, b, c, d, found
 
 
@@ -352,20 +342,12 @@ def _receive_row(
         before += (tl.load(residual_words + word, mask=inside & there, other=0),)
         gains += (tl.load(gain.to(tl.pointer_type(tl.int64)) + word, mask=inside & there, other=0),)
     expected, parity, alive_P = begin(own, state, CUT_AT, SUMS, R, P, GUARD)
-    # In two halves, or what is under way does not fit into registers; the others' lines take longer.
-    zeros = tl.zeros([TILE, W], tl.float32)
-    half_held = ()
-    for unit in tl.static_range(UNITS):
-        _, _, word, inside = _words_of(unit, D, LINES, TILE)
-        half_held += (
-            _add_held((zeros, zeros, zeros, zeros), y, ats, pair_weights, rows, word, inside, D, 0, K // 2),
-        )
-    draw_ticket(state, expected, SUMS)
     held = ()
     for unit in tl.static_range(UNITS):
         _, _, word, inside = _words_of(unit, D, LINES, TILE)
-        added = _add_held(half_held[unit], y, ats, pair_weights, rows, word, inside, D, K // 2, K)
-        held += (_ready(added, INTERPRETED),)
+        a, b, c, d, _ = _sum_held(y, ats, pair_weights, rows, word, inside, K, D)
+        held += (_ready((a, b, c, d), INTERPRETED),)
+    draw_ticket(state, expected, SUMS)
     half: tl.constexpr = R * T_MAX * LINES * W
     received = (own + SUMS_AT).to(tl.pointer_type(tl.int64)) + parity.to(tl.int64) * half
     BITS: tl.constexpr = tl.int32 if P <= 16 else tl.int64
@@ -375,9 +357,7 @@ def _receive_row(
     late = tl.full((), 1, tl.int64)
     sums = held
     while late != 0:
-        sums, late = _sum_row(
-            held, received, t, rank, wanted, here_bits, expected, y, R, D, T_MAX, LINES, TILE, BITS
-        )
+        sums, late = _sum_row(held, received, t, rank, wanted, here_bits, expected, y, R, D, T_MAX, LINES, TILE, BITS)
         rounds += 1
         here_bits = _still_here(
             own, state, host, notice, notice_stride, CUT_AT, OPENED_AT, rank, expected, here_bits, late,
