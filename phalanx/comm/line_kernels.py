@@ -220,8 +220,8 @@ def _sum_all(
     held, received, t, rank, wanted, here_bits, expected, line, y,
     R: tl.constexpr, T_MAX: tl.constexpr, LINES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """What our own experts made of a tile of a row, and what the others' lines say as far as they are there; also, where
-    a line is missing, its rank's bit."""
+    """What our own experts made of a tile of a row, and what the others' lines say as far as they are there; also,
+    where a line is missing, its rank's bit."""
     column = tl.arange(0, W)[None, :]
     late_LW = tl.zeros(held[0].shape, BITS)
     own_part = tl.where(((here_bits >> rank) & 1) > 0, 1.0, 0.0)
