@@ -62,6 +62,7 @@ VARIANTS = {
     "router": DecodeOptions(router=256),
     "out": DecodeOptions(out=256),
     "placed": DecodeOptions(placed=256),
+    "norm apart": replace(DecodeOptions.best(exact=False), summed=0),
     "served": DecodeOptions.best(exact=False),
 }
 

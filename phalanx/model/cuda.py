@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phalanx.comm.launch import power_of_two
+from phalanx.comm.received import RowNorm
 from phalanx.model.config import ModelConfig
 from phalanx.model.decode_options import DecodeOptions
 from phalanx.model.device_tables import (
@@ -218,19 +219,22 @@ class DeviceModel:
         weights, eps = self._weights, self.config.norm_eps
         x_TD = self.embed(batch.tokens, batch.chosen)
         normed_TD = self.norm(x_TD, None, weights.layers[0].input_norm, eps)
+        norms = (*(layer.input_norm for layer in weights.layers[1:]), weights.norm)
+        summed = batch.rows <= min(self._options.summed, self._experts.norms)
         moe = 0
         for index, layer in enumerate(weights.layers):
             attended = self._attention(index, layer, normed_TD, batch)
             normed_TD = self.norm(attended, x_TD, layer.post_norm, eps)
-            if layer.router is not None:
-                logits = self._product(normed_TD, layer.router, None, self._options.router)
-                out_TD = self._experts.forward(moe, normed_TD, logits, batch.positions, batch.num_rows, batch.tiling)
-                moe += 1
-            else:
-                out_TD = self._dense_mlp(layer, normed_TD)
-            last = index + 1 == len(weights.layers)
-            norm = weights.norm if last else weights.layers[index + 1].input_norm
-            normed_TD = self.norm(out_TD, x_TD, norm, eps)
+            if layer.router is None:
+                normed_TD = self.norm(self._dense_mlp(layer, normed_TD), x_TD, norms[index], eps)
+                continue
+            logits = self._product(normed_TD, layer.router, None, self._options.router)
+            out_TD = self._experts.forward(
+                moe, normed_TD, logits, batch.positions, batch.num_rows, batch.tiling,
+                RowNorm(x_TD, norms[index], eps) if summed else None,
+            )  # fmt: skip
+            normed_TD = out_TD if summed else self.norm(out_TD, x_TD, norms[index], eps)
+            moe += 1
         return normed_TD
 
     def embed(self, tokens_T: Tensor, chosen: Tensor | None) -> Tensor:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class DecodeOptions:
     """out, router: the rows up to which these products come from `moe.thin`, not from the library. placed: the decodes
-    up to which attention places the new keys itself (`placed_kernels`)."""
+    up to which attention places the new keys itself (`placed_kernels`). summed: the rows up to which the experts'
+    combine adds its sums to the residual and norms it, where it can (`comm.received.RowNorm`)."""
 
     out: int = 0
     router: int = 0
     placed: int = 0
+    summed: int = 0
 
     @classmethod
     def best(cls, *, exact: bool) -> DecodeOptions:
         """What serving takes. exact: a row's bits must not depend on its batch. LOCAL, pure."""
-        return cls() if exact else cls(out=64, router=256, placed=256)
+        return cls() if exact else cls(out=64, router=256, placed=256, summed=256)
