@@ -9,8 +9,8 @@
     tail                 a record of every item, the pieces of prefills and the rows to be merged (`model.tiles`),
                          then blocks by sequence
 
-An item's record, of ITEM_WORDS words, has all that is known of it, so that a kernel reads it at once: row, split, and of
-the row its position, kv_row, blocks_at, first item and number of items.
+An item's record, of ITEM_WORDS words, has all that is known of it, so that a kernel reads it at once: row, split, and
+of the row its position, kv_row, blocks_at, first item and number of items.
 
 Every part but the tail stands at a fixed place, so that captured graphs find it, and what is in the tail is found by
 words; only what is used is copied. Rows beyond the batch's own pad it to the size of a graph: they have no items, and
@@ -89,7 +89,12 @@ class TableShape:
     def size(self) -> int:
         """Words in all."""
         pieces = self.rows + self.cut.max_parts if self.cut else 0
-        tail = ITEM_WORDS * self.max_items + PIECE_WORDS * pieces + MERGE_WORDS * self.rows + self.sequences * self.max_blocks
+        tail = (
+            ITEM_WORDS * self.max_items
+            + PIECE_WORDS * pieces
+            + MERGE_WORDS * self.rows
+            + self.sequences * self.max_blocks
+        )
         return self.offsets["tail"] + tail
 
 
