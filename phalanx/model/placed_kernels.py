@@ -31,12 +31,9 @@ _N: tl.constexpr = tl.constexpr(KEYS)
 
 @triton.jit
 def _record(tail, item):
-    """Row, split, position, place of the new key, first block, first item of the row, and how many it has."""
+    """Row, split, position, place of the new key, first block, and how many items the row has."""
     at = tail + item * _ITEM_WORDS
-    return (
-        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-        tl.load(at + 6),
-    )  # fmt: skip
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 6)
 
 
 @triton.jit
@@ -184,9 +181,7 @@ def placed_decode_kernel(
     one = tl.arange(0, 1)
     first_half = tl.arange(0, C // 2)[None, :]
     # Read beside the number of items, not behind it; what there is not is not looked at.
-    row, split, position, kv_row, blocks_at, first, count = _record(
-        tail, tl.minimum(tl.program_id(0) // HKV, ITEMS - 1)
-    )
+    row, split, position, kv_row, blocks_at, count = _record(tail, tl.minimum(tl.program_id(0) // HKV, ITEMS - 1))
     for work in range(tl.program_id(0), tl.load(num_items) * HKV, PROGRAMS):
         item = work // HKV
         h = work % HKV
@@ -243,8 +238,8 @@ def placed_decode_kernel(
             tl.debug_barrier()  # all threads' parts are there before one of them says so
             before = arrived + row * HKV + h
             if tl.atomic_add(before, 1, sem="acq_rel") == count - 1:
+                # Read here: Triton 3.6 keeps what a loop carries for a use this deep as it was in the first round.
+                first = tl.load(tail + item * _ITEM_WORDS + 5)
                 tl.store(to, _put_together(sums, peaks, first, count, at_G, H, G, C, GROUP).to(kind), mask=inside)
                 tl.store(before, 0)
-        row, split, position, kv_row, blocks_at, first, count = _record(
-            tail, tl.minimum((work + PROGRAMS) // HKV, ITEMS - 1)
-        )
+        row, split, position, kv_row, blocks_at, count = _record(tail, tl.minimum((work + PROGRAMS) // HKV, ITEMS - 1))
