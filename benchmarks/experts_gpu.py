@@ -8,8 +8,8 @@
 
 Every figure: a graph of LAYERS layers with weights of their own (more than any cache holds), replayed REPLAYS times;
 the device time of a layer, median; and the rate at which the weights of the experts that were asked for must have been
-read. Random routing: each token's 8 experts of 128, of which 64 stand here. Results of a tiling are compared with the
-first one's.
+read. First that of a kernel that only reads. Random routing: each token's 8 experts of 128, of which 64 stand here.
+Results of a tiling are compared with the first one's.
 """
 
 from __future__ import annotations
@@ -70,6 +70,21 @@ def timed(experts: DeviceExperts, x: torch.Tensor, slot_M: torch.Tensor, tiling:
     return layer_us(one, LAYERS, REPLAYS), one(0)[: len(slot_M)].clone()
 
 
+def bare_read_us(bank: DeviceBank) -> float:
+    """Microseconds for reading all of a layer's weights and nothing else: no kernel that needs them can take less."""
+    from read_kernels import read_kernel
+
+    words_LX = bank.weights_LSX.view(torch.int32).flatten(1)
+    programs = 2 * torch.cuda.get_device_properties(words_LX.device).multi_processor_count
+    out = torch.empty(programs, 8192, dtype=torch.int32, device=words_LX.device)
+
+    def one(layer: int) -> None:
+        read_kernel[(programs,)](words_LX[layer], out, words_LX.shape[1], BLOCK=8192, AT_ONCE=4, num_warps=16)
+
+    one(0)
+    return layer_us(one, LAYERS, REPLAYS)
+
+
 def rig(expert_format: ExpertFormat, device: torch.device) -> tuple[DeviceBank, DeviceExperts]:
     """Slots full of random weights, and what computes with them."""
     bank = DeviceBank(LAYERS, SLOTS, HIDDEN, WIDTH, torch.bfloat16, device, expert_format)
@@ -97,6 +112,10 @@ def main() -> int:
     kinds: list[tuple[DeviceBank, DeviceExperts, Sequence[Tiling]]] = [(*rig("plain", device), TILINGS)]
     if options.fp8:
         kinds.append((*rig("fp8", device), BLOCK_TILINGS))
+    for bank, _, _ in kinds:
+        us = bare_read_us(bank)
+        size = SLOTS * bank.expert_bytes
+        print(f"bare read of {SLOTS} experts, {size / 1e6:.0f} MB: {us:.1f} us, {size / us / 1e6:.2f} TB/s", flush=True)
     generator = torch.Generator(device).manual_seed(0)
     for tokens in map(int, options.tokens.split(",")):
         chosen = torch.rand(tokens, EXPERTS, device=device, generator=generator).argsort(1)[:, :TOP_K].flatten()

@@ -262,7 +262,7 @@ class DeviceModel:
         residual = product.data if residual_TD is None else residual_TD
         self._code.norm_kernel[(rows,)](
             product.data, residual, weight, out_TD, eps, D=width, BLOCK=power_of_two(width),
-            ADD=residual_TD is not None, PARTS=product.parts, num_warps=4 if width <= 2048 else 8,
+            ADD=residual_TD is not None, PARTS=product.parts, num_warps=8 if width > 2048 or product.parts else 4,
         )  # fmt: skip
         return out_TD
 
