@@ -1,12 +1,18 @@
-"""What served before, for `attention_gpu`: 4 warps share 64 keys. See `phalanx.model.placed_kernels`."""
+"""The attention of decodes that served before: 4 warps share 64 keys. See `phalanx.model.placed_kernels`."""
 # mypy: disable-error-code="attr-defined,no-untyped-def,no-untyped-call,misc,untyped-decorator,no-any-return"
 # Triton's language is not typed: its functions are compiled, never called by Python.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from phalanx.comm.launch import power_of_two
+from phalanx.model.cuda import DeviceBatch, DeviceModel, processors
 from phalanx.model.kernels import _lowest, _walk
 
 
@@ -83,3 +89,27 @@ def placed_decode_kernel(
             peak = peaks + tl.cast(item, tl.int64) * (2 * H) + h * G + g
             tl.store(peak, greatest_M, mask=g < G)
             tl.store(peak + H, weight_M, mask=g < G)
+
+
+class ModelBefore(DeviceModel):
+    """A model whose decodes are attended by the kernel above; contexts in several splits by `merge_kernel` as well."""
+
+    def attend(self, index: int, qkv_TX: Tensor, batch: DeviceBatch) -> Tensor:
+        """See DeviceModel. LOCAL, launches only."""
+        if batch.rows > self._options.placed or batch.prefills:
+            return super().attend(index, qkv_TX, batch)
+        config, sums = self.config, (self._sums, self._peaks)
+        out = torch.empty(batch.rows, config.num_heads * config.head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
+        programs = 4 * processors(qkv_TX.device)
+        placed_decode_kernel[(programs,)](
+            qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *self._head_norms[index], batch.blocks_at,
+            batch.items_at, batch.tail, batch.num_items, self._kv.data[index], out, *sums, config.norm_eps,
+            config.head_dim**-0.5 * math.log2(math.e), **self._reads, BN=64, SPLIT=self._shape.split,
+            PROGRAMS=programs, num_warps=4, num_stages=2, M=power_of_two(max(16, self._group + 1)),
+            NORM=config.qk_norm,
+        )  # fmt: skip
+        if self._shape.max_splits > 1:
+            self._code.merge_kernel[(min(batch.rows, 256), config.num_heads)](
+                *batch.merges, batch.tail, out, *sums, **self._sizes, num_warps=1
+            )
+        return out

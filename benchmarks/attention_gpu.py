@@ -8,9 +8,9 @@ A graph has all layers' attention, each with keys of its own, and before each wh
 are read, so that no cache holds keys, tables or code, and the product of q, k and v is written. Figures: microseconds a
 layer, the median of such replays less that of a graph without attention, in turn with all variants. `before`: placing
 and attention in one kernel as they were (4 warps that share 64 keys), and the kernel that merges splits where contexts
-may be longer than 512. WxS@P: W warps a program, S stages, P programs a multiprocessor; b, l: keys asked for ahead, in
-bulk or by lines; sN: splits of N keys. A shape's name ends with the longest context that the tables have room for,
-where that is not 512.
+may be longer than 512. WxS@P: W warps a program, S stages, P programs a multiprocessor; then perhaps b or l: keys asked
+for ahead, in bulk or by lines; then perhaps sN: splits of N keys. A shape is ROWSxCONTEXT, and /LONGEST where tables
+have room for contexts that are not 512 long at most.
 
 Checked first, each variant in a process of its own, which also compiles it: the same rows and the same placed keys as
 the two kernels that --deterministic takes, at every shape and with lengths of all kinds.
@@ -19,13 +19,14 @@ the two kernels that --deterministic takes, at every shape and with lengths of a
 from __future__ import annotations
 
 import argparse
-import math
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -37,10 +38,9 @@ import torch
 from engine_ladder import qwen3_30b_a3b
 from torch import Tensor
 
-from phalanx.comm.launch import power_of_two
 from phalanx.model import device_tables
 from phalanx.model.attention import ForwardBatch, SequenceSlice
-from phalanx.model.cuda import DeviceBatch, DeviceKV, DeviceModel, processors, table_shape
+from phalanx.model.cuda import DeviceBatch, DeviceKV, DeviceModel, table_shape
 from phalanx.model.decode_options import DecodeCut, DecodeOptions
 from phalanx.model.layers import DenseWeights, LayerWeights
 from phalanx.moe.cuda import Tiling
@@ -48,6 +48,7 @@ from phalanx.moe.cuda import Tiling
 BLOCK = 16
 FLUSH_BYTES = 128 << 20
 BANDWIDTH = 4.08e12
+SEQUENCES = 256
 ROUNDS, REPLAYS = 3, 6
 
 
@@ -72,13 +73,10 @@ class Shape:
         return np.random.default_rng(self.rows).integers(0, self.context + 1, self.rows).tolist()
 
 
-SHAPES = {
-    s.name: s
-    for s in (
-        Shape(16, 160), Shape(64, 160), Shape(256, 160), Shape(128, 160), Shape(64, 500), Shape(256, 500),
-        Shape(16, 160, 4096), Shape(64, 160, 4096), Shape(16, 2048, 4096), Shape(64, 2048, 4096), Shape(1, 160),
-    )
-}  # fmt: skip
+SHAPES = (
+    "16x160", "64x160", "256x160", "128x160", "64x500", "256x500", "16x160/4096", "64x160/4096", "16x2048/4096",
+    "64x2048/4096", "1x160",
+)  # fmt: skip
 CHECKED = (
     Shape(256, 160), Shape(16, 160), Shape(37, 500, mixed=True), Shape(64, 500),
     Shape(21, 3000, 4096, mixed=True), Shape(16, 2048, 4096),
@@ -94,14 +92,39 @@ class Variant:
 
 
 def _parsed(name: str) -> Variant:
-    """See the module's docstring."""
+    """See the module's docstring. Raises ArgumentTypeError."""
     if name == "before":
         return Variant(None)
-    shape, _, split = name.partition("s")
-    sizes, _, programs = shape.rstrip("bl").partition("@")
-    warps, stages = sizes.split("x")
-    ask = {"b": 1, "l": 2}.get(shape[-1], 0)
-    return Variant(DecodeCut(int(warps), int(stages), int(programs), ask), int(split or 512))
+    cut = re.fullmatch(r"(1|2|4|8|16)x([1-9])@(\d+)([bl]?)(?:s(128|256|512))?", name)
+    if not cut:
+        raise argparse.ArgumentTypeError(f"{name!r} is no variant: such are {', '.join(VARIANTS)}")
+    warps, stages, programs, ask, split = cut.groups()
+    return Variant(DecodeCut(int(warps), int(stages), int(programs), {"b": 1, "l": 2}.get(ask, 0)), int(split or 512))
+
+
+def _shape(name: str) -> Shape:
+    """See the module's docstring. Raises ArgumentTypeError."""
+    sizes = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", name)
+    if not sizes:
+        raise argparse.ArgumentTypeError(f"{name!r} is no shape: such are {', '.join(SHAPES)}")
+    rows, context, longest = (int(n) for n in sizes.groups("512"))
+    if not 0 < rows <= SEQUENCES or context >= longest:
+        raise argparse.ArgumentTypeError(
+            f"{name!r}: 1 to {SEQUENCES} rows, and contexts below {longest}, or below what is given as /LONGEST"
+        )
+    return Shape(rows, context, longest)
+
+
+def _variants(given: str) -> list[str]:
+    """Names of variants that can be."""
+    for name in given.split(","):
+        _parsed(name)
+    return given.split(",")
+
+
+def _shapes(given: str) -> list[Shape]:
+    """Shapes by their names."""
+    return [_shape(name) for name in given.split(",")]
 
 
 VARIANTS = (
@@ -139,14 +162,13 @@ class Rig:
     def model(self, shape: Shape, variant: Variant, plain: bool = False) -> tuple[DeviceModel, DeviceBatch]:
         """The model with this cut, and a batch of the shape."""
         made = table_shape(
-            self.config, rows=512, sequences=256, max_model_len=shape.longest, block_size=BLOCK,
+            self.config, rows=512, sequences=SEQUENCES, max_model_len=shape.longest, block_size=BLOCK,
             num_blocks=self.kv.num_blocks, exact=False, device=self.device,
         )  # fmt: skip
         made = replace(made, split=variant.split)
-        options = DecodeOptions(placed=0 if plain else 256, cut=variant.cut)
-        decoder = DeviceModel(
-            self.config, self.weights, cast(Any, None), self.kv, made, exact=False, options=options
-        )  # fmt: skip
+        options = DecodeOptions(placed=0 if plain else SEQUENCES, cut=variant.cut)
+        kind = DeviceModel if plain or variant.cut else _before()
+        decoder = kind(self.config, self.weights, cast(Any, None), self.kv, made, exact=False, options=options)
         slices, contexts, taken = [], shape.contexts(), 0
         order = np.random.default_rng(1).permutation(self.kv.num_blocks).astype(np.int32)
         for i, context in enumerate(contexts):
@@ -166,30 +188,11 @@ class Rig:
         return torch.randn(rows, self.qkv_width, generator=g, device=self.device).to(torch.bfloat16)
 
 
-def attend(decoder: DeviceModel, layer: int, qkv_TX: Tensor, batch: DeviceBatch, variant: Variant) -> Tensor:
-    """One layer's attention, as a step would launch it."""
-    return decoder.attend(layer, qkv_TX, batch) if variant.cut else before(decoder, layer, qkv_TX, batch)
-
-
-def before(decoder: Any, layer: int, qkv_TX: Tensor, batch: DeviceBatch) -> Tensor:
+def _before() -> type[DeviceModel]:
     """What served before."""
-    from attention_before import placed_decode_kernel
+    from attention_before import ModelBefore
 
-    config, shape, sums = decoder.config, decoder._shape, (decoder._sums, decoder._peaks)
-    out = torch.empty(batch.rows, config.num_heads * config.head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    programs = 4 * processors(qkv_TX.device)
-    group = config.num_heads // config.num_kv_heads
-    placed_decode_kernel[(programs,)](
-        qkv_TX, batch.positions, batch.kv_rows, decoder._cos, decoder._sin, *decoder._head_norms[layer],
-        batch.blocks_at, batch.items_at, batch.tail, batch.num_items, decoder._kv.data[layer], out, *sums,
-        config.norm_eps, config.head_dim**-0.5 * math.log2(math.e), **decoder._reads, BN=64, SPLIT=shape.split,
-        PROGRAMS=programs, num_warps=4, num_stages=2, M=power_of_two(max(16, group + 1)), NORM=True,
-    )  # fmt: skip
-    if shape.max_splits > 1:
-        decoder._code.merge_kernel[(min(batch.rows, 256), config.num_heads)](
-            *batch.merges, batch.tail, out, *sums, **decoder._sizes, num_warps=1
-        )
-    return out
+    return ModelBefore
 
 
 def check(name: str) -> float:
@@ -205,7 +208,7 @@ def check(name: str) -> float:
             rig.kv.data.copy_(clean)
             poison = torch.full_like(want, float("nan"))
             del poison
-            got = attend(decoder, 0, qkv_TX.clone(), batch, variant)[: shape.rows]
+            got = decoder.attend(0, qkv_TX.clone(), batch)[: shape.rows]
             torch.cuda.synchronize()
             error = float((got.float() - want.float()).norm() / want.float().norm())
             off = float((rig.kv.data[:, :-1].float() - placed.float()).abs().max())
@@ -230,20 +233,18 @@ def measure(rig: Rig, shape: Shape, variants: list[str]) -> dict[str, float]:
     """Microseconds a layer."""
     layers = rig.config.num_layers
     source, qkv_TX = rig.qkv(shape.rows), rig.qkv(shape.rows)
-    parts: dict[str, Any] = {"": None}
-    for name in variants:
-        parts[name] = (*rig.model(shape, _parsed(name)), _parsed(name))
+    parts = {name: rig.model(shape, _parsed(name)) for name in variants}
 
     def run(name: str) -> None:
         for layer in range(layers):
             rig.flush.sum()
             qkv_TX.copy_(source)
             if name:
-                decoder, batch, variant = parts[name]
-                attend(decoder, layer, qkv_TX, batch, variant)
+                decoder, batch = parts[name]
+                decoder.attend(layer, qkv_TX, batch)
 
-    graphs = {name: _captured(lambda name=name: run(name)) for name in parts}
-    samples: dict[str, list[float]] = {name: [] for name in parts}
+    graphs = {name: _captured(partial(run, name)) for name in ["", *variants]}
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
             events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 2)]
@@ -278,10 +279,10 @@ def _checked(names: list[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--variants", type=_variants, default=",".join(VARIANTS))
+    parser.add_argument("--shapes", type=_shapes, default=",".join(SHAPES))
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--check", help="check this variant only, in this process")
+    parser.add_argument("--check", type=_variants, help="check this variant only, in this process")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("attention_gpu: this machine has no CUDA device")
@@ -289,12 +290,11 @@ def main() -> int:
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     if options.check:
-        print(f"relative error at most {check(options.check):.1e}")
+        print(f"relative error at most {check(options.check[0]):.1e}")
         return 0
     began = time.monotonic()
-    names = options.variants.split(",")
+    names, shapes = options.variants, options.shapes
     right = _checked(names)
-    shapes = [SHAPES[name] for name in options.shapes.split(",")]
     blocks = max(s.rows * (s.context // BLOCK + 1) for s in shapes)
     rig = Rig(options.layers, blocks)
     print(f"  [{time.monotonic() - began:.0f} s] us a layer (*: the shortest)", flush=True)
