@@ -37,7 +37,7 @@ from phalanx.comm.launch import Fixed, Kernels, LaunchShape, Mode, power_of_two
 from phalanx.comm.notice_relay import NoticeRelay
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory
-from phalanx.comm.received import DeviceDispatched, Handle, Lists
+from phalanx.comm.received import DeviceDispatched, Handle, Lists, RowNorm
 from phalanx.errors import Evicted
 from phalanx.world import Member, View
 
@@ -232,16 +232,24 @@ class CudaCommunicator(Communicator):
         self._kernels.combine(y_MD, dispatched.handle, None, out, tokens, "rows")
         return out
 
-    def combine_weighted(self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+    @property
+    def norms(self) -> int:
+        """Up to how many tokens `combine_weighted` can norm its sums; 0: never. LOCAL."""
+        return self._kernels.norms
+
+    def combine_weighted(
+        self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor, norm: RowNorm | None = None
+    ) -> Tensor:
         """Like `combine`, but returns [T, D]: each token's rows times its weights (float32 [T, K]), added. COLLECTIVE.
 
         Graph-safe. Mode exact: in the order of k, in float32, rounded once: the same bits wherever the experts live.
+        norm: for up to `norms` tokens: add that to a residual, and return its RMS norm instead.
         """
         tokens = dispatched.handle.slots_TK.shape[0]
         assert weights_TK.shape == (tokens, self._top_k), weights_TK.shape
         assert weights_TK.dtype == torch.float32, weights_TK.dtype
         out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
-        self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode)
+        self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode, norm)
         return out
 
     def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
@@ -480,6 +488,8 @@ class CudaCommunicator(Communicator):
         y = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
         self.combine(y, sent)
         self.combine_weighted(y, sent, weights)
+        if self.norms:
+            self.combine_weighted(y, sent, weights, RowNorm(x, x[0].contiguous(), 1e-6))
         self.barrier()
         self._tell("cut", [], 0)
         self._memory.wait()

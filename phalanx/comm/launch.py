@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, lines
-from phalanx.comm.received import Handle, Lists
+from phalanx.comm.received import Handle, Lists, RowNorm
 from phalanx.errors import PhalanxError
 
 _PAIRS_IN_REGISTERS = 8192
 _REGISTERS = 65536  # of a multiprocessor, on every device since 2014
+_TILES_A_ROW = 5
 
 Mode = Literal["exact", "fast"]
 
@@ -31,7 +32,8 @@ class LaunchShape:
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
     program sends at once. line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program moves at once;
-    line_senders, line_receivers: how many programs at most do the one and the other.
+    line_senders, line_receivers: how many programs at most do the one and the other. row_warps: of programs that own a
+    whole row, to norm it (`RowNorm`); row_receivers: up to how many tokens there are such programs.
     """
 
     chunk: int = 1024
@@ -45,6 +47,8 @@ class LaunchShape:
     line_warps: int = 2
     line_senders: int = 512
     line_receivers: int = 512
+    row_warps: int = 4
+    row_receivers: int = 256
 
     def __post_init__(self) -> None:
         # A word that two threads load may be another one for each: the number of a line is then not that of its data.
@@ -59,7 +63,7 @@ class LaunchShape:
         return cls(
             chunk=chunk, dispatch_groups=max(1, programs // chunks),
             combine_groups=max(1, 8 * programs // (3 * chunks)),
-            line_senders=4 * programs, line_receivers=4 * programs,
+            line_senders=4 * programs, line_receivers=4 * programs, row_receivers=2 * programs,
         )  # fmt: skip
 
     @classmethod
@@ -68,6 +72,18 @@ class LaunchShape:
         if device.type != "cuda":
             return cls.of(hidden)
         return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count))
+
+    def norms(self, row_lines: int) -> int:
+        """Up to how many tokens a combine can norm its rows, of so many lines; 0 where a row is too wide. LOCAL, pure.
+
+        A row stands in the registers of one program, in tiles of a word a thread: its sums, our own share of them, and
+        what is under way. Rows of 2048 values take 5 tiles and 149 registers."""
+        return self.row_receivers if row_lines <= _TILES_A_ROW * self.row_tile else 0
+
+    @property
+    def row_tile(self) -> int:
+        """Lines of a tile of those. LOCAL, pure."""
+        return 2 * self.row_warps
 
     def chunks(self, hidden: int) -> int:
         """How many chunks a row has. LOCAL."""
@@ -137,11 +153,12 @@ class Kernels:
             **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"],
             "RESULT_FLAG": at["result_flag"],
         }  # fmt: skip
+        row_lines = lines(fixed.hidden, layout.result_itemsize)
         self._lines = {
             **{name: moves[name] for name in (*waits, "S", "K", "D", "T_MAX")},
-            "LINES": lines(fixed.hidden, layout.result_itemsize), "TILE": shape.line_tile,
-            "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
+            "LINES": row_lines, "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
         }  # fmt: skip
+        self.norms = shape.norms(row_lines) if fixed.mode == "fast" else 0
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
@@ -158,14 +175,17 @@ class Kernels:
 
     def combine(
         self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
-        mode: Literal["rows", "exact", "fast"],
+        mode: Literal["rows", "exact", "fast"], norm: RowNorm | None = None,
     ) -> None:  # fmt: skip
-        """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe."""
+        """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe.
+
+        norm: for up to `norms` tokens, only in the mode fast."""
         c = self._fixed
         if mode == "fast":
             assert weights is not None, "mode fast adds at the expert's rank: it needs weights"
-            self._combine_sums(y, handle, weights, out, tokens)
+            self._combine_sums(y, handle, weights, out, tokens, norm)
             return
+        assert norm is None, mode
         compiled = self._combine_kernel[(c.layout.combine_programs,)](
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
@@ -173,26 +193,38 @@ class Kernels:
         )  # fmt: skip
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
 
-    def _combine_sums(self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int) -> None:
+    def _combine_sums(
+        self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int, norm: RowNorm | None
+    ) -> None:
         assert y.data_ptr() % 8 == 0, "results are read 8 bytes at a time"
-        c = self._fixed
-        senders, receivers = self._line_programs(tokens)
+        assert norm is None or tokens <= self.norms, f"{tokens} rows to norm, more than {self.norms}"
+        c, shape = self._fixed, self._shape
+        if norm is None:
+            tile, warps = shape.line_tile, shape.line_warps
+            receivers, most = (self._line_receivers(t, tile) for t in (tokens, c.max_tokens))
+            after = out, out, 0.0
+        else:
+            tile, warps = shape.row_tile, shape.row_warps
+            receivers, most = max(1, tokens), min(self.norms, c.max_tokens)
+            after = norm.residual_TD, norm.weight_D, norm.eps
+        senders = self._line_senders(tokens, tile)
         compiled = self._line_kernel[(senders + receivers,)](
-            y, handle.position, handle.counts, handle.slots_TK, weights, out, *self._words(), tokens, c.rank,
-            y.shape[0], senders, **self._lines, num_warps=self._shape.line_warps,
+            y, handle.position, handle.counts, handle.slots_TK, weights, out, *after, *self._words(), tokens, c.rank,
+            y.shape[0], senders, **self._lines, TILE=tile, NORM=norm is not None, num_warps=warps,
         )  # fmt: skip
-        most = self._line_programs(c.max_tokens)[1]
-        self._seen["combine (fast)"] = (most, self._shape.line_warps, compiled)
+        self._seen["combine (fast)" if norm is None else "combine (fast, with a norm)"] = (most, warps, compiled)
 
-    def _line_programs(self, tokens: int) -> tuple[int, int]:
-        """How many programs send and receive lines: as many as there may be work for, all of them when there is much.
+    def _line_senders(self, tokens: int, tile: int) -> int:
+        """How many programs send lines: as many as there may be work for, all of them when there is much.
 
         What the others own is not known here: at least as many send as a few tokens want."""
-        units = -(-self._lines["LINES"] // self._shape.line_tile)
         ends = self._fixed.ep_size - 1
-        few = min(self._shape.line_senders, max(tokens, 16) * units * ends)
-        senders = -(-few // ends) * ends if ends else 0
-        return senders, max(1, min(self._shape.line_receivers, tokens * units))
+        few = min(self._shape.line_senders, max(tokens, 16) * -(-self._lines["LINES"] // tile) * ends)
+        return -(-few // ends) * ends if ends else 0
+
+    def _line_receivers(self, tokens: int, tile: int) -> int:
+        """How many programs receive them."""
+        return max(1, min(self._shape.line_receivers, tokens * -(-self._lines["LINES"] // tile)))
 
     def check_fit(self) -> None:
         """Whether the programs that wait for peers fit the device at once, in each grid launched so far. LOCAL.

@@ -83,14 +83,21 @@ def check_exchange(ranks: int, config: dict[str, int], **options: object) -> Non
             p.all("same_bits", seed=3, tokens=config["max_tokens"], trials=4)
 
 
-def check_half(ranks: int, config: dict[str, int], **options: Any) -> None:
+def check_half(ranks: int, config: dict[str, int], normed: bool = False, **options: Any) -> None:
     """A rank dies between a dispatch and its combine: the others' combine ends, with all that they made themselves."""
     with party(COMMANDS, ranks, devices()) as p:
         opened(p, **config, peer_timeout_s=30.0, **options)
         last, everyone = ranks - 1, list(p.ranks.values())
         for m in everyone:
             alive = list(range(last))
-            m.send("half_exchange", seed=7, tokens=config["max_tokens"], alive=alive, combines=m.rank != last)
+            m.send(
+                "half_exchange",
+                seed=7,
+                tokens=config["max_tokens"],
+                alive=alive,
+                combines=m.rank != last,
+                normed=normed,
+            )
         expect(p.ranks[last].reply(), lost=[])
         kill(p.ranks[last])
         for m in everyone[:last]:
@@ -352,6 +359,7 @@ def checks() -> dict[str, Stage]:
         "edges": beside(3, check_edges),
         "half": beside(1, check_half, 2, SMALL),
         "half-fast": beside(2, check_half, 4, {**SMALL, "slots_per_rank": 6}, mode="fast"),
+        "half-norm": beside(3, check_half, 4, {**SMALL, "slots_per_rank": 6}, normed=True, mode="fast"),
         "exchange-large": beside(4, check_exchange, 2, LARGE, fp8=True),
         "exchange-bf16": beside(1, check_exchange, 2, SMALL),
         "exchange-fp8": beside(2, check_exchange, 2, SMALL, fp8=True),
@@ -375,7 +383,7 @@ def interpreted() -> dict[str, Stage]:
     small = {"max_tokens": 4, "hidden": 256, "top_k": 2, "slots_per_rank": 3}
     shape = {
         "chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "combine_groups": 2, "combine_rows": 4,
-        "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2,
+        "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2, "row_warps": 1,
     }  # fmt: skip
 
     def alone(check: Callable[..., None], *arguments: Any, **options: Any) -> Stage:
@@ -389,6 +397,7 @@ def interpreted() -> dict[str, Stage]:
         "three-ranks-fast": alone(check_exchange, 3, small, mode="fast"),
         "half": alone(check_half, 2, small),
         "half-fast": alone(check_half, 3, small, mode="fast"),
+        "half-norm": alone(check_half, 3, small, normed=True, mode="fast"),
         "meet": alone(check_meet),
         "edges": alone(check_edges),
         "edges-relayed": alone(check_edges, maps_host=False),

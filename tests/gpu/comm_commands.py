@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
 
 from deep_ep_reference import WAYS, Way, check_round
 
+from phalanx.comm.base import Dispatched
 from phalanx.comm.deep_ep import Buffer, Shape
+from phalanx.comm.launch import power_of_two
+from phalanx.comm.received import RowNorm
 from phalanx.errors import PhalanxError
 from phalanx.world import Member, View
 
@@ -109,11 +112,37 @@ def exchange(ranks: RankProcess, seed: int, tokens: list[int], alive: list[int])
     out = comm.combine_weighted(y, sent, weights)
     close(out, weighted(expected, all_inputs[comm.rank][2]), 2.0 if fast else 1.0)
     assert out.shape == (tokens[comm.rank], ranks.hidden)
+    if comm.norms and seed % 2:
+        same_as_a_norm(ranks, seed, y, sent, weights, out)
     return {"pairs": len(want)}
 
 
-def half_exchange(ranks: RankProcess, seed: int, tokens: int, alive: list[int], combines: bool) -> Reply:
-    """A dispatch of all ranks, of which only those in `alive` combine: what the others' experts made is missing."""
+def same_as_a_norm(
+    ranks: RankProcess, seed: int, y: torch.Tensor, sent: Dispatched, weights: torch.Tensor, sums: torch.Tensor
+) -> None:
+    """A combine that adds to a residual and norms, against `sums` and the engine's norm. COLLECTIVE."""
+    from phalanx.model.kernels import norm_kernel
+
+    comm, (tokens, width) = ranks.comm, sums.shape
+    assert tokens <= comm.norms, (tokens, comm.norms)
+    g = torch.Generator().manual_seed(seed)
+    residual, gain = (torch.randn(n, width, generator=g).to(ranks.device, sums.dtype) for n in (tokens, 1))
+    want, rest = torch.empty_like(sums), residual.clone()
+    if tokens:
+        norm_kernel[(tokens,)](
+            sums, rest, gain, want, 1e-6, D=width, BLOCK=power_of_two(width), ADD=True, PARTS=0, num_warps=4
+        )
+    got = comm.combine_weighted(y, sent, weights, RowNorm(residual, gain[0], 1e-6))
+    assert torch.equal(residual, rest), "another residual"
+    # Squares are added in another order, so here and there a value is rounded otherwise.
+    assert (got != want).float().mean().nan_to_num() < 0.01, "another norm"
+    torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=0)
+
+
+def half_exchange(ranks: RankProcess, seed: int, tokens: int, alive: list[int], combines: bool, normed: bool) -> Reply:
+    """A dispatch of all ranks, of which only those in `alive` combine: what the others' experts made is missing.
+
+    normed: combine adds to a residual, and norms."""
     comm, S = ranks.comm, ranks.slots_per_rank
     x, slots, weights = (t.to(ranks.device) for t in inputs(comm.rank, ranks, seed, tokens))
     sent = comm.dispatch(x, slots, weights)
@@ -121,8 +150,15 @@ def half_exchange(ranks: RankProcess, seed: int, tokens: int, alive: list[int], 
     y = expert(got.x_ND[got.row_M], got.slot_M + comm.rank * S)
     assert comm.status().clean, comm.status()
     if combines:
-        out = comm.combine_weighted(y, sent, weights)
         fast = ranks.options.get("mode") == "fast"
+        out = torch.zeros_like(x)
+        if normed:
+            gain = torch.ones_like(x[0])
+            norm = comm.combine_weighted(y, sent, weights, RowNorm(out, gain, 0.0))
+            wide = out.float()
+            close(norm, (wide * wide.square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()).cpu(), 2.0)
+        else:
+            out = comm.combine_weighted(y, sent, weights)
         close(out, weighted(rows_expected(x.cpu(), slots.cpu(), alive, S), weights.cpu()), 2.0 if fast else 1.0)
     status = comm.status()
     return {"lost": sorted(status.lost), "causes": dict(status.causes)}
