@@ -15,7 +15,7 @@ from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, lines
 from phalanx.comm.received import Handle, Lists, RowNorm
 from phalanx.errors import PhalanxError
 
-_PAIRS_IN_REGISTERS = 8192
+_BLOCK = 1024  # pairs that dispatch takes at a time when it cannot have all
 _REGISTERS = 65536  # of a multiprocessor, on every device since 2014
 _TILES_A_ROW = 5
 
@@ -31,15 +31,20 @@ class LaunchShape:
     """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
-    program sends at once. line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program moves at once;
-    line_senders, line_receivers: how many programs at most do the one and the other. row_warps: of programs that own a
-    whole row, to norm it (`RowNorm`); row_receivers: up to how many tokens there are such programs.
+    program sends at once. few_pairs, many_pairs, most_pairs: sizes, with room for as many pairs of each source, at
+    which dispatch sorts what came in registers: the least one that is enough, if any (most_pairs: only if buffers hold
+    no more; the others: 0 is no size). line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program
+    moves at once; line_senders, line_receivers: how many programs at most do the one and the other. row_warps: of
+    programs that own a whole row, to norm it (`RowNorm`); row_receivers: up to how many tokens there are such programs.
     """
 
     chunk: int = 1024
     dispatch_groups: int = 18
     dispatch_tile: int = 8
     dispatch_warps: int = 8
+    few_pairs: int = 1024
+    many_pairs: int = 2048
+    most_pairs: int = 2048
     combine_groups: int = 48
     combine_rows: int = 8
     combine_warps: int = 4
@@ -142,10 +147,12 @@ class Kernels:
             "T_MAX": fixed.max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(fixed.hidden),
         }  # fmt: skip
         pairs = power_of_two(fixed.max_tokens * fixed.top_k)
-        block = pairs if pairs * fixed.padded <= _PAIRS_IN_REGISTERS else 1024
+        block = pairs if pairs * fixed.padded <= shape.most_pairs else _BLOCK
+        few, many = (n // fixed.padded if n // fixed.padded < pairs else 0 for n in (shape.few_pairs, shape.many_pairs))
         self._dispatch = {
-            **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
-            "BLOCKS": -(-pairs // block), "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast",
+            **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "FEW": few, "MANY": many,
+            "BLOCK": block, "BLOCKS": -(-pairs // block), "FP8": layout.x_itemsize == 1,
+            "WEIGHTED": fixed.mode == "fast",
             "META": at["meta"], "COUNT": at["count"], "WEIGHTS": at["weights"], "X": at["x"], "SCALES": at["scales"],
             "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
         }  # fmt: skip

@@ -25,8 +25,8 @@ ENGINE = ("attention", "experts", "experts-fp8", "sampler", "engine-one", "fligh
 ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "rejoin64-large", "failures", "vault")
 ENGINE_INTERPRETED = (*ENGINE, "price", "skew")
 INTERPRETED = (
-    "exchange-bf16", "exchange-fast", "exchange-fp8", "three-ranks", "three-ranks-fast", "half", "half-fast",
-    "half-norm", "meet", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
+    "exchange-bf16", "exchange-fast", "exchange-fp8", "exchange-sizes", "three-ranks", "three-ranks-fast", "half",
+    "half-fast", "half-norm", "meet", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
 )  # fmt: skip
 
 
