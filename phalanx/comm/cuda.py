@@ -214,7 +214,8 @@ class CudaCommunicator(Communicator):
     # -- collectives --------------------------------------------------------------------------------------------------
 
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None = None) -> DeviceDispatched:
-        """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`."""
+        """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`.
+        slots_TK may be int64, after `prepare_slots`."""
         tokens = self._check(x_TD, slots_TK)
         assert self._mode == "exact" or weights_TK is not None, "mode fast adds at the expert's rank: it needs weights"
         lists = self._lists[self._turn]
@@ -225,6 +226,14 @@ class CudaCommunicator(Communicator):
             x_ND, lists.row_M, lists.slot_M, Handle(lists.position, lists.counts, slots_TK), lists.first_S, scale_ND
         )
 
+    def prepare_slots(self, dtype: torch.dtype) -> None:
+        """Compile and load a dispatch that takes slots of this integer type, so that none does while peers wait. LOCAL.
+
+        The communicator comes with the one for int32; int64 is what DeepEP's callers have."""
+        slots = torch.full((1, self._top_k), -1, dtype=dtype, device=self._device)
+        x = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
+        self._kernels.dispatch(x, slots, None, self._lists[0], 1, launch=False)
+
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
         """See the contract; graph-safe. Rows of y_MD stand in the order of the dispatch's pairs."""
         tokens = dispatched.handle.slots_TK.shape[0]
@@ -232,15 +241,19 @@ class CudaCommunicator(Communicator):
         self._kernels.combine(y_MD, dispatched.handle, None, out, tokens, "rows")
         return out
 
-    def combine_weighted(self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+    def combine_weighted(
+        self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """Like `combine`, but returns [T, D]: each token's rows times its weights (float32 [T, K]), added. COLLECTIVE.
 
         Graph-safe. Mode exact: in the order of k, in float32, rounded once: the same bits wherever the experts live.
+        out: contiguous, where the result goes; without it a new tensor.
         """
         tokens = dispatched.handle.slots_TK.shape[0]
         assert weights_TK.shape == (tokens, self._top_k), weights_TK.shape
         assert weights_TK.dtype == torch.float32, weights_TK.dtype
-        out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
+        if out is None:
+            out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
         self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode)
         return out
 
@@ -382,10 +395,8 @@ class CudaCommunicator(Communicator):
     def _check(self, x_TD: Tensor, slots_TK: Tensor) -> int:
         tokens = x_TD.shape[0]
         assert (x_TD.shape, x_TD.dtype) == ((tokens, self._hidden), self._dtype), (x_TD.shape, x_TD.dtype)
-        assert (slots_TK.shape, slots_TK.dtype) == ((tokens, self._top_k), torch.int32), (
-            slots_TK.shape,
-            slots_TK.dtype,
-        )
+        assert slots_TK.shape == (tokens, self._top_k), slots_TK.shape
+        assert slots_TK.dtype in (torch.int32, torch.int64), slots_TK.dtype
         for tensor in (x_TD, slots_TK):
             assert tensor.is_contiguous(), "kernels read rows that follow one another"
         assert tokens <= self._max_tokens, f"{tokens} tokens, the buffers hold {self._max_tokens} a rank"

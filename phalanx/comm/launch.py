@@ -6,6 +6,7 @@ Triton is imported when the first `Kernels` is made, not before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -145,16 +146,25 @@ class Kernels:
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int) -> None:
-        """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe."""
+    def dispatch(
+        self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int, launch: bool = True
+    ) -> None:
+        """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe.
+
+        launch: False only compiles and loads it, LOCAL."""
         c = self._fixed
         programs = c.ep_size + c.layout.dispatch_programs
-        compiled = self._dispatch_kernel[(programs,)](
+        kernel = self._dispatch_kernel
+        begin = kernel[(programs,)] if launch else partial(kernel.warmup, grid=(programs,))
+        compiled = begin(
             x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
             lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
             num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
-        self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
+        if launch:
+            self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
+        elif compiled is not None:  # the interpreter compiles nothing
+            compiled.run  # noqa: B018  (loads it)
 
     def combine(
         self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,

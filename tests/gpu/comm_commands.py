@@ -277,8 +277,8 @@ def deep_ep(
         buffer.low_latency_update_mask_buffer(mask, True)
     interpreted, fp8 = ranks.device.type == "cpu", bool(ranks.options.get("fp8"))
     for way in [Way(fp8=True, end="hook")] if fp8 else [WAYS[i] for i in ways]:
-        # The interpreter rounds otherwise on the way to e4m3, as far as our kernel quantizes.
-        off = 0.1 * fp8 if interpreted else 1e-3
+        # The interpreter rounds otherwise on the way to e4m3.
+        off = 0.1 * way.fp8 if interpreted else 1e-3
         check_round(buffer, seed, tokens, shape, way, alive=alive, off=off, device=str(ranks.device))
     masked = torch.zeros(comm.ep_size, dtype=torch.int32, device=ranks.device)
     buffer.low_latency_query_mask_buffer(masked)
