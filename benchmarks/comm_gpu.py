@@ -14,8 +14,9 @@ bits, or it is an error.
 
 guard: two communicators, with masks and time-outs compiled in and without, whose graphs are replayed in turns (on off,
 off on, ...); the median of the ratios of neighbours, and the interval that holds the true median with 95 %, by order
-statistics. adapter: the same exchanges through DeepEP's interface. nccl: all_to_all of the same bytes, in processes of
-its own. sweep: launch shapes. Each part has processes of its own: one that fails takes no other with it.
+statistics. adapter: the same exchanges through DeepEP's interface, beside the communicator's own kernels in the same
+run, and the host's time of an eager call; its kernel cut in several ways. nccl: all_to_all of the same bytes, in
+processes of its own. sweep: launch shapes. Each part has processes of its own: one that fails takes no other with it.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 
+import adapter_runs
 import torch
 from ranks import Party, RankProcess, Reply, party, watchdog
 
 from phalanx.comm.cuda import CudaCommunicator
-from phalanx.comm.deep_ep import Buffer
 
 SCRIPT = str(Path(__file__).resolve())
 REPEATS, REPLAYS = 40, 25
-PAIRS, PAIR_REPEATS, ADAPTER_REPEATS = 40, 40, 8
+PAIRS, PAIR_REPEATS = 40, 40
 WHAT = ("dispatch", "combine", "both")
 
 BARS: dict[str, Any] = {
@@ -73,6 +74,10 @@ SHAPES: dict[str, list[dict[str, int]]] = {
     ],
     "fast": [{}, {"line_tile": 8, "line_warps": 4, "line_senders": 256, "line_receivers": 256}],
 }  # fmt: skip
+PACKED: tuple[dict[str, Any], ...] = (
+    {}, {"chained": True}, {"chunk": 4096, "warps": 4, "movers": 528}, {"chunk": 2048, "warps": 4, "movers": 1056},
+    {"chunk": 8192, "warps": 8, "movers": 132},
+)  # fmt: skip
 PARTS = ("bars", "guard", "adapter", "nccl", "sweep")
 
 
@@ -232,42 +237,10 @@ def pair(ranks: RankProcess, tokens: int) -> Reply:
     return {"us": samples}
 
 
-def adapter(ranks: RankProcess, tokens: int, use_fp8: bool) -> Reply:
-    """Figures in us of calls through DeepEP's interface, with and without a hook, in a graph of ADAPTER_REPEATS."""
-    comm = ranks.comm
-    most, experts = comm.layout.max_tokens, comm.ep_size * ranks.slots_per_rank
-    buffer = Buffer(communicator=comm, low_latency_mode=True, enable_shrink=True)
-    g = torch.Generator().manual_seed(comm.rank)
-    x = torch.randn(tokens, ranks.hidden, generator=g).to(ranks.device, torch.bfloat16)
-    chosen = torch.rand(tokens, experts, generator=g).argsort(1)[:, : ranks.top_k].to(ranks.device)
-    weights = torch.rand(tokens, ranks.top_k, generator=g).to(ranks.device)
-
-    def dispatch(hook: bool) -> Any:
-        got = buffer.low_latency_dispatch(x, chosen, most, experts, use_fp8=use_fp8, return_recv_hook=hook)
-        if got[4] is not None:
-            got[4]()
-        return got
-
-    handle = dispatch(False)[2]
-    y = torch.randn(ranks.slots_per_rank, comm.ep_size * most, ranks.hidden, device=ranks.device).to(torch.bfloat16)
-
-    def combine(hook: bool) -> None:
-        finish = buffer.low_latency_combine(y, chosen, weights, handle, return_recv_hook=hook)[2]
-        if finish is not None:
-            finish()
-
-    torch.cuda.synchronize()
-    figures = {}
-    calls: tuple[tuple[str, Callable[[bool], Any]], ...] = (("dispatch", dispatch), ("combine", combine))
-    for name, run in calls:
-        for hook in (False, True):
-            figures[f"{name}{' hook' if hook else ''}"] = timed(partial(run, hook), comm.barrier, ADAPTER_REPEATS)
-    assert comm.status().clean
-    return {"us": figures}
-
-
 COMMANDS = {
-    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "pair": pair, "adapter": adapter,
+    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "pair": pair,
+    "adapter_check": adapter_runs.check, "adapter": partial(adapter_runs.measure, timed=timed),
+    "adapter_shapes": partial(adapter_runs.shapes, timed=timed),
 }  # fmt: skip
 
 
@@ -382,14 +355,31 @@ def guard(p: Party, rows: dict[str, Any]) -> None:
 
 
 def adapters(p: Party, rows: dict[str, Any]) -> None:
-    """Through DeepEP's interface: fp8 on the wire, then bf16."""
-    for fp8 in (True, False):
-        kind = "fp8" if fp8 else "bf16"
-        with opened(p, **{**BARS, "fp8": fp8}):
-            for n in (128, 16, 1):
-                row = slower(p.all("adapter", tokens=n, use_fp8=fp8))
-                rows[f"{kind} {n}"] = row
-                print(f"adapter, {kind:4s} {n:4d}  " + "  ".join(f"{w} {us:.1f}" for w, us in row.items()), flush=True)
+    """Through DeepEP's interface, right first. fp8: as it travels; quantized: on arrival; bf16; room: for many more."""
+    for kind, wire, use_fp8, room, sizes in (
+        ("fp8", True, True, 128, (128, 16, 1)), ("quantized", False, True, 128, (128, 16, 1)),
+        ("bf16", False, False, 128, (128, 16, 1)), ("room", True, True, 1024, (128, 1)),
+    ):  # fmt: skip
+        with opened(p, **{**BARS, "fp8": wire, "max_tokens": room}):
+            how = {"use_fp8": use_fp8, "room": room}
+            for i, tokens in enumerate(([16, 16], [128, 128], [1, 1], [100, 0], [0, 77])):
+                p.all("adapter_check", tokens=tokens, seed=i, **how)
+            for n in sizes:
+                rows[f"{kind} {n}"] = row = slower(p.all("adapter", tokens=n, **how))
+                said = "  ".join(
+                    f"{what} {row[what]:.1f} (kernels {row[f'own {what}']:.1f}, x{row[what] / row[f'own {what}']:.2f}; "
+                    f"host {row[f'host {what}']:.0f})"
+                    for what in WHAT
+                )
+                print(f"adapter, {kind:9s} {n:4d}  {said}", flush=True)
+            for cuts in PACKED if kind != "room" else ():
+                row = slower(p.all("adapter_shapes", tokens=list(sizes), cuts=cuts, **how))
+                rows[f"{kind} {cuts}"] = row
+                said = (
+                    " / ".join(f"{row[f'dispatch {n}']:.1f}" for n in sizes),
+                    " / ".join(f"{row[f'combine {n}']:.1f}" for n in sizes),
+                )
+                print(f"  {cuts or 'as it is'!s:60s} dispatch {said[0]}  combine {said[1]}", flush=True)
 
 
 def nccl(rows: dict[str, Any]) -> None:

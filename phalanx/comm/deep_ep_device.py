@@ -56,7 +56,7 @@ class _Came:
 
 class DeviceCarrier(Carrier):
     """What is returned lies in two areas that are used in turn: a dispatch's tensors are valid until the second one
-    after it. They are made in the first two dispatches (of each C and type), at their full size, and stay."""
+    after it. They are made in the first dispatch of each C and type, at their full size, and stay."""
 
     def __init__(self, comm: CudaCommunicator, shape: PackShape | None = None) -> None:
         """Compiles and loads every kernel that it will launch, so that no peer waits for that. LOCAL. Raises BadConfig
@@ -73,7 +73,7 @@ class DeviceCarrier(Carrier):
         if knobs.runtime.interpret:
             shape = replace(shape, chained=False)  # it runs one kernel after the other
         self._comm, self._shape, self._code = comm, shape, deep_ep_kernels
-        self._at: dict[tuple[int, bool, int], _Area] = {}
+        self._at: dict[tuple[int, bool], tuple[_Area, _Area]] = {}
         self._turn = 0
         layout = comm.layout
         self._device, self._pairs = comm.status_words.device, layout.ep_size * layout.max_tokens * layout.top_k
@@ -134,10 +134,10 @@ class DeviceCarrier(Carrier):
 
     def _area(self, num_max: int, fp8: bool) -> _Area:
         """This turn's."""
-        key = num_max, fp8, self._turn
+        key = num_max, fp8
         if key not in self._at:
-            self._at[key] = self._made(num_max, fp8)
-        return self._at[key]
+            self._at[key] = self._made(num_max, fp8), self._made(num_max, fp8)
+        return self._at[key][self._turn]
 
     def _made(self, num_max: int, fp8: bool) -> _Area:
         comm, capacity = self._comm, num_max * self._comm.ep_size

@@ -44,15 +44,15 @@ class Packed:
 
     @classmethod
     def empty(cls, experts: int, capacity: int, hidden: int, ranks: int, fp8: bool, device: torch.device) -> Packed:
-        """Rows that nothing fills keep whatever their memory held, as DeepEP's do."""
+        """Whatever nothing fills keeps what its memory held, as in DeepEP."""
         x_type = torch.float8_e4m3fn if fp8 else torch.bfloat16
         scales = torch.empty(experts, hidden // GROUP, capacity, device=device).transpose(1, 2) if fp8 else None
         return cls(
             torch.empty(experts, capacity, hidden, dtype=x_type, device=device),
             scales,
-            torch.zeros(experts, dtype=torch.int32, device=device),
+            torch.empty(experts, dtype=torch.int32, device=device),
             torch.empty(experts, capacity, dtype=torch.int32, device=device),
-            torch.zeros(experts, ranks, dtype=torch.int64, device=device),
+            torch.empty(experts, ranks, dtype=torch.int64, device=device),
         )
 
 
@@ -135,6 +135,8 @@ class HostCarrier(Carrier):
         ranks = self._comm.ep_size
         experts, hidden = order.num_experts // ranks, order.x.shape[1]
         packed = Packed.empty(experts, order.num_max * ranks, hidden, ranks, order.fp8, order.x.device)
+        packed.count.zero_()
+        packed.layout_range.zero_()
         # The caller may write over x before this rank's own tokens are read from it.
         x = order.x.clone(memory_format=torch.contiguous_format) if order.later else order.x.contiguous()
         receive = self._comm.dispatch_later(x, order.topk_idx.clamp_min(-1).to(torch.int32).contiguous())
