@@ -12,7 +12,7 @@ from ranks import RankProcess, Reply
 
 from phalanx.comm.deep_ep import Buffer
 from phalanx.comm.deep_ep_device import DeviceCarrier, PackShape
-from phalanx.comm.deep_ep_layout import GROUP, Order
+from phalanx.comm.deep_ep_layout import GROUP, Order, Packed
 
 HOST_CALLS, HOST_LOOPS = 20, 7
 
@@ -118,23 +118,37 @@ def measure(ranks: RankProcess, tokens: int, use_fp8: bool, room: int, timed: Ti
     return {"us": figures}
 
 
+def same_rows(a: Packed, b: Packed) -> bool:
+    """Whether all that means something has the same bits."""
+    real = torch.arange(a.x.shape[1], device=a.x.device) < a.count[:, None]
+    pairs = [(a.x.view(torch.uint8), b.x.view(torch.uint8)), (a.src_info, b.src_info)]
+    if a.scales is not None and b.scales is not None:
+        pairs.append((a.scales, b.scales))
+    lists = torch.equal(a.count, b.count) and torch.equal(a.layout_range, b.layout_range)
+    return lists and all(torch.equal(of_a[real], of_b[real]) for of_a, of_b in pairs)
+
+
 def shapes(
     ranks: RankProcess, tokens: list[int], use_fp8: bool, room: int, cuts: dict[str, Any], timed: Timed
 ) -> Reply:
-    """us of a dispatch in a graph, by number of tokens, packed in this way."""
+    """us of a dispatch and a combine in a graph, by number of tokens, packed in this way; the rows' bits are those of
+    the usual way."""
     comm, figures = ranks.comm, {}
-    carrier = DeviceCarrier(comm, PackShape(**cuts))
+    carrier, usual = DeviceCarrier(comm, PackShape(**cuts)), DeviceCarrier(comm)
     for n in tokens:
         x, chosen, weights = drawn(ranks, comm.rank, n, 1)
         order = Order(x, chosen, room, comm.ep_size * ranks.slots_per_rank, use_fp8, False, None, False)
-        out = torch.empty_like(x)
+        out, packed = torch.empty_like(x), []
 
-        def dispatch(order: Order = order) -> None:
-            carrier.dispatch(order)
+        def dispatch(order: Order = order, packed: list[Packed] = packed) -> None:
+            packed.append(carrier.dispatch(order)[0])
 
         figures[f"dispatch {n}"] = timed(dispatch, comm.barrier)
-        packed, finish = carrier.dispatch(order)
-        y, came = torch.zeros_like(packed.x, dtype=torch.bfloat16), finish()
+        want = usual.dispatch(order)[0]
+        for got in packed[-2:]:
+            assert same_rows(got, want), f"{cuts}, {n} tokens: not the rows that others pack"
+        packed_x, finish = carrier.dispatch(order)
+        y, came = torch.zeros_like(packed_x.x, dtype=torch.bfloat16), finish()
 
         def combine(y: Any = y, chosen: Any = chosen, weights: Any = weights, came: Any = came, out: Any = out) -> None:
             carrier.combine(y, chosen, weights, came, out)

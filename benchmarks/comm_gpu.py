@@ -74,9 +74,14 @@ SHAPES: dict[str, list[dict[str, int]]] = {
     ],
     "fast": [{}, {"line_tile": 8, "line_warps": 4, "line_senders": 256, "line_receivers": 256}],
 }  # fmt: skip
+ADAPTED: dict[str, tuple[bool, bool, int, tuple[int, ...]]] = {
+    "fp8": (True, True, 128, (128, 16, 1)), "quantized": (False, True, 128, (128, 16, 1)),
+    "bf16": (False, False, 128, (128, 16, 1)), "room": (True, True, 1024, (128, 1)),
+}  # fmt: skip
+"""On the wire fp8, what is returned fp8, room for so many tokens a rank, tokens timed. quantized: on arrival."""
 PACKED: tuple[dict[str, Any], ...] = (
-    {}, {"chained": True}, {"chunk": 4096, "warps": 4, "movers": 528}, {"chunk": 2048, "warps": 4, "movers": 1056},
-    {"chunk": 8192, "warps": 8, "movers": 132},
+    {}, {"chunk": 4096, "warps": 4, "movers": 528}, {"chunk": 2048, "warps": 4, "movers": 1056},
+    {"movers": 132}, {"chained": True},
 )  # fmt: skip
 PARTS = ("bars", "guard", "adapter", "nccl", "sweep")
 
@@ -355,11 +360,8 @@ def guard(p: Party, rows: dict[str, Any]) -> None:
 
 
 def adapters(p: Party, rows: dict[str, Any]) -> None:
-    """Through DeepEP's interface, right first. fp8: as it travels; quantized: on arrival; bf16; room: for many more."""
-    for kind, wire, use_fp8, room, sizes in (
-        ("fp8", True, True, 128, (128, 16, 1)), ("quantized", False, True, 128, (128, 16, 1)),
-        ("bf16", False, False, 128, (128, 16, 1)), ("room", True, True, 1024, (128, 1)),
-    ):  # fmt: skip
+    """Through DeepEP's interface, right first; then its kernel cut in several ways."""
+    for kind, (wire, use_fp8, room, sizes) in ADAPTED.items():
         with opened(p, **{**BARS, "fp8": wire, "max_tokens": room}):
             how = {"use_fp8": use_fp8, "room": room}
             for i, tokens in enumerate(([16, 16], [128, 128], [1, 1], [100, 0], [0, 77])):
@@ -372,14 +374,15 @@ def adapters(p: Party, rows: dict[str, Any]) -> None:
                     for what in WHAT
                 )
                 print(f"adapter, {kind:9s} {n:4d}  {said}", flush=True)
-            for cuts in PACKED if kind != "room" else ():
-                row = slower(p.all("adapter_shapes", tokens=list(sizes), cuts=cuts, **how))
+    for kind, (wire, use_fp8, room, sizes) in ADAPTED.items():
+        if room > BARS["max_tokens"]:
+            continue
+        with opened(p, **{**BARS, "fp8": wire}):
+            for cuts in PACKED:
+                row = slower(p.all("adapter_shapes", tokens=list(sizes), use_fp8=use_fp8, room=room, cuts=cuts))
                 rows[f"{kind} {cuts}"] = row
-                said = (
-                    " / ".join(f"{row[f'dispatch {n}']:.1f}" for n in sizes),
-                    " / ".join(f"{row[f'combine {n}']:.1f}" for n in sizes),
-                )
-                print(f"  {cuts or 'as it is'!s:60s} dispatch {said[0]}  combine {said[1]}", flush=True)
+                said = "  ".join(f"{w} " + " / ".join(f"{row[f'{w} {n}']:.1f}" for n in sizes) for w in WHAT[:2])
+                print(f"packed, {kind:9s} {cuts or 'as it is'!s:58s} {said}", flush=True)
 
 
 def nccl(rows: dict[str, Any]) -> None:

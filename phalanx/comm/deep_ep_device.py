@@ -163,7 +163,7 @@ class DeviceCarrier(Carrier):
             x_ND, packed.count if got.scale_ND is None else got.scale_ND, got.handle.position, got.slot_M, got.row_M,
             got.first_S, got.handle.counts, area.raw, area.scales, area.places_M, packed.count, packed.src_info,
             packed.layout_range, packed.count if stats is None else stats, capacity, int(stats is not None),
-            int(round_scale), HOW=how, **self._fixed, **self._launched,
+            int(round_scale), HOW=how.value, **self._fixed, **self._launched,
         )  # fmt: skip
 
     def _choose(self, topk_idx: Tensor, weights: Tensor, slots_TK: Tensor, weights_TK: Tensor, pairs: int) -> None:
