@@ -213,26 +213,33 @@ class CudaCommunicator(Communicator):
 
     # -- collectives --------------------------------------------------------------------------------------------------
 
-    def dispatch(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None = None) -> DeviceDispatched:
+    def dispatch(
+        self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None = None, *, followed: bool = False
+    ) -> DeviceDispatched:
         """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`.
-        slots_TK may be int64, after `prepare_slots`."""
+        slots_TK may be int64, after `prepare`; followed: see there."""
         tokens = self._check(x_TD, slots_TK)
         assert self._mode == "exact" or weights_TK is not None, "mode fast adds at the expert's rank: it needs weights"
         lists = self._lists[self._turn]
         self._turn ^= 1
-        self._kernels.dispatch(x_TD, slots_TK, weights_TK, lists, tokens)
+        self._kernels.dispatch(x_TD, slots_TK, weights_TK, lists, tokens, followed=followed)
         x_ND, scale_ND = self._received()
         return DeviceDispatched(
             x_ND, lists.row_M, lists.slot_M, Handle(lists.position, lists.counts, slots_TK), lists.first_S, scale_ND
         )
 
-    def prepare_slots(self, dtype: torch.dtype) -> None:
-        """Compile and load a dispatch that takes slots of this integer type, so that none does while peers wait. LOCAL.
+    def prepare(self, slots_type: torch.dtype, *, followed: bool) -> None:
+        """Compile and load dispatch and combine for slots of this integer type, so that no peer waits for that. LOCAL.
 
-        The communicator comes with the one for int32; int64 is what DeepEP's callers have."""
-        slots = torch.full((1, self._top_k), -1, dtype=dtype, device=self._device)
+        The communicator comes with those for int32; int64 is what DeepEP's callers have. Not for the mode `fast`.
+        followed: behind the dispatch comes a kernel that is launched so that it waits for its end on the device."""
+        slots = torch.full((1, self._top_k), -1, dtype=slots_type, device=self._device)
         x = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
-        self._kernels.dispatch(x, slots, None, self._lists[0], 1, launch=False)
+        weights = torch.zeros(1, self._top_k, device=self._device)
+        lists = self._lists[0]
+        self._kernels.dispatch(x, slots, None, lists, 1, followed=followed, launch=False)
+        handle = Handle(lists.position, lists.counts, slots)
+        self._kernels.combine(x, handle, weights, torch.empty_like(x), 1, "exact", launch=False)
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
         """See the contract; graph-safe. Rows of y_MD stand in the order of the dispatch's pairs."""

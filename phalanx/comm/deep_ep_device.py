@@ -18,8 +18,6 @@ from phalanx.comm.launch import power_of_two
 from phalanx.comm.received import DeviceDispatched, Handle
 from phalanx.errors import BadConfig, BadRequest
 
-_CHOICE_BLOCK = 256
-
 
 @dataclass(frozen=True)
 class PackShape:
@@ -81,15 +79,13 @@ class DeviceCarrier(Carrier):
         self._chunks = -(-layout.hidden // chunk)
         self._lists = -(-comm.slots_per_rank // shape.experts)
         self._fixed = {
-            "R": layout.ep_size, "P": power_of_two(layout.ep_size), "S": comm.slots_per_rank, "K": layout.top_k,
+            "R": layout.ep_size, "P": power_of_two(layout.ep_size), "S": comm.slots_per_rank,
+            "E": power_of_two(comm.slots_per_rank), "K": layout.top_k,
             "KP": power_of_two(layout.top_k), "D": layout.hidden, "T_MAX": layout.max_tokens, "CHUNK": chunk,
             "CHUNKS": self._chunks, "LISTS": self._lists, "LANES": shape.lanes, "EXPERTS": shape.experts,
             "CHAINED": shape.chained, "num_warps": shape.warps,
         }  # fmt: skip
         self._launched = {"launch_pdl": True} if shape.chained else {}
-        most = (layout.max_tokens, layout.top_k)
-        self._slots_TK = torch.zeros(most, dtype=torch.int32, device=self._device)
-        self._weights_TK = torch.zeros(most, device=self._device)
         self._warm_up()
 
     # -- the exchange -------------------------------------------------------------------------------------------------
@@ -100,7 +96,7 @@ class DeviceCarrier(Carrier):
             raise BadConfig("fp8_wire: tokens travel as e4m3 with plain scales: dispatch with use_fp8, no round_scale")
         self._turn ^= 1
         area = self._area(order.num_max, order.fp8)
-        got = self._comm.dispatch(_aligned(order.x), _aligned(order.topk_idx))
+        got = self._comm.dispatch(_aligned(order.x), _aligned(order.topk_idx), followed=self._shape.chained)
         stats, capacity = order.stats, order.num_max * self._comm.ep_size
         if stats is None or stats.is_contiguous():
             self._pack(got, area, capacity, order.round_scale, stats)
@@ -113,14 +109,11 @@ class DeviceCarrier(Carrier):
     def combine(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, came: Any, out: Tensor) -> Finish:
         """See `Carrier`. Everything is launched here, on the current stream."""
         assert isinstance(came, _Came), came
-        tokens, top_k = topk_idx.shape
-        slots_TK, weights_TK = self._slots_TK[:tokens], self._weights_TK[:tokens]
-        if tokens:
-            self._choose(_aligned(topk_idx), _aligned(topk_weights), slots_TK, weights_TK, tokens * top_k)
-        handle = Handle(came.places_M, came.got.handle.counts, slots_TK)
+        handle = Handle(came.places_M, came.got.handle.counts, _aligned(topk_idx))
         rows_MD = _aligned(x).view(-1, x.shape[2])
         direct = out if out.is_contiguous() and out.data_ptr() % 16 == 0 else None
-        combined = self._comm.combine_weighted(rows_MD, replace(came.got, handle=handle), weights_TK, direct)
+        got = replace(came.got, handle=handle)
+        combined = self._comm.combine_weighted(rows_MD, got, _aligned(topk_weights), direct)
         if direct is None:
             out.copy_(combined)
         return lambda: None
@@ -160,20 +153,14 @@ class DeviceCarrier(Carrier):
         units = self._comm.layout.ep_size * self._comm.layout.max_tokens
         programs = min(units, max(1, shape.movers // self._chunks)) * self._chunks + self._lists
         self._code.pack_kernel[(programs,)](
-            x_ND, packed.count if got.scale_ND is None else got.scale_ND, got.handle.position, got.slot_M, got.row_M,
-            got.first_S, got.handle.counts, area.raw, area.scales, area.places_M, packed.count, packed.src_info,
+            x_ND, packed.count if got.scale_ND is None else got.scale_ND, got.handle.position, got.row_M, got.first_S,
+            got.handle.counts, area.raw, area.scales, area.places_M, packed.count, packed.src_info,
             packed.layout_range, packed.count if stats is None else stats, capacity, int(stats is not None),
             int(round_scale), HOW=how.value, **self._fixed, **self._launched,
         )  # fmt: skip
 
-    def _choose(self, topk_idx: Tensor, weights: Tensor, slots_TK: Tensor, weights_TK: Tensor, pairs: int) -> None:
-        self._code.choice_kernel[(-(-pairs // _CHOICE_BLOCK),)](
-            topk_idx, weights, slots_TK, weights_TK, pairs, BLOCK=_CHOICE_BLOCK, CHAINED=self._shape.chained,
-            num_warps=_CHOICE_BLOCK // 64, **self._launched,
-        )  # fmt: skip
-
     def _warm_up(self) -> None:
-        """Pack nothing, in each way, and choose nothing: lists of zeros say that no token came."""
+        """Pack nothing, in each way: lists of zeros say that no token came."""
         comm, layout = self._comm, self._comm.layout
         zeros = torch.zeros(self._pairs, dtype=torch.int64, device=self._device)
         short = torch.zeros(
@@ -186,8 +173,7 @@ class DeviceCarrier(Carrier):
         for fp8 in (True,) if self.sends_fp8 else (False, True):
             self._pack(nothing, self._made(1, fp8), comm.ep_size, False, None)
         for kind in (torch.int32, torch.int64):
-            self._choose(zeros.to(kind), self._weights_TK, self._slots_TK, self._weights_TK, layout.top_k)
-        comm.prepare_slots(torch.int64)
+            comm.prepare(kind, followed=self._shape.chained)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Kernels (Triton) between the CUDA communicator's lists and DeepEP's layout, for `deep_ep_device`.
+"""The kernel (Triton) between the CUDA communicator's lists and DeepEP's layout, for `deep_ep_device`.
 
 `pack_kernel` runs behind a dispatch: it copies each token that came to its rows of the experts that want it, where it
 is also quantized if it travelled as bf16, and writes the counts and where rows came from. It reads how much came on
-the device, so its time goes by the tokens, not by the room that there is for them. `choice_kernel` runs before a
-combine, which itself reads the experts' rows where they stand: by the list of places that `pack_kernel` left.
-All of it is LOCAL and waits for nobody.
+the device, so its time goes by the tokens, not by the room that there is for them. A combine reads the experts' rows
+where they stand: by the list of places that `pack_kernel` leaves. It is LOCAL and waits for no peer.
 
-Shape suffixes: T tokens, D width, K top-k, R ranks (P: padded to a power of two), S slots (local experts) of a rank.
+Shape suffixes: T tokens, D width, K top-k, R ranks (P: padded to a power of two), S slots (local experts) of a rank
+(E: padded).
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator,no-any-return,name-defined,valid-type"
 # Triton's language is not typed: its functions are compiled, never called by Python.
@@ -70,15 +70,15 @@ def _quantized(row, round_scale, CHUNK: tl.constexpr):
 
 @triton.jit
 def _pack_rows(
-    program, programs, x, scales, position, slots_M, rows_M, first, counts, packed, packed_scales, places, capacity,
-    round_scale,
-    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HOW: tl.constexpr,
+    program, programs, x, scales, position, first, counts, packed, packed_scales, places, capacity, round_scale,
+    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    D: tl.constexpr, T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HOW: tl.constexpr,
 ):  # fmt: skip
     """Each token that came, or these columns of it, to its places. It is read, and quantized, once.
 
-    Place: expert * capacity + row, or -1. Token t of rank r is unit t * R + r, whatever the counts are: so the first
-    unit's positions are asked for beside the counts, not after them.
+    Place: expert * capacity + row, or -1. Token t of rank r is unit t * R + r, whatever the counts are, and whose expert
+    a position is follows from where all experts' lists begin. So only the token itself is read after something else
+    was: at a few tokens, loads that wait for each other are most of the time.
     """
     k = tl.arange(0, KP)
     chunk = program % CHUNKS
@@ -88,23 +88,29 @@ def _pack_rows(
     pair_K = (unit % R * T_MAX + unit // R) * K + k
     at_K = tl.load(position + pair_K, mask=(k < K) & (unit // R < T_MAX), other=-1)
     count_P = tl.load(counts + tl.arange(0, P), mask=tl.arange(0, P) < R, other=0)
+    parity = tl.load(counts + P)
+    e = tl.arange(0, E)
+    first_E = tl.load(first + e, mask=e < S, other=0x7FFFFFFF)
     units = tl.max(count_P) * R
     while unit < units:
         came = unit // R < element(count_P, unit % R, P)
         at_K = tl.where(came, at_K, -1)
-        slot_K = tl.load(slots_M + at_K, mask=at_K >= 0, other=0).to(tl.int32)
-        row = tl.max(tl.load(rows_M + at_K, mask=at_K >= 0, other=-1))
+        wanted = tl.max(at_K) >= 0
+        row = tl.cast((parity * R + unit % R) * T_MAX + unit // R, tl.int64)
+        value = tl.load(x + row * D + cols, mask=wanted & (cols < D), other=0.0)
+        if HOW == COPY_FP8:
+            scale = tl.load(scales + row * (D // 128) + groups, mask=wanted & (groups < D // 128), other=0.0)
+        # An expert without rows begins where the next one does: of those that begin at or before a position, the last.
+        begun_KE = first_E[None, :] <= at_K[:, None]
+        slot_K = tl.sum(begun_KE.to(tl.int32), axis=1) - 1
+        local_K = at_K - tl.max(tl.where(begun_KE, first_E[None, :], 0), axis=1)
         # Of a dispatch that was broken off, programs may have written lists that do not fit each other.
-        slot_K = tl.minimum(tl.maximum(slot_K, 0), S - 1)
-        local_K = at_K - tl.load(first + slot_K, mask=at_K >= 0, other=0)
-        place_K = tl.where((at_K >= 0) & (local_K >= 0) & (local_K < capacity), slot_K * capacity + local_K, -1)
+        fits_K = (at_K >= 0) & (slot_K >= 0) & (local_K >= 0) & (local_K < capacity)
+        place_K = tl.where(fits_K, slot_K * capacity + local_K, -1)
         if chunk == 0:
             tl.store(places + pair_K, place_K, mask=came & (k < K))
-        value = tl.load(x + row * D + cols, mask=(row >= 0) & (cols < D), other=0.0)
         if HOW == QUANTIZE:
             value, scale = _quantized(value, round_scale, CHUNK)
-        elif HOW == COPY_FP8:
-            scale = tl.load(scales + row * (D // 128) + groups, mask=(row >= 0) & (groups < D // 128), other=0.0)
         unit += stride
         pair_K = (unit % R * T_MAX + unit // R) * K + k
         at_K = tl.load(position + pair_K, mask=(k < K) & (unit < units), other=-1)
@@ -121,11 +127,11 @@ def _pack_rows(
 
 @triton.jit(do_not_specialize=["capacity", "with_stats", "round_scale"], do_not_specialize_on_alignment=["stats"])
 def pack_kernel(
-    x, scales, position, slots_M, rows_M, first, counts,
+    x, scales, position, rows_M, first, counts,
     packed, packed_scales, places, count, src_info, layout_range, stats, capacity, with_stats, round_scale,
-    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
-    T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LISTS: tl.constexpr, LANES: tl.constexpr,
-    EXPERTS: tl.constexpr, HOW: tl.constexpr, CHAINED: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    D: tl.constexpr, T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LISTS: tl.constexpr,
+    LANES: tl.constexpr, EXPERTS: tl.constexpr, HOW: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """What a dispatch brought (its lists, see `received.DeviceDispatched`) in DeepEP's layout. LOCAL.
 
@@ -139,24 +145,11 @@ def pack_kernel(
         gdc_wait()
     if pid < movers:
         _pack_rows(
-            pid, movers, x, scales, position, slots_M, rows_M, first, counts, packed, packed_scales, places, capacity,
-            round_scale, R, P, S, K, KP, D, T_MAX, CHUNK, CHUNKS, HOW,
+            pid, movers, x, scales, position, first, counts, packed, packed_scales, places, capacity, round_scale,
+            R, P, S, E, K, KP, D, T_MAX, CHUNK, CHUNKS, HOW,
         )  # fmt: skip
     else:
         _pack_lists(
             pid - movers, LISTS, rows_M, first, count, src_info, layout_range, stats, capacity, with_stats,
             R, P, S, T_MAX, LANES, EXPERTS,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["pairs"])
-def choice_kernel(topk_idx, weights, slots_out, weights_out, pairs, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
-    """A combine's choice as its kernel wants it: slots in int32, and weight 0 for those that are left out, whose weight
-    may be no number. LOCAL. Grid: enough programs of BLOCK pairs."""
-    if CHAINED:
-        gdc_wait()
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(topk_idx + i, mask=i < pairs, other=-1)
-    weight = tl.load(weights + i, mask=i < pairs, other=0.0)
-    tl.store(slots_out + i, tl.where(slot >= 0, slot, -1).to(tl.int32), mask=i < pairs)
-    tl.store(weights_out + i, tl.where(slot >= 0, weight, 0.0), mask=i < pairs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from phalanx.comm.kernels import DISPATCH, MASK, begin, draw_ticket, element, raise_flag, wait_for
 
@@ -165,14 +166,15 @@ def dispatch_kernel(
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, FOLLOWED: tl.constexpr,
     CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, META: tl.constexpr, COUNT: tl.constexpr, WEIGHTS: tl.constexpr,
     X: tl.constexpr, SCALES: tl.constexpr, META_FLAG: tl.constexpr, DATA_FLAG: tl.constexpr,
 ):  # fmt: skip
     """Send every token once to each rank that holds one of its slots, and sort what arrives by slot. COLLECTIVE.
 
     Grid: R + CHUNKS * GROUPS programs. The first R send one rank its list of slots each and end; program (group, chunk)
-    of the others moves a chunk of columns of every GROUPS-th token.
+    of the others moves a chunk of columns of every GROUPS-th token. FOLLOWED: the kernel behind this
+    one, if it is launched so that it may, begins when all of these have sent, and waits there for their end.
     """
     pid = tl.program_id(0)
     if pid < R:
@@ -195,6 +197,8 @@ def dispatch_kernel(
         )  # fmt: skip
         raise_flag(own, state, DATA_FLAG + (rank * (CHUNKS * GROUPS) + program) * 8, expected, alive_P, R, P)
         draw_ticket(state, expected, DISPATCH)
+        if FOLLOWED:
+            gdc_launch_dependents()
         # The lists arrive long before the tokens: sort them while the tokens are under way.
         told_P = wait_for(
             own, state, host, notice, notice_stride, META_FLAG, 1, CUT_AT, OPENED_AT, rank, expected, alive_P,

@@ -147,41 +147,48 @@ class Kernels:
         self._common = common
 
     def dispatch(
-        self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int, launch: bool = True
-    ) -> None:
+        self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int, *, followed: bool = False,
+        launch: bool = True,
+    ) -> None:  # fmt: skip
         """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe.
 
-        launch: False only compiles and loads it, LOCAL."""
+        followed: a kernel behind it that is launched as its dependent may already wait on the device. launch: False
+        only compiles and loads it, LOCAL."""
         c = self._fixed
         programs = c.ep_size + c.layout.dispatch_programs
-        kernel = self._dispatch_kernel
-        begin = kernel[(programs,)] if launch else partial(kernel.warmup, grid=(programs,))
+        begin = _begin(self._dispatch_kernel, programs, launch)
         compiled = begin(
             x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
-            lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
+            lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch, FOLLOWED=followed,
             num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
         if launch:
             self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
-        elif compiled is not None:  # the interpreter compiles nothing
-            compiled.run  # noqa: B018  (loads it)
+        else:
+            _load(compiled)
 
     def combine(
         self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
-        mode: Literal["rows", "exact", "fast"],
+        mode: Literal["rows", "exact", "fast"], *, launch: bool = True,
     ) -> None:  # fmt: skip
-        """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe."""
+        """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe.
+
+        launch: as in `dispatch`, for the modes that are not fast."""
         c = self._fixed
         if mode == "fast":
             assert weights is not None, "mode fast adds at the expert's rank: it needs weights"
             self._combine_sums(y, handle, weights, out, tokens)
             return
-        compiled = self._combine_kernel[(c.layout.combine_programs,)](
+        begin = _begin(self._combine_kernel, c.layout.combine_programs, launch)
+        compiled = begin(
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
             MODE=("rows", "exact").index(mode), num_warps=self._shape.combine_warps,
         )  # fmt: skip
-        self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+        if launch:
+            self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+        else:
+            _load(compiled)
 
     def _combine_sums(self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int) -> None:
         assert y.data_ptr() % 8 == 0, "results are read 8 bytes at a time"
@@ -244,6 +251,17 @@ def programs_at_once(compiled: Any, warps: int, device: Any) -> int:
     if shared := compiled.metadata.shared:
         held = min(held, device.shared_memory_per_multiprocessor // (shared + 1024))
     return held
+
+
+def _begin(kernel: Any, programs: int, launch: bool) -> Any:
+    """What launches a kernel, or only compiles it."""
+    return kernel[(programs,)] if launch else partial(kernel.warmup, grid=(programs,))
+
+
+def _load(compiled: Any) -> None:
+    """Put a compiled kernel on the device. In the interpreter nothing was compiled."""
+    if compiled is not None:
+        compiled.run  # noqa: B018  (it is loaded when this is asked for)
 
 
 def power_of_two(n: int) -> int:
