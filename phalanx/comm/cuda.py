@@ -240,6 +240,7 @@ class CudaCommunicator(Communicator):
         self._kernels.dispatch(x, slots, None, lists, 1, followed=followed, launch=False)
         handle = Handle(lists.position, lists.counts, slots)
         self._kernels.combine(x, handle, weights, torch.empty_like(x), 1, "exact", launch=False)
+        self._kernels.check_fit()
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
         """See the contract; graph-safe. Rows of y_MD stand in the order of the dispatch's pairs."""

@@ -76,9 +76,9 @@ def _pack_rows(
 ):  # fmt: skip
     """Each token that came, or these columns of it, to its places. It is read, and quantized, once.
 
-    Place: expert * capacity + row, or -1. Token t of rank r is unit t * R + r, whatever the counts are, and whose expert
-    a position is follows from where all experts' lists begin. So only the token itself is read after something else
-    was: at a few tokens, loads that wait for each other are most of the time.
+    Place: expert * capacity + row, or -1. Token t of rank r is unit t * R + r, whatever the counts are, and a position's
+    expert follows from where all experts' lists begin. So only the token itself is read after something else was: with
+    few tokens, loads that wait for each other are most of the time.
     """
     k = tl.arange(0, KP)
     chunk = program % CHUNKS
@@ -135,7 +135,7 @@ def pack_kernel(
 ):  # fmt: skip
     """What a dispatch brought (its lists, see `received.DeviceDispatched`) in DeepEP's layout. LOCAL.
 
-    Grid: any multiple of CHUNKS programs that move rows, then LISTS that write the lists. capacity: rows an expert has
+    Grid: LISTS programs that write the lists, then any multiple of CHUNKS that move rows. capacity: rows an expert has
     room for; more do not come, unless a token names an expert twice: those are dropped. CHAINED: launched so that it
     may begin before the kernel before it has ended.
     """
@@ -143,13 +143,13 @@ def pack_kernel(
     movers = tl.num_programs(0) - LISTS
     if CHAINED:
         gdc_wait()
-    if pid < movers:
+    if pid >= LISTS:
         _pack_rows(
-            pid, movers, x, scales, position, first, counts, packed, packed_scales, places, capacity, round_scale,
-            R, P, S, E, K, KP, D, T_MAX, CHUNK, CHUNKS, HOW,
+            pid - LISTS, movers, x, scales, position, first, counts, packed, packed_scales, places, capacity,
+            round_scale, R, P, S, E, K, KP, D, T_MAX, CHUNK, CHUNKS, HOW,
         )  # fmt: skip
     else:
         _pack_lists(
-            pid - movers, LISTS, rows_M, first, count, src_info, layout_range, stats, capacity, with_stats,
+            pid, LISTS, rows_M, first, count, src_info, layout_range, stats, capacity, with_stats,
             R, P, S, T_MAX, LANES, EXPERTS,
         )  # fmt: skip

@@ -162,9 +162,8 @@ class Kernels:
             lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch, FOLLOWED=followed,
             num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
-        if launch:
-            self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
-        else:
+        self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
+        if not launch:
             _load(compiled)
 
     def combine(
@@ -185,9 +184,8 @@ class Kernels:
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
             MODE=("rows", "exact").index(mode), num_warps=self._shape.combine_warps,
         )  # fmt: skip
-        if launch:
-            self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
-        else:
+        self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+        if not launch:
             _load(compiled)
 
     def _combine_sums(self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int) -> None:
