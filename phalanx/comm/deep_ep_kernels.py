@@ -76,9 +76,9 @@ def _pack_rows(
 ):  # fmt: skip
     """Each token that came, or these columns of it, to its places. It is read, and quantized, once.
 
-    Place: expert * capacity + row, or -1. Token t of rank r is unit t * R + r, whatever the counts are, and a position's
-    expert follows from where all experts' lists begin. So only the token itself is read after something else was: with
-    few tokens, loads that wait for each other are most of the time.
+    Place: expert * capacity + row, or -1. Token t of rank r is unit t * R + r, whatever the counts are, and whose a
+    position is follows from where all experts' lists begin. So only the token itself is read after something else was:
+    with few tokens, loads that wait for each other are most of the time.
     """
     k = tl.arange(0, KP)
     chunk = program % CHUNKS
