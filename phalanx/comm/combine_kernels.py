@@ -67,14 +67,15 @@ def _plan(
     """Of one of our tokens, for each k: the owner of its slot (-1: none), its row of y if that is us, its weight."""
     k = tl.arange(0, KP)
     inside = (k < K) & (t < tokens)
-    slot_K = tl.load(slots + t * K + k, mask=inside, other=-1)
+    slot_K = tl.load(slots + t * K + k, mask=inside, other=-1).to(tl.int32)
     at_K = tl.load(position + (rank * T_MAX + t) * K + k, mask=inside, other=-1)
     at_K = tl.where(at_K < rows, at_K, -1)
     owner_K = tl.where(slot_K >= 0, slot_K // S, -1)
-    if MODE == ROWS:  # noqa: SIM108  (compiled away)
+    if MODE == ROWS:
         weight_K = tl.zeros([KP], tl.float32)
     else:
         weight_K = tl.load(weights + t * K + k, mask=inside, other=0.0)
+        weight_K = tl.where(slot_K >= 0, weight_K, 0.0)
     return owner_K, at_K, weight_K
 
 

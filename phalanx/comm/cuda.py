@@ -214,7 +214,8 @@ class CudaCommunicator(Communicator):
     # -- collectives --------------------------------------------------------------------------------------------------
 
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None = None) -> DeviceDispatched:
-        """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`."""
+        """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`.
+        slots_TK may be int64, after `prepare`."""
         tokens = self._check(x_TD, slots_TK)
         assert self._mode == "exact" or weights_TK is not None, "mode fast adds at the expert's rank: it needs weights"
         lists = self._lists[self._turn]
@@ -224,6 +225,19 @@ class CudaCommunicator(Communicator):
         return DeviceDispatched(
             x_ND, lists.row_M, lists.slot_M, Handle(lists.position, lists.counts, slots_TK), lists.first_S, scale_ND
         )
+
+    def prepare(self, slots_type: torch.dtype) -> None:
+        """Compile and load dispatch and combine for slots of this integer type, so that no peer waits for that. LOCAL.
+
+        The communicator comes with those for int32; int64 is what DeepEP's callers have. Not for the mode `fast`."""
+        slots = torch.full((1, self._top_k), -1, dtype=slots_type, device=self._device)
+        x = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
+        weights = torch.zeros(1, self._top_k, device=self._device)
+        lists = self._lists[0]
+        self._kernels.dispatch(x, slots, None, lists, 1, launch=False)
+        handle = Handle(lists.position, lists.counts, slots)
+        self._kernels.combine(x, handle, weights, torch.empty_like(x), 1, "exact", launch=False)
+        self._kernels.check_fit()
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
         """See the contract; graph-safe. Rows of y_MD stand in the order of the dispatch's pairs."""
@@ -238,17 +252,24 @@ class CudaCommunicator(Communicator):
         return self._kernels.norms
 
     def combine_weighted(
-        self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor, norm: RowNorm | None = None
+        self,
+        y_MD: Tensor,
+        dispatched: Dispatched,
+        weights_TK: Tensor,
+        norm: RowNorm | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Like `combine`, but returns [T, D]: each token's rows times its weights (float32 [T, K]), added. COLLECTIVE.
 
         Graph-safe. Mode exact: in the order of k, in float32, rounded once: the same bits wherever the experts live.
-        norm: for up to `norms` tokens: add that to a residual, and return its RMS norm instead.
+        norm: for up to `norms` tokens: add that to a residual, and return its RMS norm instead. out: contiguous, where
+        the result goes; without it a new tensor.
         """
         tokens = dispatched.handle.slots_TK.shape[0]
         assert weights_TK.shape == (tokens, self._top_k), weights_TK.shape
         assert weights_TK.dtype == torch.float32, weights_TK.dtype
-        out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
+        if out is None:
+            out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
         self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode, norm)
         return out
 
@@ -390,10 +411,8 @@ class CudaCommunicator(Communicator):
     def _check(self, x_TD: Tensor, slots_TK: Tensor) -> int:
         tokens = x_TD.shape[0]
         assert (x_TD.shape, x_TD.dtype) == ((tokens, self._hidden), self._dtype), (x_TD.shape, x_TD.dtype)
-        assert (slots_TK.shape, slots_TK.dtype) == ((tokens, self._top_k), torch.int32), (
-            slots_TK.shape,
-            slots_TK.dtype,
-        )
+        assert slots_TK.shape == (tokens, self._top_k), slots_TK.shape
+        assert slots_TK.dtype in (torch.int32, torch.int64), slots_TK.dtype
         for tensor in (x_TD, slots_TK):
             assert tensor.is_contiguous(), "kernels read rows that follow one another"
         assert tokens <= self._max_tokens, f"{tokens} tokens, the buffers hold {self._max_tokens} a rank"

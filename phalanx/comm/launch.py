@@ -6,6 +6,7 @@ Triton is imported when the first `Kernels` is made, not before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -169,36 +170,46 @@ class Kernels:
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int) -> None:
-        """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe."""
+    def dispatch(
+        self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int, *, launch: bool = True,
+    ) -> None:  # fmt: skip
+        """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe.
+
+        launch: False only compiles and loads it, LOCAL."""
         c = self._fixed
         programs = c.ep_size + c.layout.dispatch_programs
-        compiled = self._dispatch_kernel[(programs,)](
+        begin = _begin(self._dispatch_kernel, programs, launch)
+        compiled = begin(
             x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
             lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
             num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
         self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
+        if not launch:
+            _load(compiled)
 
     def combine(
         self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
-        mode: Literal["rows", "exact", "fast"], norm: RowNorm | None = None,
+        mode: Literal["rows", "exact", "fast"], norm: RowNorm | None = None, *, launch: bool = True,
     ) -> None:  # fmt: skip
         """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe.
 
-        norm: for up to `norms` tokens, only in the mode fast."""
+        norm: for up to `norms` tokens, only in the mode fast. launch: as in `dispatch`, for the other modes."""
         c = self._fixed
         if mode == "fast":
             assert weights is not None, "mode fast adds at the expert's rank: it needs weights"
             self._combine_sums(y, handle, weights, out, tokens, norm)
             return
         assert norm is None, mode
-        compiled = self._combine_kernel[(c.layout.combine_programs,)](
+        begin = _begin(self._combine_kernel, c.layout.combine_programs, launch)
+        compiled = begin(
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
             MODE=("rows", "exact").index(mode), num_warps=self._shape.combine_warps,
         )  # fmt: skip
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+        if not launch:
+            _load(compiled)
 
     def _combine_sums(
         self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int, norm: RowNorm | None
@@ -273,6 +284,17 @@ def programs_at_once(compiled: Any, warps: int, device: Any) -> int:
     if shared := compiled.metadata.shared:
         held = min(held, device.shared_memory_per_multiprocessor // (shared + 1024))
     return held
+
+
+def _begin(kernel: Any, programs: int, launch: bool) -> Any:
+    """What launches a kernel, or only compiles it."""
+    return kernel[(programs,)] if launch else partial(kernel.warmup, grid=(programs,))
+
+
+def _load(compiled: Any) -> None:
+    """Put a compiled kernel on the device. In the interpreter nothing was compiled."""
+    if compiled is not None:
+        compiled.run  # noqa: B018  (it is loaded when this is asked for)
 
 
 def power_of_two(n: int) -> int:

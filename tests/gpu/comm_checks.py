@@ -326,10 +326,12 @@ def check_deep_ep(ranks: int, config: dict[str, int], **options: Any) -> None:
             ways = every_way if i == 0 or not options.get("interpret") else [i % len(WAYS)]
             answers = p.all("deep_ep", seed=20 + i, tokens=tokens, alive=everyone, ways=ways)
             assert all(a["masked"] == [] for a in answers.values()), answers
+        few = config["max_tokens"] - 1
+        p.all("deep_ep", seed=30, tokens=[few if r else 1 for r in everyone], alive=everyone, ways=[0], room=few)
         others, full = everyone[:-1], [config["max_tokens"]] * ranks
         answers = p.all("deep_ep", only=others, seed=40, tokens=full, alive=others, ways=[1], mask=ranks - 1)
         assert all(a["masked"] == [ranks - 1] for a in answers.values()), answers
-        graph = not options.get("interpret") and not options.get("fp8")
+        graph = not options.get("interpret")
         if graph:
             p.all("deep_ep_capture", seed=5, tokens=config["max_tokens"] // 2)
         p.adopt(list(p.ranks.values()))

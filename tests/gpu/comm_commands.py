@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,16 +306,19 @@ def ring(ranks: RankProcess) -> Reply:
 
 
 def deep_ep(
-    ranks: RankProcess, seed: int, tokens: list[int], alive: list[int], ways: list[int], mask: int = -1
-) -> Reply:
-    """Exchanges through DeepEP's interface, checked row by row. mask: a rank to mask first, through it too."""
+    ranks: RankProcess, seed: int, tokens: list[int], alive: list[int], ways: list[int], mask: int = -1,
+    room: int | None = None,
+) -> Reply:  # fmt: skip
+    """Exchanges through DeepEP's interface, checked row by row. mask: a rank to mask first, through it too. room:
+    num_max_dispatch_tokens_per_rank, when it is not all that the communicator has room for."""
     comm, buffer, shape = ranks.comm, *through_deep_ep(ranks)
+    shape = replace(shape, max_tokens=room or shape.max_tokens)
     if mask >= 0:
         buffer.low_latency_update_mask_buffer(mask, True)
     interpreted, fp8 = ranks.device.type == "cpu", bool(ranks.options.get("fp8"))
     for way in [Way(fp8=True, end="hook")] if fp8 else [WAYS[i] for i in ways]:
-        # The interpreter rounds otherwise on the way to e4m3, as far as our kernel quantizes.
-        off = 0.1 * fp8 if interpreted else 1e-3
+        # The interpreter rounds otherwise on the way to e4m3.
+        off = 0.1 * way.fp8 if interpreted else 1e-3
         check_round(buffer, seed, tokens, shape, way, alive=alive, off=off, device=str(ranks.device))
     masked = torch.zeros(comm.ep_size, dtype=torch.int32, device=ranks.device)
     buffer.low_latency_query_mask_buffer(masked)
@@ -328,27 +332,34 @@ def through_deep_ep(ranks: RankProcess) -> tuple[Buffer, Shape]:
 
 
 def deep_ep_capture(ranks: RankProcess, seed: int, tokens: int) -> Reply:
-    """A dispatch, with a hook, and a combine as a CUDA graph; nothing of it runs yet."""
+    """Two dispatches, with a hook, and their combines as a CUDA graph; nothing of it runs yet."""
     buffer, shape = through_deep_ep(ranks)
+    fp8 = bool(ranks.options.get("fp8"))
     # Kept with the graph, which reads them where they lie.
     ranks.x, ranks.slots, ranks.weights = (t.to(ranks.device) for t in inputs(ranks.comm.rank, ranks, seed, tokens))
-    x, experts, weights = ranks.x, ranks.slots, ranks.weights
+    x, experts, weights, ranks.buffer = ranks.x, ranks.slots.long(), ranks.weights, buffer
+    ranks.experts = experts
     ranks.expected = weights.masked_fill(experts < 0, 0).sum(1, keepdim=True).cpu() * x.float().cpu()
-    ranks.graph = torch.cuda.CUDAGraph()
+    ranks.graph, ranks.outs = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(ranks.graph):
-        recv_x, _, handle, _, hook = buffer.low_latency_dispatch(
-            x, experts, shape.max_tokens, shape.num_experts, use_fp8=False, return_recv_hook=True
-        )
-        hook()
-        ranks.outs = buffer.low_latency_combine(recv_x, experts, weights, handle)[0]
+        for _ in range(2):
+            recv_x, _, handle, _, hook = buffer.low_latency_dispatch(
+                x, experts, shape.max_tokens, shape.num_experts, use_fp8=fp8, return_recv_hook=True
+            )
+            hook()
+            if fp8:
+                recv_x = (recv_x[0].float().unflatten(2, (-1, 128)) * recv_x[1][..., None]).flatten(2).bfloat16()
+            ranks.outs.append(buffer.low_latency_combine(recv_x, experts, weights, handle)[0])
     return {}
 
 
 def deep_ep_replay(ranks: RankProcess, steps: int) -> Reply:
     for _ in range(steps):
-        ranks.outs.zero_()
+        for out in ranks.outs:
+            out.zero_()
         ranks.graph.replay()
-        close(ranks.outs, ranks.expected)
+        for out in ranks.outs:
+            close(out, ranks.expected, 10.0 if ranks.options.get("fp8") else 1.0)
     return {"lost": sorted(ranks.comm.status().lost)}
 
 
