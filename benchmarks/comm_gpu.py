@@ -2,7 +2,7 @@
 """Times the CUDA communicator's kernels in CUDA graphs: two ranks on two devices, checked first.
 
     benchmarks/comm_gpu.py                      all parts but the sweep
-    benchmarks/comm_gpu.py --parts bars,guard   some: bars, guard, adapter, nccl, sweep, exact
+    benchmarks/comm_gpu.py --parts bars,guard   some: bars, guard, adapter, adapter-kinds, nccl, sweep, exact
     benchmarks/comm_gpu.py --json FILE          also as JSON
 
 bars: exchanges are compared with a reference, then timed: "exact" and "fast" of the bars (hidden 7168, fp8 dispatch),
@@ -14,10 +14,11 @@ bits, or it is an error.
 
 guard: two communicators, with masks and time-outs compiled in and without, whose graphs are replayed in turns (on off,
 off on, ...); the median of the ratios of neighbours, and the interval that holds the true median with 95 %, by order
-statistics. adapter: the same exchanges through DeepEP's interface. nccl: all_to_all of the same bytes, in processes of
-its own. sweep: launch shapes. exact: results that peers read where they stand (`comm.results`, as in all other parts),
-beside results that stand elsewhere and are sent, and launch shapes, all in turns. Each part has processes of its own:
-one that fails takes no other with it.
+statistics. adapter: the same exchanges through DeepEP's interface, beside the communicator's own kernels in the same
+run, and the host's time of an eager call. adapter-kinds: in bf16, and with more room than tokens. nccl: all_to_all of
+the same bytes, in processes of its own. sweep: launch shapes. exact: results that peers read where they stand
+(`comm.results`, as in all other parts but adapter), beside results that stand elsewhere and are sent, and launch
+shapes, all in turns. Each part has processes of its own: one that fails takes no other with it.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 
+import adapter_runs
 import torch
 from ranks import Party, RankProcess, Reply, party, watchdog
 
 from phalanx.comm.cuda import CudaCommunicator
-from phalanx.comm.deep_ep import Buffer
 
 SCRIPT = str(Path(__file__).resolve())
 REPEATS, REPLAYS = 40, 25
-PAIRS, PAIR_REPEATS, ADAPTER_REPEATS, TURNS = 40, 40, 8, 30
+PAIRS, PAIR_REPEATS, TURNS = 40, 40, 30
 WHAT = ("dispatch", "combine", "both")
 
 BARS: dict[str, Any] = {
@@ -89,7 +90,12 @@ IN_TURNS: dict[str, dict[str, dict[str, Any]]] = {
         "dispatch 512 columns": {"chunk": 512, "dispatch_groups": 32},
     },
 }  # fmt: skip
-PARTS = ("bars", "guard", "adapter", "nccl", "sweep", "exact")
+ADAPTED: dict[str, tuple[bool, bool, int, tuple[int, ...]]] = {
+    "fp8": (True, True, 128, (128, 16, 1)), "quantized": (False, True, 128, (128, 1)),
+    "bf16": (False, False, 128, (128, 1)), "room": (True, True, 1024, (128, 1)),
+}  # fmt: skip
+"""On the wire fp8, what is returned fp8, room for so many tokens a rank, tokens timed. quantized: on arrival."""
+PARTS = ("bars", "guard", "adapter", "adapter-kinds", "nccl", "sweep", "exact")
 
 
 # -- in the rank processes ---------------------------------------------------------------------------------------------
@@ -98,6 +104,8 @@ PARTS = ("bars", "guard", "adapter", "nccl", "sweep", "exact")
 def timed(run: Callable[[], object], align: Callable[[], object], repeats: int = REPEATS) -> float:
     """Microseconds of one `run`, the median over replays of a graph of `repeats`."""
     stream = torch.cuda.Stream()
+    # Not beside what was launched before: two collectives of a rank at once take each other's numbers, and never end.
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
         stream.synchronize()
@@ -264,42 +272,9 @@ def turns(ranks: RankProcess, tokens: int, rounds: int) -> Reply:
     return {"us": samples}
 
 
-def adapter(ranks: RankProcess, tokens: int, use_fp8: bool) -> Reply:
-    """Figures in us of calls through DeepEP's interface, with and without a hook, in a graph of ADAPTER_REPEATS."""
-    comm = ranks.comm
-    most, experts = comm.layout.max_tokens, comm.ep_size * ranks.slots_per_rank
-    buffer = Buffer(communicator=comm, low_latency_mode=True, enable_shrink=True)
-    g = torch.Generator().manual_seed(comm.rank)
-    x = torch.randn(tokens, ranks.hidden, generator=g).to(ranks.device, torch.bfloat16)
-    chosen = torch.rand(tokens, experts, generator=g).argsort(1)[:, : ranks.top_k].to(ranks.device)
-    weights = torch.rand(tokens, ranks.top_k, generator=g).to(ranks.device)
-
-    def dispatch(hook: bool) -> Any:
-        got = buffer.low_latency_dispatch(x, chosen, most, experts, use_fp8=use_fp8, return_recv_hook=hook)
-        if got[4] is not None:
-            got[4]()
-        return got
-
-    handle = dispatch(False)[2]
-    y = torch.randn(ranks.slots_per_rank, comm.ep_size * most, ranks.hidden, device=ranks.device).to(torch.bfloat16)
-
-    def combine(hook: bool) -> None:
-        finish = buffer.low_latency_combine(y, chosen, weights, handle, return_recv_hook=hook)[2]
-        if finish is not None:
-            finish()
-
-    torch.cuda.synchronize()
-    figures = {}
-    calls: tuple[tuple[str, Callable[[bool], Any]], ...] = (("dispatch", dispatch), ("combine", combine))
-    for name, run in calls:
-        for hook in (False, True):
-            figures[f"{name}{' hook' if hook else ''}"] = timed(partial(run, hook), comm.barrier, ADAPTER_REPEATS)
-    assert comm.status().clean
-    return {"us": figures}
-
-
 COMMANDS = {
-    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "turns": turns, "adapter": adapter,
+    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "turns": turns,
+    "adapter_check": adapter_runs.check, "adapter": partial(adapter_runs.measure, timed=timed),
 }  # fmt: skip
 
 
@@ -438,15 +413,22 @@ def guard(p: Party, rows: dict[str, Any]) -> None:
         p.all("close_kept")
 
 
-def adapters(p: Party, rows: dict[str, Any]) -> None:
-    """Through DeepEP's interface: fp8 on the wire, then bf16."""
-    for fp8 in (True, False):
-        kind = "fp8" if fp8 else "bf16"
-        with opened(p, **{**BARS, "fp8": fp8}):
-            for n in (128, 16, 1):
-                row = slower(p.all("adapter", tokens=n, use_fp8=fp8))
-                rows[f"{kind} {n}"] = row
-                print(f"adapter, {kind:4s} {n:4d}  " + "  ".join(f"{w} {us:.1f}" for w, us in row.items()), flush=True)
+def adapters(p: Party, rows: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    """Through DeepEP's interface, right first."""
+    for kind in kinds:
+        wire, use_fp8, room, sizes = ADAPTED[kind]
+        with opened(p, **{**BARS, "fp8": wire, "max_tokens": room}):
+            how = {"use_fp8": use_fp8, "room": room}
+            for i, tokens in enumerate(([128, 128], [1, 1], [0, 77])):
+                p.all("adapter_check", tokens=tokens, seed=i, **how)
+            for n in sizes:
+                rows[f"{kind} {n}"] = row = slower(p.all("adapter", tokens=n, **how))
+                said = "  ".join(
+                    f"{what} {row[what]:.1f} (kernels {row[f'own {what}']:.1f}, x{row[what] / row[f'own {what}']:.2f}; "
+                    f"host {row[f'host {what}']:.0f})"
+                    for what in WHAT
+                )
+                print(f"adapter, {kind:9s} {n:4d}  {said}", flush=True)
 
 
 def nccl(rows: dict[str, Any]) -> None:
@@ -467,7 +449,11 @@ def nccl(rows: dict[str, Any]) -> None:
 
 def attempt(name: str, rows: dict[str, Any], seconds: float) -> str:
     """Run one part in processes of its own, which are killed should it hang. Returns why it failed, if it did."""
-    with_party = {"bars": bars, "guard": guard, "adapter": adapters, "sweep": sweep, "exact": exact}
+    with_party = {
+        "bars": bars, "guard": guard, "adapter": partial(adapters, kinds=("fp8", "quantized")),
+        "adapter-kinds": partial(adapters, kinds=("bf16", "room")), "sweep": sweep,
+        "exact": exact,
+    }  # fmt: skip
     try:
         if name == "nccl":
             nccl(rows)
@@ -494,7 +480,7 @@ def attempt(name: str, rows: dict[str, Any], seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times of the CUDA communicator's kernels.")
-    parser.add_argument("--parts", default="bars,guard,adapter,nccl", help="of " + ", ".join(PARTS))
+    parser.add_argument("--parts", default="bars,guard,adapter,adapter-kinds,nccl", help="of " + ", ".join(PARTS))
     parser.add_argument("--seconds", type=float, default=90.0, help="what a part may take")
     parser.add_argument("--json", help="write everything there")
     options = parser.parse_args()

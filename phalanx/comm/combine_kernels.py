@@ -68,7 +68,7 @@ def plan(
     is 0 where there is no slot, whatever the caller has there."""
     k = tl.arange(0, KP)
     inside = (k < K) & (t < tokens)
-    slot_K = tl.load(slots + t * K + k, mask=inside, other=-1)
+    slot_K = tl.load(slots + t * K + k, mask=inside, other=-1).to(tl.int32)
     at_K = tl.load(position + (rank * T_MAX + t) * K + k, mask=inside, other=-1)
     at_K = tl.where(at_K < rows, at_K, -1)
     owner_K = tl.where(slot_K >= 0, slot_K // S, -1)

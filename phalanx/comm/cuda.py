@@ -38,7 +38,7 @@ from phalanx.comm.launch import Fixed, Kernels, LaunchShape, Mode, power_of_two
 from phalanx.comm.notice_relay import NoticeRelay
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, CudaIpcMemory, PeerMemory
-from phalanx.comm.received import DeviceDispatched, Handle, Lists
+from phalanx.comm.received import DeviceDispatched, Handle, Lists, RowNorm
 from phalanx.errors import Evicted
 from phalanx.world import Member, View
 
@@ -215,7 +215,8 @@ class CudaCommunicator(Communicator):
     # -- collectives --------------------------------------------------------------------------------------------------
 
     def dispatch(self, x_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None = None) -> DeviceDispatched:
-        """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`."""
+        """See the contract; graph-safe. weights_TK: float32 [T, K], needed (and sent along) in the mode `fast`.
+        slots_TK may be int64, after `prepare`."""
         tokens = self._check(x_TD, slots_TK)
         assert self._mode == "exact" or weights_TK is not None, "mode fast adds at the expert's rank: it needs weights"
         lists = self._lists[self._turn]
@@ -225,6 +226,19 @@ class CudaCommunicator(Communicator):
         return DeviceDispatched(
             x_ND, lists.row_M, lists.slot_M, Handle(lists.position, lists.counts, slots_TK), lists.first_S, scale_ND
         )
+
+    def prepare(self, slots_type: torch.dtype) -> None:
+        """Compile and load dispatch and combine for slots of this integer type, so that no peer waits for that. LOCAL.
+
+        The communicator comes with those for int32; int64 is what DeepEP's callers have. Not for the mode `fast`."""
+        slots = torch.full((1, self._top_k), -1, dtype=slots_type, device=self._device)
+        x = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
+        weights = torch.zeros(1, self._top_k, device=self._device)
+        lists = self._lists[0]
+        self._kernels.dispatch(x, slots, None, lists, 1, launch=False)
+        handle = Handle(lists.position, lists.counts, slots)
+        self._kernels.combine(x, handle, weights, torch.empty_like(x), 1, "exact", launch=False)
+        self._kernels.check_fit()
 
     def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
         """See the contract; graph-safe. Rows of y_MD stand in the order of the dispatch's pairs."""
@@ -247,16 +261,31 @@ class CudaCommunicator(Communicator):
         part = self._own[at : at + rows * self._hidden * self._dtype.itemsize]
         return part.view(self._dtype).view(rows, self._hidden)
 
-    def combine_weighted(self, y_MD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+    @property
+    def norms(self) -> int:
+        """Up to how many tokens `combine_weighted` can norm its sums; 0: never. LOCAL."""
+        return self._kernels.norms
+
+    def combine_weighted(
+        self,
+        y_MD: Tensor,
+        dispatched: Dispatched,
+        weights_TK: Tensor,
+        norm: RowNorm | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Like `combine`, but returns [T, D]: each token's rows times its weights (float32 [T, K]), added. COLLECTIVE.
 
         Graph-safe. Mode exact: in the order of k, in float32, rounded once: the same bits wherever the experts live.
+        norm: for up to `norms` tokens: add that to a residual, and return its RMS norm instead. out: contiguous, where
+        the result goes; without it a new tensor.
         """
         tokens = dispatched.handle.slots_TK.shape[0]
         assert weights_TK.shape == (tokens, self._top_k), weights_TK.shape
         assert weights_TK.dtype == torch.float32, weights_TK.dtype
-        out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
-        self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode)
+        if out is None:
+            out = torch.empty(tokens, self._hidden, dtype=self._dtype, device=self._device)
+        self._kernels.combine(y_MD, dispatched.handle, weights_TK, out, tokens, self._mode, norm)
         return out
 
     def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
@@ -397,10 +426,8 @@ class CudaCommunicator(Communicator):
     def _check(self, x_TD: Tensor, slots_TK: Tensor) -> int:
         tokens = x_TD.shape[0]
         assert (x_TD.shape, x_TD.dtype) == ((tokens, self._hidden), self._dtype), (x_TD.shape, x_TD.dtype)
-        assert (slots_TK.shape, slots_TK.dtype) == ((tokens, self._top_k), torch.int32), (
-            slots_TK.shape,
-            slots_TK.dtype,
-        )
+        assert slots_TK.shape == (tokens, self._top_k), slots_TK.shape
+        assert slots_TK.dtype in (torch.int32, torch.int64), slots_TK.dtype
         for tensor in (x_TD, slots_TK):
             assert tensor.is_contiguous(), "kernels read rows that follow one another"
         assert tokens <= self._max_tokens, f"{tokens} tokens, the buffers hold {self._max_tokens} a rank"
@@ -495,6 +522,8 @@ class CudaCommunicator(Communicator):
         y = torch.zeros(1, self._hidden, dtype=self._dtype, device=self._device)
         self.combine(y, sent)
         self.combine_weighted(y, sent, weights)
+        if self.norms:
+            self.combine_weighted(y, sent, weights, RowNorm(x, x[0].contiguous(), 1e-6))
         if self._mode == "exact":
             self.combine(self.results, sent)
             self.combine_weighted(self.results, sent, weights)

@@ -37,12 +37,11 @@ from phalanx.comm.deep_ep_calls import (
     check_tokens,
     check_ways,
 )
-from phalanx.comm.deep_ep_layout import GROUP, Packed, Places, weigh
+from phalanx.comm.deep_ep_layout import GROUP, Carrier, HostCarrier, Order
 from phalanx.comm.deep_ep_meeting import GroupMeeting, Meeting, Shape, StoreMeeting, make
 from phalanx.comm.launch import LaunchShape
 from phalanx.comm.notices import NoticeBoard
 from phalanx.comm.peer_memory import BufferLayout
-from phalanx.comm.received import DeviceDispatched
 from phalanx.errors import BadConfig, BadRequest, PeerLost
 
 __all__ = ["Buffer", "EventOverlap", "Handle", "Shape", "topk_idx_t"]
@@ -128,6 +127,7 @@ class Buffer:
             raise BadConfig(f"peer_timeout_s: seconds, more than 0 of them, are wanted, not {peer_timeout_s}")
         self._fp8_wire, self._timeout_s, self._notices = fp8_wire, peer_timeout_s, notices
         self._communicator = communicator
+        self._carrier: Carrier | None = None if communicator is None else _carrier_for(communicator)
         self._meeting: Meeting | None = None
         if group is not None:
             self._meeting = GroupMeeting(group)
@@ -185,29 +185,19 @@ class Buffer:
         if stats is not None:
             check("cumulative_local_expert_recv_stats", stats, (experts,), torch.int32, device=x.device)
         self._settle()
-        communicator = self._opened_for(Shape(num_max, x.shape[1], topk_idx.shape[1], num_experts))
-        if _sends_fp8(communicator) and (round_scale or not use_fp8):
-            raise BadConfig("fp8_wire: tokens travel as e4m3 with plain scales: dispatch with use_fp8, no round_scale")
-        packed = Packed.empty(experts, num_max * ranks, x.shape[1], ranks, use_fp8, x.device)
-        sent = Sent(communicator, *topk_idx.shape)
-        # The caller may write over x before the hook reads this rank's own tokens from it.
-        x = x.clone(memory_format=torch.contiguous_format) if return_recv_hook else x.contiguous()
-        receive = communicator.dispatch_later(x, topk_idx.clamp_min(-1).to(torch.int32).contiguous())
+        carrier = self._opened_for(Shape(num_max, x.shape[1], topk_idx.shape[1], num_experts))
+        order = Order(x, topk_idx, num_max, num_experts, use_fp8, round_scale, stats, later=return_recv_hook)
+        packed, receive = carrier.dispatch(order)
+        sent = Sent(self.communicator, *topk_idx.shape)
         event = EventOverlap.of(x.device, async_finish or return_recv_hook)
 
         def finish() -> None:
             event.current_stream_wait()
-            got = receive()
-            first_S, scale_ND = (got.first_S, got.scale_ND) if isinstance(got, DeviceDispatched) else (None, None)
-            places = Places.of(communicator, got, experts, first_S)
-            packed.fill(places, got.x_ND, got.row_M, scale_ND, round_scale)
-            if stats is not None:
-                stats.add_(packed.count)
-            sent.got, sent.places = got, places
+            sent.came = receive()
 
         hook = self._finish(finish, return_recv_hook)
-        recv_x = packed.x[:-1] if packed.scales is None else (packed.x[:-1], packed.scales[:-1])
-        handle = Handle.of(packed.src_info[:-1], packed.layout_range, num_max, x.shape[1], num_experts, sent)
+        recv_x = packed.x if packed.scales is None else (packed.x, packed.scales)
+        handle = Handle.of(packed.src_info, packed.layout_range, num_max, x.shape[1], num_experts, sent)
         return recv_x, packed.count, handle, event, hook
 
     def low_latency_combine(
@@ -246,7 +236,7 @@ class Buffer:
         self._settle()  # it may be this handle's dispatch
         src_info, _, num_max, hidden, num_experts = handle
         device = src_info.device
-        if sent.got is None or sent.places is None:
+        if sent.came is None or self._carrier is None:
             raise BadRequest("handle: its dispatch did not come to an end", "handle")
         check(
             "x", x, (num_experts // self.group_size, num_max * self.group_size, hidden), torch.bfloat16, device=device
@@ -259,18 +249,12 @@ class Buffer:
             if self._staging is None or self._staging.shape != x.shape:
                 raise BadRequest("zero_copy: fill get_next_low_latency_combine_buffer(handle) first", "zero_copy")
             x = self._staging
-        weights_TK = topk_weights.contiguous().masked_fill(topk_idx < 0, 0.0)
-        y_MD = sent.places.gather(x)
-        combined: Tensor | None = None
-        if isinstance(communicator, CudaCommunicator):
-            combined = communicator.combine_weighted(y_MD, sent.got, weights_TK)
-        else:
-            receive = communicator.combine_later(y_MD, sent.got)
+        receive = self._carrier.combine(x, topk_idx, topk_weights, sent.came, out)
         event = EventOverlap.of(x.device, async_finish or return_recv_hook)
 
         def finish() -> None:
             event.current_stream_wait()
-            out.copy_(weigh(receive(), weights_TK) if combined is None else combined)
+            receive()
 
         return out, event, self._finish(finish, return_recv_hook)
 
@@ -278,12 +262,12 @@ class Buffer:
         """bf16 [S, C, D], for an engine's last kernel to write to, and then to combine with zero_copy=True. LOCAL.
 
         The same memory each time for a shape, valid until that combine. Here it spares a caller an allocation, not a
-        copy: the rows that go back are gathered from it as they would be from any tensor."""
+        copy: the rows that go back are read from it as they would be from any tensor."""
         check_handle(handle)
         src_info, _, num_max, hidden, num_experts = handle
         shape = (num_experts // self.group_size, num_max * self.group_size, hidden)
         if self._staging is None or self._staging.shape != shape:
-            self._staging = torch.zeros(shape, dtype=torch.bfloat16, device=src_info.device)
+            self._staging = torch.empty(shape, dtype=torch.bfloat16, device=src_info.device)
         return self._staging
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
@@ -362,25 +346,25 @@ class Buffer:
         self._unfinished = None
         self._close()
         if self._meeting is not None:
-            self._communicator = self._meeting = None
+            self._communicator = self._meeting = self._carrier = None
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _open(self, shape: Shape) -> Communicator:
+    def _open(self, shape: Shape) -> Carrier:
         """Make the communicator. COLLECTIVE."""
         if self._meeting is None:
             raise BadRequest("this buffer was destroyed: make another one")
-        made = make(
-            self._meeting, shape, self._device, elastic=self.enable_shrink, peer_timeout_s=self._timeout_s,
-            notices=self._notices, fp8_wire=self._fp8_wire,
+        made, carrier = make(
+            self._meeting, shape, self._device, _carrier_for, elastic=self.enable_shrink,
+            peer_timeout_s=self._timeout_s, notices=self._notices, fp8_wire=self._fp8_wire,
         )  # fmt: skip
-        self._communicator, self._made_for = made, shape
+        self._communicator, self._carrier, self._made_for = made, carrier, shape
         self._close = weakref.finalize(self, made.close)
-        return made
+        return carrier
 
-    def _opened_for(self, shape: Shape) -> Communicator:
-        """The communicator, which must suit what is to be exchanged."""
-        if self._communicator is None:
+    def _opened_for(self, shape: Shape) -> Carrier:
+        """What carries tokens over the communicator, which must suit what is to be exchanged."""
+        if self._communicator is None or self._carrier is None:
             return self._open(shape)
         made = self._made_for
         if made is not None and not made.suits(shape):
@@ -392,7 +376,7 @@ class Buffer:
                 "ranks: an expert a slot",
                 "num_experts",
             )
-        return self._communicator
+        return self._carrier
 
     def _finish(self, finish: Hook, later: bool) -> Hook | None:
         """Do what is left of a collective: now, or in the hook that is returned."""
@@ -420,5 +404,9 @@ class Buffer:
             raise BadConfig("enable_shrink: masks are kept only by a buffer that was made with it")
 
 
-def _sends_fp8(communicator: Communicator) -> bool:
-    return isinstance(communicator, CudaCommunicator) and communicator.layout.x_itemsize == 1
+def _carrier_for(communicator: Communicator) -> Carrier:
+    if not isinstance(communicator, CudaCommunicator):
+        return HostCarrier(communicator)
+    from phalanx.comm.deep_ep_device import DeviceCarrier
+
+    return DeviceCarrier(communicator)

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from phalanx.comm.base import Communicator, Dispatched
-from phalanx.comm.deep_ep_layout import GROUP, Places
+from phalanx.comm.base import Communicator
+from phalanx.comm.deep_ep_layout import GROUP
 from phalanx.errors import BadConfig, BadRequest
 
 Hook = Callable[[], None]
@@ -50,8 +50,7 @@ class Sent:
     communicator: Communicator
     tokens: int
     top_k: int
-    got: Dispatched | None = None
-    places: Places | None = None
+    came: object | None = None
 
 
 class Handle(tuple[Any, ...]):

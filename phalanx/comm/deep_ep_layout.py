@@ -1,4 +1,4 @@
-"""DeepEP's expert-packed layout, made from what a communicator's dispatch returned. No wait, no host sync: graph-safe.
+"""DeepEP's expert-packed layout, and who fills it: a `Carrier`; here the one for communicators of hosts, with torch.
 
 Each local expert has room for all that could come, C = num_max_dispatch_tokens_per_rank * R rows, filled from the
 front: first what rank 0 sent, in the order of its tokens, then rank 1, and so on. DeepEP leaves both orders open; here
@@ -7,8 +7,11 @@ they are fixed. Shapes: M received pairs, S local experts, R ranks, D width, G =
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,62 +24,16 @@ GROUP = 128
 _LARGEST = 448.0  # of float8_e4m3fn
 _SMALLEST_AMAX = 1e-4
 
-
-@dataclass(frozen=True)
-class Places:
-    """Where each received pair stands: pair m at row `at_M[m]` of expert `expert_M[m]`, both int64 [M].
-
-    expert_M is S for entries that are no pairs (the padding of a device's lists): an expert behind the last.
-    count_SR: int64 [S, R], how many came from each rank. token_M: int64 [M], each pair's token at its source.
-    """
-
-    expert_M: Tensor
-    at_M: Tensor
-    token_M: Tensor
-    count_SR: Tensor
-
-    @classmethod
-    def of(cls, comm: Communicator, got: Dispatched, experts: int, first_S: Tensor | None) -> Places:
-        """first_S: where each expert's pairs begin, int32 [S + 1], when they come sorted by expert, from a device.
-        None: they come by (source, token), and every entry is a pair."""
-        source_M, token_M = comm.origins(got)
-        index_M = torch.arange(len(source_M), device=source_M.device)
-        expert_M = got.slot_M
-        if first_S is None:
-            order_M = expert_M.argsort(stable=True)
-            first_S = torch.searchsorted(expert_M[order_M], torch.arange(experts + 1, device=expert_M.device))
-            at_M = torch.empty_like(index_M)
-            at_M[order_M] = index_M - first_S[expert_M[order_M]]
-        else:
-            real_M = index_M < first_S[experts]
-            at_M = torch.where(real_M, index_M - first_S[expert_M], 0)
-            expert_M = torch.where(real_M, expert_M, experts)
-        count = torch.zeros((experts + 1) * comm.ep_size, dtype=torch.int64, device=expert_M.device)
-        count.index_add_(0, expert_M * comm.ep_size + source_M, torch.ones_like(expert_M))
-        return cls(expert_M, at_M, token_M, count.view(experts + 1, comm.ep_size)[:experts])
-
-    @cached_property
-    def layout_range(self) -> Tensor:
-        """int64 [S, R]: the first row from each rank in the upper 32 bits, how many there are in the lower."""
-        begin_SR = self.count_SR.cumsum(1) - self.count_SR
-        return (begin_SR << 32) | self.count_SR
-
-    def scatter(self, rows_M: Tensor, packed: Tensor) -> None:
-        """Put pair m's row at its place. packed: [S + 1, C, ...], the last expert for what is no pair. In place."""
-        packed[self.expert_M, self.at_M] = rows_M
-
-    def gather(self, packed_SCD: Tensor) -> Tensor:
-        """[M, D]: the rows at the pairs' places, in the order of the pairs; any row for what is no pair."""
-        return packed_SCD[self.expert_M.clamp_max(packed_SCD.shape[0] - 1), self.at_M]
+Finish = Callable[[], Any]
+"""What is left of a collective. COLLECTIVE, as its beginning was."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The tensors that one dispatch returns, at their full size from the start; `fill` gives them their values.
+    """The tensors that one dispatch returns, at their full size from the start.
 
-    x: [S + 1, C, D], bf16 or e4m3. scales: float32 [S + 1, C, G] whose last two dimensions lie column by column; None
-    without fp8. count: int32 [S]. src_info: int32 [S + 1, C]. layout_range: int64 [S, R]. The expert behind the last is
-    a place for what is no pair; callers see views without it.
+    x: [S, C, D], bf16 or e4m3. scales: float32 [S, C, G] whose last two dimensions lie column by column; None without
+    fp8. count: int32 [S]. src_info: int32 [S, C]. layout_range: int64 [S, R].
     """
 
     x: Tensor
@@ -87,30 +44,131 @@ class Packed:
 
     @classmethod
     def empty(cls, experts: int, capacity: int, hidden: int, ranks: int, fp8: bool, device: torch.device) -> Packed:
-        """Rows that nothing fills keep whatever their memory held, as DeepEP's do."""
+        """Whatever nothing fills keeps what its memory held, as in DeepEP."""
         x_type = torch.float8_e4m3fn if fp8 else torch.bfloat16
-        scales = torch.empty(experts + 1, hidden // GROUP, capacity, device=device).transpose(1, 2) if fp8 else None
+        scales = torch.empty(experts, hidden // GROUP, capacity, device=device).transpose(1, 2) if fp8 else None
         return cls(
-            torch.empty(experts + 1, capacity, hidden, dtype=x_type, device=device),
+            torch.empty(experts, capacity, hidden, dtype=x_type, device=device),
             scales,
-            torch.zeros(experts, dtype=torch.int32, device=device),
-            torch.empty(experts + 1, capacity, dtype=torch.int32, device=device),
-            torch.zeros(experts, ranks, dtype=torch.int64, device=device),
+            torch.empty(experts, dtype=torch.int32, device=device),
+            torch.empty(experts, capacity, dtype=torch.int32, device=device),
+            torch.empty(experts, ranks, dtype=torch.int64, device=device),
         )
 
-    def fill(self, places: Places, x_ND: Tensor, row_M: Tensor, scale_ND: Tensor | None, round_scale: bool) -> None:
-        """x_ND, row_M: as in `Dispatched`. scale_ND: what x_ND is to be multiplied by, when it travelled as fp8."""
-        if self.scales is not None:
-            if scale_ND is None:
-                x_ND, scale_ND = quantize(x_ND, round_scale)
-            places.scatter(scale_ND[row_M], self.scales)
-        if self.scales is None:
-            places.scatter(x_ND[row_M], self.x)
-        else:  # torch indexes no float8
-            places.scatter(x_ND.view(torch.uint8)[row_M], self.x.view(torch.uint8))
-        places.scatter(places.token_M.int(), self.src_info)
-        self.layout_range.copy_(places.layout_range)
-        self.count.copy_(places.count_SR.sum(1))
+
+@dataclass(frozen=True)
+class Order:
+    """A dispatch as it was asked for, its arguments checked: as in `Buffer.low_latency_dispatch`. later: x may be
+    written over before the dispatch comes to its end."""
+
+    x: Tensor
+    topk_idx: Tensor
+    num_max: int
+    num_experts: int
+    fp8: bool
+    round_scale: bool
+    stats: Tensor | None
+    later: bool
+
+
+class Carrier(ABC):
+    """Passes tokens between tensors in DeepEP's layout and a communicator."""
+
+    @abstractmethod
+    def dispatch(self, order: Order) -> tuple[Packed, Finish]:
+        """Begin a dispatch: the tensors that it fills, at the latest in the call of the second result, which returns
+        what its combine needs. COLLECTIVE."""
+
+    @abstractmethod
+    def combine(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, came: Any, out: Tensor) -> Finish:
+        """Begin a combine into `out`, which is filled at the latest in the call of the result. COLLECTIVE.
+
+        came: what the dispatch's end returned. The other arguments as in `Buffer.low_latency_combine`."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each received pair stands: pair m at row `at_M[m]` of expert `expert_M[m]`, both int64 [M].
+
+    count_SR: int64 [S, R], how many came from each rank. token_M: int64 [M], each pair's token at its source.
+    """
+
+    expert_M: Tensor
+    at_M: Tensor
+    token_M: Tensor
+    count_SR: Tensor
+
+    @classmethod
+    def of(cls, comm: Communicator, got: Dispatched, experts: int) -> Places:
+        source_M, token_M = comm.origins(got)
+        expert_M = got.slot_M
+        order_M = expert_M.argsort(stable=True)
+        first_S = torch.searchsorted(expert_M[order_M], torch.arange(experts))
+        at_M = torch.empty_like(expert_M)
+        at_M[order_M] = torch.arange(len(expert_M)) - first_S[expert_M[order_M]]
+        count = torch.bincount(expert_M * comm.ep_size + source_M, minlength=experts * comm.ep_size)
+        return cls(expert_M, at_M, token_M, count.view(experts, comm.ep_size))
+
+    @cached_property
+    def layout_range(self) -> Tensor:
+        """int64 [S, R]: the first row from each rank in the upper 32 bits, how many there are in the lower."""
+        begin_SR = self.count_SR.cumsum(1) - self.count_SR
+        return (begin_SR << 32) | self.count_SR
+
+    def scatter(self, rows_M: Tensor, packed: Tensor) -> None:
+        """Put pair m's row at its place. packed: [S, C, ...]. In place."""
+        packed[self.expert_M, self.at_M] = rows_M
+
+    def gather(self, packed_SCD: Tensor) -> Tensor:
+        """[M, D]: the rows at the pairs' places, in the order of the pairs."""
+        return packed_SCD[self.expert_M, self.at_M]
+
+
+class HostCarrier(Carrier):
+    """For communicators whose dispatch returns what came, no more, in the memory of the host."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+
+    def dispatch(self, order: Order) -> tuple[Packed, Finish]:
+        """See `Carrier`: the receiving is left to the end."""
+        ranks = self._comm.ep_size
+        experts, hidden = order.num_experts // ranks, order.x.shape[1]
+        packed = Packed.empty(experts, order.num_max * ranks, hidden, ranks, order.fp8, order.x.device)
+        packed.count.zero_()
+        packed.layout_range.zero_()
+        # The caller may write over x before this rank's own tokens are read from it.
+        x = order.x.clone(memory_format=torch.contiguous_format) if order.later else order.x.contiguous()
+        receive = self._comm.dispatch_later(x, order.topk_idx.clamp_min(-1).to(torch.int32).contiguous())
+
+        def finish() -> tuple[Dispatched, Places]:
+            got = receive()
+            places = Places.of(self._comm, got, experts)
+            _fill(packed, places, got, order.round_scale)
+            if order.stats is not None:
+                order.stats.add_(packed.count)
+            return got, places
+
+        return packed, finish
+
+    def combine(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, came: Any, out: Tensor) -> Finish:
+        """See `Carrier`."""
+        got, places = came
+        weights_TK = topk_weights.masked_fill(topk_idx < 0, 0.0)
+        receive = self._comm.combine_later(places.gather(x), got)
+        return lambda: out.copy_(weigh(receive(), weights_TK))
+
+
+def _fill(packed: Packed, places: Places, got: Dispatched, round_scale: bool) -> None:
+    if packed.scales is None:
+        places.scatter(got.x_ND[got.row_M], packed.x)
+    else:
+        x_ND, scale_ND = quantize(got.x_ND, round_scale)
+        places.scatter(scale_ND[got.row_M], packed.scales)
+        places.scatter(x_ND.view(torch.uint8)[got.row_M], packed.x.view(torch.uint8))  # torch indexes no float8
+    places.scatter(places.token_M.int(), packed.src_info)
+    packed.layout_range.copy_(places.layout_range)
+    packed.count.copy_(places.count_SR.sum(1))
 
 
 def quantize(x_ND: Tensor, round_scale: bool) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ travels is text of fixed length, never a pickle.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import torch
@@ -23,6 +24,8 @@ from phalanx.comm.cuda import CudaCommunicator
 from phalanx.comm.notices import NoticeBoard
 from phalanx.errors import BadConfig
 from phalanx.world import Member, View
+
+T = TypeVar("T")
 
 _TEXT_BYTES = 1024
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -109,13 +112,15 @@ def make(
     meeting: Meeting,
     shape: Shape,
     device: torch.device,
+    prepare: Callable[[Communicator], T],
     *,
     elastic: bool,
     peer_timeout_s: float,
     notices: NoticeBoard | None,
     fp8_wire: bool,
-) -> Communicator:
-    """A communicator of all ranks, under its first view. COLLECTIVE. Raises BadConfig when ranks differ in what they
+) -> tuple[Communicator, T]:
+    """A communicator of all ranks, under its first view, and what `prepare` made of it before the ranks met: nobody
+    waits in a collective while a peer prepares. COLLECTIVE. Raises BadConfig when ranks differ in what they
     want, or in their host."""
     for field, value in asdict(shape).items():
         if value < 1:
@@ -136,13 +141,14 @@ def make(
             peer_timeout_s=peer_timeout_s, notices=notices, elastic=elastic,
         )  # fmt: skip
     try:
+        prepared = prepare(made)
         addresses = _exchange(meeting, made.address, f"{shape}, {device.type}, elastic={elastic}")
         members = (Member(rank, 0, comm_address=address) for rank, address in enumerate(addresses))
         made.adopt(View(1, meeting.size, tuple(members)))
     except BaseException:
         made.close()
         raise
-    return made
+    return made, prepared
 
 
 def _exchange(meeting: Meeting, address: str, wants: str) -> list[str]:

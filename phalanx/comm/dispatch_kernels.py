@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phalanx.comm.kernels import DISPATCH, MASK, begin, draw_ticket, element, raise_flag, wait_for
+from phalanx.comm.kernels import DISPATCH, MASK, agreed, begin, draw_ticket, element, raise_flag, wait_for
 
 
 @triton.jit
@@ -101,69 +101,105 @@ def _send_tokens(
 
 
 @triton.jit
-def _lay_out(
+def _lay_out_once(
     own, rows_M, slots_M, position, first, program, programs, parity, count_P,
     META,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """`_lay_out` where no source brought more than BLOCK pairs: all of them are in registers."""
+    lane = tl.arange(0, BLOCK)
+    r = tl.arange(0, P)
+    meta = (own + META).to(tl.pointer_type(tl.int32)) + parity * R * T_MAX * K
+    pair = r[:, None] * (T_MAX * K) + lane[None, :]
+    v = tl.load(meta + pair, mask=(r < R)[:, None] & (lane[None, :] < (count_P * K)[:, None]), other=-2)
+    v = tl.reshape(tl.where(v >= S, -1, v), (P * BLOCK,))
+    i = tl.arange(0, P * BLOCK)
+    source = i // BLOCK
+    pair = source * (T_MAX * K) + i % BLOCK
+    row = ((parity * R + source) * T_MAX + i % BLOCK // K).to(tl.int64)
+    # Two slots at once, one in each half of a word: one scan places both.
+    for slot in range(2 * program, S + 1, 2 * programs):
+        smaller = tl.sum(((v >= 0) & (v < slot)).to(tl.int32))
+        hits = (v == slot).to(tl.int32) + ((v == slot + 1).to(tl.int32) << 16)
+        before = tl.cumsum(hits, 0) - hits
+        smaller_next = smaller + tl.sum((v == slot).to(tl.int32))
+        tl.store(first + slot, smaller)
+        tl.store(first + slot + 1, smaller_next, mask=slot + 1 <= S)
+        at = tl.where(v == slot, smaller + (before & 0xFFFF), smaller_next + (before >> 16))
+        hit = hits > 0  # slot S is nobody's: no pair asks for it
+        tl.store(position + pair, at, mask=hit)
+        tl.store(rows_M + at, row, mask=hit)
+        tl.store(slots_M + at, v.to(tl.int64), mask=hit)
+        if slot + 2 > S:
+            tl.store(position + pair, -1, mask=v == -1)
+
+
+@triton.jit
+def _lay_out_in_blocks(
+    own, rows_M, slots_M, position, first, program, programs, parity, count_P,
+    META,
+    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`_lay_out` for any number of pairs."""
+    lane = tl.arange(0, BLOCK)
+    meta = (own + META).to(tl.pointer_type(tl.int32)) + parity * R * T_MAX * K
+    for slot in range(program, S + 1, programs):
+        smaller = 0
+        for source in range(R):
+            pairs = element(count_P, source, P) * K
+            for start in range(0, pairs, BLOCK):
+                v = tl.load(meta + source * (T_MAX * K) + start + lane, mask=start + lane < pairs, other=-1)
+                smaller += tl.sum(((v >= 0) & (v < tl.minimum(slot, S))).to(tl.int32))
+        tl.store(first + slot, smaller)
+        filled = smaller
+        for source in range(R):
+            pairs = element(count_P, source, P) * K
+            for start in range(0, pairs, BLOCK):
+                i = start + lane
+                v = tl.load(meta + source * (T_MAX * K) + i, mask=i < pairs, other=-2)
+                if slot == S:
+                    tl.store(position + source * (T_MAX * K) + i, -1, mask=(v == -1) | (v >= S))
+                else:
+                    hit = v == slot
+                    at = filled + tl.cumsum(hit.to(tl.int32), 0) - 1
+                    tl.store(position + source * (T_MAX * K) + i, at, mask=hit)
+                    tl.store(rows_M + at, ((parity * R + source) * T_MAX + i // K).to(tl.int64), mask=hit)
+                    tl.store(slots_M + at, tl.zeros([BLOCK], tl.int64) + slot, mask=hit)
+                    filled += tl.sum(hit.to(tl.int32))
+
+
+@triton.jit
+def _lay_out(
+    own, rows_M, slots_M, position, first, program, programs, parity, count_P,
+    META,
+    R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr, FEW: tl.constexpr,
+    MANY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Sort the pairs by slot; within a slot by (source rank, token, k). Each program makes the lists of its slots.
 
     A program counts by itself how many pairs belong to smaller slots: two passes over a few thousand words (in
-    registers, when BLOCKS is 1) cost less than agreeing on offsets. Slot S stands for "not here": its pass marks those
-    pairs with position -1.
+    registers, where they fit) cost less than agreeing on offsets. Slot S stands for "not here": its pass marks those
+    pairs with position -1. Buffers are for the largest batch, so what came decides which way is taken: FEW and MANY
+    (0: none) are the pairs of a source up to which a smaller one does.
     """
-    lane = tl.arange(0, BLOCK)
-    r = tl.arange(0, P)
-    meta = (own + META).to(tl.pointer_type(tl.int32)) + parity * R * T_MAX * K
-    if BLOCKS == 1:
-        pair = r[:, None] * (T_MAX * K) + lane[None, :]
-        v = tl.load(meta + pair, mask=(r < R)[:, None] & (lane < T_MAX * K)[None, :], other=-2)
-        v = tl.where(lane[None, :] < (count_P * K)[:, None], v, -2)
-        v = tl.reshape(tl.where(v >= S, -1, v), (P * BLOCK,))
-        i = tl.arange(0, P * BLOCK)
-        source = i // BLOCK
-        pair = source * (T_MAX * K) + i % BLOCK
-        row = ((parity * R + source) * T_MAX + i % BLOCK // K).to(tl.int64)
-        # Two slots at once, one in each half of a word: one scan places both.
-        for slot in range(2 * program, S + 1, 2 * programs):
-            smaller = tl.sum(((v >= 0) & (v < slot)).to(tl.int32))
-            hits = (v == slot).to(tl.int32) + ((v == slot + 1).to(tl.int32) << 16)
-            before = tl.cumsum(hits, 0) - hits
-            smaller_next = smaller + tl.sum((v == slot).to(tl.int32))
-            tl.store(first + slot, smaller)
-            tl.store(first + slot + 1, smaller_next, mask=slot + 1 <= S)
-            at = tl.where(v == slot, smaller + (before & 0xFFFF), smaller_next + (before >> 16))
-            hit = hits > 0  # slot S is nobody's: no pair asks for it
-            tl.store(position + pair, at, mask=hit)
-            tl.store(rows_M + at, row, mask=hit)
-            tl.store(slots_M + at, v.to(tl.int64), mask=hit)
-            if slot + 2 > S:
-                tl.store(position + pair, -1, mask=v == -1)
+    # All warps must take one way.
+    most = agreed(tl.max(count_P).to(tl.int64)) * K if FEW > 0 else 0
+    if FEW > 0 and most <= FEW:
+        _lay_out_once(
+            own, rows_M, slots_M, position, first, program, programs, parity, count_P, META, R, P, S, K, T_MAX, FEW
+        )
+    elif MANY > 0 and most <= MANY:
+        _lay_out_once(
+            own, rows_M, slots_M, position, first, program, programs, parity, count_P, META, R, P, S, K, T_MAX, MANY
+        )
+    elif BLOCKS == 1:
+        _lay_out_once(
+            own, rows_M, slots_M, position, first, program, programs, parity, count_P, META, R, P, S, K, T_MAX, BLOCK
+        )
     else:
-        for slot in range(program, S + 1, programs):
-            smaller = 0
-            for source in range(R):
-                pairs = element(count_P, source, P) * K
-                for start in range(0, pairs, BLOCK):
-                    v = tl.load(meta + source * (T_MAX * K) + start + lane, mask=start + lane < pairs, other=-1)
-                    smaller += tl.sum(((v >= 0) & (v < tl.minimum(slot, S))).to(tl.int32))
-            tl.store(first + slot, smaller)
-            filled = smaller
-            for source in range(R):
-                pairs = element(count_P, source, P) * K
-                for start in range(0, pairs, BLOCK):
-                    i = start + lane
-                    v = tl.load(meta + source * (T_MAX * K) + i, mask=i < pairs, other=-2)
-                    if slot == S:
-                        tl.store(position + source * (T_MAX * K) + i, -1, mask=(v == -1) | (v >= S))
-                    else:
-                        hit = v == slot
-                        at = filled + tl.cumsum(hit.to(tl.int32), 0) - 1
-                        tl.store(position + source * (T_MAX * K) + i, at, mask=hit)
-                        tl.store(rows_M + at, ((parity * R + source) * T_MAX + i // K).to(tl.int64), mask=hit)
-                        tl.store(slots_M + at, tl.zeros([BLOCK], tl.int64) + slot, mask=hit)
-                        filled += tl.sum(hit.to(tl.int32))
+        _lay_out_in_blocks(
+            own, rows_M, slots_M, position, first, program, programs, parity, count_P, META, R, P, S, K, T_MAX, BLOCK
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "notice", "notice_stride"])
@@ -172,8 +208,8 @@ def dispatch_kernel(
     notice_stride, tokens, rank,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr,
     T_MAX: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FP8: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FP8: tl.constexpr,
+    WEIGHTED: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
     CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, META: tl.constexpr, COUNT: tl.constexpr, WEIGHTS: tl.constexpr,
     X: tl.constexpr, SCALES: tl.constexpr, META_FLAG: tl.constexpr, DATA_FLAG: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +249,7 @@ def dispatch_kernel(
         # Where tokens are few the first programs send them, and the last ones sort.
         _lay_out(
             own, rows_M, slots_M, position, first, CHUNKS * GROUPS - 1 - program, CHUNKS * GROUPS, parity, count_P,
-            META, R, P, S, K, T_MAX, BLOCK, BLOCKS,
+            META, R, P, S, K, T_MAX, FEW, MANY, BLOCK, BLOCKS,
         )  # fmt: skip
         if program == 0:
             tl.store(counts + r, count_P, mask=r < R)

@@ -6,18 +6,20 @@ Triton is imported when the first `Kernels` is made, not before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from phalanx.comm.peer_memory import GATHER_WORDS, BufferLayout, lines
-from phalanx.comm.received import Handle, Lists
+from phalanx.comm.received import Handle, Lists, RowNorm
 from phalanx.errors import PhalanxError
 
-_PAIRS_IN_REGISTERS = 8192
+_BLOCK = 1024  # pairs that dispatch takes at a time when it cannot have all
 _FEW_PAIRS = 2048
 _REGISTERS = 65536  # of a multiprocessor, on every device since 2014
+_TILES_A_ROW = 5
 
 Mode = Literal["exact", "fast"]
 
@@ -31,15 +33,22 @@ class LaunchShape:
     """How kernels cut their work; the same on all ranks. A grid must fit the device at once, or ranks wait in a circle.
 
     chunk: columns a program moves. groups: programs that share the tokens. tile, rows: tokens and results that a
-    program sends at once. line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program moves at once;
-    line_senders, line_receivers: how many programs at most do the one and the other. pull_chunk, pull_programs: the
-    columns that a program adds at once, and how many programs at most (`comm.pull_kernels`).
+    program sends at once. few_pairs, many_pairs, most_pairs: sizes, with room for as many pairs of each source, at
+    which dispatch sorts what came in registers: the least one that is enough, if any (most_pairs: only if buffers hold
+    no more; the others: 0 is no size). line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program
+    moves at once; line_senders, line_receivers: how many programs at most do the one and the other. row_warps: of
+    programs that own a whole row, to norm it (`RowNorm`); row_receivers: up to how many tokens there are such programs.
+    pull_chunk, pull_programs: the columns that a program adds at once, and how many programs at most
+    (`comm.pull_kernels`).
     """
 
     chunk: int = 1024
     dispatch_groups: int = 18
     dispatch_tile: int = 8
     dispatch_warps: int = 8
+    few_pairs: int = 1024
+    many_pairs: int = 2048
+    most_pairs: int = 2048
     combine_groups: int = 48
     combine_rows: int = 8
     combine_warps: int = 4
@@ -47,6 +56,8 @@ class LaunchShape:
     line_warps: int = 2
     line_senders: int = 512
     line_receivers: int = 512
+    row_warps: int = 4
+    row_receivers: int = 256
     pull_chunk: int = 512
     pull_warps: int = 2
     pull_programs: int = 1024
@@ -65,7 +76,7 @@ class LaunchShape:
             chunk=chunk, dispatch_groups=max(1, programs // chunks),
             dispatch_tile=4 if pairs <= _FEW_PAIRS else 8, dispatch_warps=4 if pairs <= _FEW_PAIRS else 8,
             combine_groups=max(1, 8 * programs // (3 * chunks)),
-            line_senders=4 * programs, line_receivers=4 * programs,
+            line_senders=4 * programs, line_receivers=4 * programs, row_receivers=2 * programs,
             pull_chunk=min(512, chunk), pull_programs=8 * programs,
         )  # fmt: skip
 
@@ -75,6 +86,18 @@ class LaunchShape:
         if device.type != "cuda":
             return cls.of(hidden, pairs=pairs)
         return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count), pairs)
+
+    def norms(self, row_lines: int) -> int:
+        """Up to how many tokens a combine can norm its rows, of so many lines; 0 where a row is too wide. LOCAL, pure.
+
+        A row stands in the registers of one program, in tiles of a word a thread: its sums, our own share of them, and
+        what is under way. Rows of 2048 values take 5 tiles and 149 registers."""
+        return self.row_receivers if row_lines <= _TILES_A_ROW * self.row_tile else 0
+
+    @property
+    def row_tile(self) -> int:
+        """Lines of a tile of those. LOCAL, pure."""
+        return 2 * self.row_warps
 
     def chunks(self, hidden: int) -> int:
         """How many chunks a row has. LOCAL."""
@@ -133,10 +156,12 @@ class Kernels:
             "T_MAX": fixed.max_tokens, "CHUNK": shape.chunk, "CHUNKS": shape.chunks(fixed.hidden),
         }  # fmt: skip
         pairs = power_of_two(fixed.max_tokens * fixed.top_k)
-        block = pairs if pairs * fixed.padded <= _PAIRS_IN_REGISTERS else 1024
+        block = pairs if pairs * fixed.padded <= shape.most_pairs else _BLOCK
+        few, many = (n // fixed.padded if n // fixed.padded < pairs else 0 for n in (shape.few_pairs, shape.many_pairs))
         self._dispatch = {
-            **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "BLOCK": block,
-            "BLOCKS": -(-pairs // block), "FP8": layout.x_itemsize == 1, "WEIGHTED": fixed.mode == "fast",
+            **moves, "GROUPS": shape.dispatch_groups, "TILE": shape.dispatch_tile, "FEW": few, "MANY": many,
+            "BLOCK": block, "BLOCKS": -(-pairs // block), "FP8": layout.x_itemsize == 1,
+            "WEIGHTED": fixed.mode == "fast",
             "META": at["meta"], "COUNT": at["count"], "WEIGHTS": at["weights"], "X": at["x"], "SCALES": at["scales"],
             "META_FLAG": at["meta_flag"], "DATA_FLAG": at["data_flag"],
         }  # fmt: skip
@@ -144,11 +169,12 @@ class Kernels:
             **moves, "GROUPS": shape.combine_groups, "ROWS_AT_ONCE": shape.combine_rows, "RESULTS": at["results"],
             "RESULT_FLAG": at["result_flag"],
         }  # fmt: skip
+        row_lines = lines(fixed.hidden, layout.result_itemsize)
         self._lines = {
             **{name: moves[name] for name in (*waits, "S", "K", "D", "T_MAX")},
-            "LINES": lines(fixed.hidden, layout.result_itemsize), "TILE": shape.line_tile,
-            "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
+            "LINES": row_lines, "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
         }  # fmt: skip
+        self.norms = shape.norms(row_lines) if fixed.mode == "fast" else 0
         self._pull = {
             **{name: moves[name] for name in (*waits, "S", "K", "KP", "D", "T_MAX")}, "CHUNK": shape.pull_chunk,
             "BLOCK": 32 * shape.pull_warps,  # a pair a thread: nothing passes from one to another
@@ -158,36 +184,49 @@ class Kernels:
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
-    def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int) -> None:
-        """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe."""
+    def dispatch(
+        self, x: Tensor, slots: Tensor, weights: Tensor | None, lists: Lists, tokens: int, *, launch: bool = True,
+    ) -> None:  # fmt: skip
+        """Launch a dispatch of the first `tokens` rows of x, which fills `lists`. COLLECTIVE, graph-safe.
+
+        launch: False only compiles and loads it, LOCAL."""
         c = self._fixed
         programs = c.ep_size + c.layout.dispatch_programs
-        compiled = self._dispatch_kernel[(programs,)](
+        begin = _begin(self._dispatch_kernel, programs, launch)
+        compiled = begin(
             x, slots, weights if weights is not None else slots, lists.row_M, lists.slot_M, lists.position,
             lists.first_S, lists.counts, *self._words(), tokens, c.rank, **self._dispatch,
             num_warps=self._shape.dispatch_warps,
         )  # fmt: skip
         self._seen["dispatch"] = (c.layout.dispatch_programs, self._shape.dispatch_warps, compiled)
+        if not launch:
+            _load(compiled)
 
     def combine(
         self, y: Tensor, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
-        mode: Literal["rows", "exact", "fast"],
+        mode: Literal["rows", "exact", "fast"], norm: RowNorm | None = None, *, launch: bool = True,
     ) -> None:  # fmt: skip
-        """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe."""
+        """Launch the combine of a dispatch of `tokens` rows into `out`. COLLECTIVE, graph-safe.
+
+        norm: for up to `norms` tokens, only in the mode fast. launch: as in `dispatch`, for the other modes."""
         c = self._fixed
         if mode == "fast":
             assert weights is not None, "mode fast adds at the expert's rank: it needs weights"
-            self._combine_sums(y, handle, weights, out, tokens)
+            self._combine_sums(y, handle, weights, out, tokens, norm)
             return
+        assert norm is None, mode
         if self._stands_in_place(y):
             self._pull_rows(y.shape[0], handle, weights, out, tokens, mode)
             return
-        compiled = self._combine_kernel[(c.layout.combine_programs,)](
+        begin = _begin(self._combine_kernel, c.layout.combine_programs, launch)
+        compiled = begin(
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
             out, *self._words(), tokens, c.rank, y.shape[0], **self._combine,
             MODE=("rows", "exact").index(mode), num_warps=self._shape.combine_warps,
         )  # fmt: skip
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
+        if not launch:
+            _load(compiled)
 
     def _stands_in_place(self, y: Tensor) -> bool:
         """Whether peers can read y where it is. All ranks must say the same, also one whose y is empty and has, so
@@ -215,26 +254,38 @@ class Kernels:
         rounds = -(-units // self._shape.pull_programs)
         return max(1, -(-units // max(1, rounds)))
 
-    def _combine_sums(self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int) -> None:
+    def _combine_sums(
+        self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int, norm: RowNorm | None
+    ) -> None:
         assert y.data_ptr() % 8 == 0, "results are read 8 bytes at a time"
-        c = self._fixed
-        senders, receivers = self._line_programs(tokens)
+        assert norm is None or tokens <= self.norms, f"{tokens} rows to norm, more than {self.norms}"
+        c, shape = self._fixed, self._shape
+        if norm is None:
+            tile, warps = shape.line_tile, shape.line_warps
+            receivers, most = (self._line_receivers(t, tile) for t in (tokens, c.max_tokens))
+            after = out, out, 0.0
+        else:
+            tile, warps = shape.row_tile, shape.row_warps
+            receivers, most = max(1, tokens), min(self.norms, c.max_tokens)
+            after = norm.residual_TD, norm.weight_D, norm.eps
+        senders = self._line_senders(tokens, tile)
         compiled = self._line_kernel[(senders + receivers,)](
-            y, handle.position, handle.counts, handle.slots_TK, weights, out, *self._words(), tokens, c.rank,
-            y.shape[0], senders, **self._lines, num_warps=self._shape.line_warps,
+            y, handle.position, handle.counts, handle.slots_TK, weights, out, *after, *self._words(), tokens, c.rank,
+            y.shape[0], senders, **self._lines, TILE=tile, NORM=norm is not None, num_warps=warps,
         )  # fmt: skip
-        most = self._line_programs(c.max_tokens)[1]
-        self._seen["combine (fast)"] = (most, self._shape.line_warps, compiled)
+        self._seen["combine (fast)" if norm is None else "combine (fast, with a norm)"] = (most, warps, compiled)
 
-    def _line_programs(self, tokens: int) -> tuple[int, int]:
-        """How many programs send and receive lines: as many as there may be work for, all of them when there is much.
+    def _line_senders(self, tokens: int, tile: int) -> int:
+        """How many programs send lines: as many as there may be work for, all of them when there is much.
 
         What the others own is not known here: at least as many send as a few tokens want."""
-        units = -(-self._lines["LINES"] // self._shape.line_tile)
         ends = self._fixed.ep_size - 1
-        few = min(self._shape.line_senders, max(tokens, 16) * units * ends)
-        senders = -(-few // ends) * ends if ends else 0
-        return senders, max(1, min(self._shape.line_receivers, tokens * units))
+        few = min(self._shape.line_senders, max(tokens, 16) * -(-self._lines["LINES"] // tile) * ends)
+        return -(-few // ends) * ends if ends else 0
+
+    def _line_receivers(self, tokens: int, tile: int) -> int:
+        """How many programs receive them."""
+        return max(1, min(self._shape.line_receivers, tokens * -(-self._lines["LINES"] // tile)))
 
     def check_fit(self) -> None:
         """Whether the programs that wait for peers fit the device at once, in each grid launched so far. LOCAL.
@@ -276,6 +327,17 @@ def programs_at_once(compiled: Any, warps: int, device: Any) -> int:
     if shared := compiled.metadata.shared:
         held = min(held, device.shared_memory_per_multiprocessor // (shared + 1024))
     return held
+
+
+def _begin(kernel: Any, programs: int, launch: bool) -> Any:
+    """What launches a kernel, or only compiles it."""
+    return kernel[(programs,)] if launch else partial(kernel.warmup, grid=(programs,))
+
+
+def _load(compiled: Any) -> None:
+    """Put a compiled kernel on the device. In the interpreter nothing was compiled."""
+    if compiled is not None:
+        compiled.run  # noqa: B018  (it is loaded when this is asked for)
 
 
 def power_of_two(n: int) -> int:

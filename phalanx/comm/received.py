@@ -45,6 +45,16 @@ class Handle:
     slots_TK: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class RowNorm:
+    """What a combine may do with its sums on the way: residual_TD += them, and return the RMS norm of that, times
+    weight_D. Both in the run's type, rows that follow one another."""
+
+    residual_TD: Tensor
+    weight_D: Tensor
+    eps: float
+
+
 @dataclass(frozen=True)
 class Lists:
     """What a dispatch writes about what it received. Allocated once, zeroed: whatever a broken-off dispatch leaves in

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phalanx.comm.launch import power_of_two
+from phalanx.comm.received import RowNorm
 from phalanx.model.config import ModelConfig
-from phalanx.model.decode_options import DecodeOptions
+from phalanx.model.decode_options import KEYS, DecodeCut, DecodeOptions
 from phalanx.model.device_tables import (
     MERGES_AT,
     NUM_ITEMS,
@@ -190,7 +191,8 @@ class DeviceModel:
         self._options = options or DecodeOptions.best(exact=exact)
         assert not exact or self._options == DecodeOptions(), f"{self._options}: sums are taken in other orders"
         head = config.head_dim
-        self._placed = self._options.placed if head >= 16 and head & (head - 1) == 0 else 0
+        blocks_fit = shape.block_size % KEYS == 0 and shape.split % shape.block_size == 0
+        self._placed = self._options.placed if head >= 16 and head & (head - 1) == 0 and blocks_fit else 0
         self._placed_code, self._thin = placed_kernels, ThinProducts()
         self.config, self._weights, self._experts, self._kv, self._shape = config, weights, experts, kv, shape
         self._code, self._prefill_code = kernels, prefill_kernels
@@ -209,7 +211,9 @@ class DeviceModel:
         entries = shape.max_entries if shape.max_splits > 1 else 1
         self._sums = torch.empty(entries, config.num_heads, config.head_dim, dtype=torch.float32, device=device)
         self._peaks = torch.empty(entries, 2, config.num_heads, dtype=torch.float32, device=device)
-        self._programs = 4 * processors(device)
+        self._arrived = torch.zeros(max(self._placed, 1), config.num_kv_heads, dtype=torch.int32, device=device)
+        self._processors = processors(device)
+        self._programs = 4 * self._processors
         ones = torch.ones(config.head_dim, dtype=dtype, device=device)
         self._head_norms = [(w.q_norm, w.k_norm) if w.q_norm is not None else (ones, ones) for w in weights.layers]
 
@@ -218,19 +222,22 @@ class DeviceModel:
         weights, eps = self._weights, self.config.norm_eps
         x_TD = self.embed(batch.tokens, batch.chosen)
         normed_TD = self.norm(x_TD, None, weights.layers[0].input_norm, eps)
+        norms = (*(layer.input_norm for layer in weights.layers[1:]), weights.norm)
+        summed = batch.rows <= min(self._options.summed, self._experts.norms)
         moe = 0
         for index, layer in enumerate(weights.layers):
             attended = self._attention(index, layer, normed_TD, batch)
             normed_TD = self.norm(attended, x_TD, layer.post_norm, eps)
-            if layer.router is not None:
-                logits = self._product(normed_TD, layer.router, None, self._options.router)
-                out_TD = self._experts.forward(moe, normed_TD, logits, batch.positions, batch.num_rows, batch.tiling)
-                moe += 1
-            else:
-                out_TD = self._dense_mlp(layer, normed_TD)
-            last = index + 1 == len(weights.layers)
-            norm = weights.norm if last else weights.layers[index + 1].input_norm
-            normed_TD = self.norm(out_TD, x_TD, norm, eps)
+            if layer.router is None:
+                normed_TD = self.norm(self._dense_mlp(layer, normed_TD), x_TD, norms[index], eps)
+                continue
+            logits = self._product(normed_TD, layer.router, None, self._options.router)
+            out_TD = self._experts.forward(
+                moe, normed_TD, logits, batch.positions, batch.num_rows, batch.tiling,
+                RowNorm(x_TD, norms[index], eps) if summed else None,
+            )  # fmt: skip
+            normed_TD = out_TD if summed else self.norm(out_TD, x_TD, norms[index], eps)
+            moe += 1
         return normed_TD
 
     def embed(self, tokens_T: Tensor, chosen: Tensor | None) -> Tensor:
@@ -279,6 +286,9 @@ class DeviceModel:
         config, kv, heads = self.config, self._kv.data[index], self.config.num_heads
         out = torch.empty(batch.rows, heads * config.head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
         scale = config.head_dim**-0.5 * math.log2(math.e)
+        if batch.rows <= self._placed and not batch.prefills:
+            self._placed_decodes(index, qkv_TX, batch, out, scale)
+            return out
         self._decodes(index, qkv_TX, batch, out, scale)
         if batch.prefills:
             how = self._prefill
@@ -293,30 +303,35 @@ class DeviceModel:
             )
         return out
 
+    def _placed_decodes(self, index: int, qkv_TX: Tensor, batch: DeviceBatch, out: Tensor, scale: float) -> None:
+        """Place the keys and attend, all in one kernel: every row is a decode."""
+        config, kv, shape = self.config, self._kv.data[index], self._shape
+        heads = batch.rows * config.num_kv_heads
+        cut = self._options.cut or DecodeCut.of(heads, config.head_dim, self._processors)
+        programs = cut.programs * self._processors
+        self._placed_code.placed_decode_kernel[(programs,)](
+            qkv_TX, self._cos, self._sin, *self._head_norms[index], batch.tail, batch.num_items, kv, out, self._sums,
+            self._peaks, self._arrived, config.norm_eps, scale,
+            H=config.num_heads, HKV=config.num_kv_heads, G=power_of_two(max(8, self._group)), C=config.head_dim,
+            BS=shape.block_size, SPLIT=shape.split, BLOCKS=power_of_two(max(8, shape.split // shape.block_size)),
+            ITEMS=shape.max_items, SPLITS=shape.max_splits, W=cut.warps, WINDOW=config.sliding_window or 0,
+            PROGRAMS=programs, NORM=config.qk_norm, ASK=cut.ask, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+
     def _decodes(self, index: int, qkv_TX: Tensor, batch: DeviceBatch, out: Tensor, scale: float) -> None:
-        """Place all keys, norm and turn the queries of prefills in `qkv_TX`, and attend what decodes: in one kernel
-        where every row is a decode."""
-        config, kv, norms = self.config, self._kv.data[index], self._head_norms[index]
-        tables = batch.blocks_at, batch.items_at, batch.tail, batch.num_items
-        sums = self._sums, self._peaks
-        walk = {
-            **self._reads, "BN": _BLOCK_N, "SPLIT": self._shape.split, "PROGRAMS": self._programs, "num_warps": 4,
-            "num_stages": 2,
-        }  # fmt: skip
-        if batch.rows <= self._placed and not batch.prefills:
-            self._placed_code.placed_decode_kernel[(self._programs,)](
-                qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *norms, *tables, kv, out, *sums,
-                config.norm_eps, scale, **walk, M=power_of_two(max(16, self._group + 1)), NORM=config.qk_norm,
-            )  # fmt: skip
-            return
+        """Place all keys, norm and turn the queries in `qkv_TX`, and attend what decodes."""
+        config, kv = self.config, self._kv.data[index]
         self._code.place_kernel[(batch.rows, config.num_kv_heads)](
-            qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *norms, kv, config.norm_eps,
-            H=config.num_heads, HKV=config.num_kv_heads, GP=power_of_two(self._group), C=config.head_dim,
-            HALF_P=power_of_two(config.head_dim // 2), BS=self._shape.block_size, NORM=config.qk_norm, num_warps=2,
+            qkv_TX, batch.positions, batch.kv_rows, self._cos, self._sin, *self._head_norms[index], kv,
+            config.norm_eps, H=config.num_heads, HKV=config.num_kv_heads, GP=power_of_two(self._group),
+            C=config.head_dim, HALF_P=power_of_two(config.head_dim // 2), BS=self._shape.block_size,
+            NORM=config.qk_norm, num_warps=2,
         )  # fmt: skip
         self._code.decode_kernel[(self._programs,)](
-            qkv_TX, batch.positions, *tables, kv, out, *sums, scale, **walk, M=self._tile_m
-        )
+            qkv_TX, batch.positions, batch.blocks_at, batch.items_at, batch.tail, batch.num_items, kv, out, self._sums,
+            self._peaks, scale, **self._reads, M=self._tile_m, SPLIT=self._shape.split, BN=_BLOCK_N,
+            PROGRAMS=self._programs, num_warps=4, num_stages=2,
+        )  # fmt: skip
 
 
 def _linear(x_ND: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:

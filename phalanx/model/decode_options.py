@@ -8,17 +8,51 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KEYS = 16
+"""Keys that a warp of a decode's attention takes at once: the least that its products take."""
+
+_WARPS = 8
+_BUFFER = 24 << 10
+
+
+@dataclass(frozen=True)
+class DecodeCut:
+    """How a decode's attention is cut. warps: of a program, each with KEYS keys at a time. stages: blocks that a warp
+    has before it, and the one it works on. programs: a multiprocessor. ask: whether all keys and values are asked for
+    as soon as it is known where they are, before there are queries."""
+
+    warps: int
+    stages: int
+    programs: int
+    ask: int = 0
+
+    @classmethod
+    def of(cls, heads: int, head_dim: int, processors: int) -> DecodeCut:
+        """The cut for a batch with so many rows times KV heads. LOCAL, pure.
+
+        A multiprocessor has 8 warps in all, which is as many bytes under way as it takes, in as many programs as let
+        a batch of short contexts end in one round; at least two, so that one begins while the other ends."""
+        programs = 2
+        while programs < _WARPS and heads > programs * processors:
+            programs *= 2
+        buffers = _BUFFER // (KEYS * head_dim * 2 * 2)
+        return cls(_WARPS // programs, 1 + min(max(buffers, 1), 4), programs)
+
 
 @dataclass(frozen=True)
 class DecodeOptions:
     """out, router: the rows up to which these products come from `moe.thin`, not from the library. placed: the decodes
-    up to which attention places the new keys itself (`placed_kernels`)."""
+    up to which attention places the new keys itself (`placed_kernels`). cut: how, instead of what suits the batch.
+    summed: the rows up to which the experts' combine adds its sums to the residual and norms it, where it can
+    (`comm.received.RowNorm`)."""
 
     out: int = 0
     router: int = 0
     placed: int = 0
+    cut: DecodeCut | None = None
+    summed: int = 0
 
     @classmethod
     def best(cls, *, exact: bool) -> DecodeOptions:
         """What serving takes. exact: a row's bits must not depend on its batch. LOCAL, pure."""
-        return cls() if exact else cls(out=64, router=256, placed=256)
+        return cls() if exact else cls(out=64, router=256, placed=256, summed=256)

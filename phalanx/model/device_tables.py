@@ -6,8 +6,11 @@
     kv_rows    [rows]    where their keys and values go: block * block_size + offset
     blocks_at  [rows]    where the blocks of their sequence begin in the tail
     items_at   [rows+1]  where their items begin; a row without items is not attended by `decode_kernel`
-    tail                 (row, split) of every item, the pieces of prefills and the rows to be merged (`model.tiles`),
+    tail                 a record of every item, the pieces of prefills and the rows to be merged (`model.tiles`),
                          then blocks by sequence
+
+An item's record, of ITEM_WORDS words, has all that is known of it, so that a kernel reads it at once: row, split, and
+of the row its position, kv_row, blocks_at, first item and number of items.
 
 Every part but the tail stands at a fixed place, so that captured graphs find it, and what is in the tail is found by
 words; only what is used is copied. Rows beyond the batch's own pad it to the size of a graph: they have no items, and
@@ -32,6 +35,9 @@ Ints = npt.NDArray[np.int64]
 
 NUM_ROWS, NUM_ITEMS, NUM_PIECES, PIECES_AT, NUM_MERGES, MERGES_AT = range(6)
 """Words at the start."""
+
+ITEM_WORDS = 8
+"""Words an item, the last one of them unused: a sector of a device's memory."""
 
 _HEADER = 64
 _ALIGN = 64
@@ -83,7 +89,12 @@ class TableShape:
     def size(self) -> int:
         """Words in all."""
         pieces = self.rows + self.cut.max_parts if self.cut else 0
-        tail = 2 * self.max_items + PIECE_WORDS * pieces + MERGE_WORDS * self.rows + self.sequences * self.max_blocks
+        tail = (
+            ITEM_WORDS * self.max_items
+            + PIECE_WORDS * pieces
+            + MERGE_WORDS * self.rows
+            + self.sequences * self.max_blocks
+        )
         return self.offsets["tail"] + tail
 
 
@@ -115,11 +126,8 @@ def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> 
     items_at[count + 1 :] = items
     at = shape.offsets
     tail = words[at["tail"] :]
-    pairs = tail[: 2 * items].reshape(items, 2)
-    pairs[:, 0] = np.repeat(np.arange(count), splits_T)
-    pairs[:, 1] = np.arange(items) - np.repeat(items_at[:count], splits_T)
     pieces, merges = _work(shape, lengths, positions, splits_T, items_at)
-    pieces_at = 2 * items
+    pieces_at = ITEM_WORDS * items
     merges_at = pieces_at + pieces.size
     blocks_at = merges_at + merges.size
     tail[pieces_at:merges_at] = pieces.reshape(-1)
@@ -134,6 +142,11 @@ def write(words: Words, shape: TableShape, batch: ForwardBatch, padded: int) -> 
         "kv_rows": (block_T * shape.block_size + positions % shape.block_size, shape.spare_block * shape.block_size),
         "blocks_at": (blocks_at + begins[sequence_T], 0),
     }
+    row_I = np.repeat(np.arange(count), splits_T)
+    about_row = positions, values["kv_rows"][0], values["blocks_at"][0], items_at[:count], splits_T
+    records = tail[:pieces_at].reshape(items, ITEM_WORDS)
+    records[:, 0], records[:, 1] = row_I, np.arange(items) - items_at[row_I]
+    records[:, 2:7] = np.stack(about_row, axis=1)[row_I]
     for name, (column, padding) in values.items():
         words[at[name] : at[name] + count] = column
         words[at[name] + count : at[name] + padded] = padding

@@ -19,7 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from phalanx.model import device_tables
 from phalanx.moe.kernels import dot, whole
+
+_ITEM_WORDS: tl.constexpr = tl.constexpr(device_tables.ITEM_WORDS)
 
 
 @triton.jit
@@ -167,7 +170,7 @@ def decode_kernel(
     H: tl.constexpr, HKV: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BS: tl.constexpr,
     SPLIT: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of single tokens. tail: (row, split) of each item; a row's items stand together, from first_items[row].
+    """Attention of single tokens. tail: a record of each item; a row's items stand together, from first_items[row].
 
     A row of one split is finished here: out [T, H C]. Of the others, sums [items, H, C] and peaks [items, 2, H] keep a
     split's sum, greatest score and weight, for `merge_kernel`. Grid: PROGRAMS, whatever there is to do.
@@ -179,8 +182,8 @@ def decode_kernel(
     for work in range(tl.program_id(0), items * HKV, PROGRAMS):
         item = work // HKV
         h = work % HKV
-        row = tl.load(tail + 2 * item)
-        split = tl.load(tail + 2 * item + 1)
+        row = tl.load(tail + _ITEM_WORDS * item)
+        split = tl.load(tail + _ITEM_WORDS * item + 1)
         position = tl.load(positions + row)
         inside = (g < G)[:, None] & (c < C)[None, :]
         heads = (h * G + g)[:, None] * C + c[None, :]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from phalanx.comm.cuda import CudaCommunicator
 from phalanx.comm.launch import power_of_two, programs_at_once
+from phalanx.comm.received import RowNorm
 from phalanx.errors import PhalanxError
 from phalanx.moe.experts import Bytes, SlotBank
 from phalanx.moe.gate import RouteTable
@@ -267,16 +268,23 @@ class DeviceExperts:
         most = -(-pairs // MIN_ROWS) + bank.slots_per_rank
         self._turns = torch.zeros(int(expert_kernels.READY) + most, dtype=torch.int32, device=weights.device)
 
+    @property
+    def norms(self) -> int:
+        """Up to how many rows `forward` can norm. LOCAL."""
+        return self._comm.norms
+
     def forward(
-        self, layer: int, x_TD: Tensor, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor, tiling: Tiling
-    ) -> Tensor:
+        self, layer: int, x_TD: Tensor, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor,
+        tiling: Tiling, norm: RowNorm | None = None,
+    ) -> Tensor:  # fmt: skip
         """[T, D] -> [T, D]. COLLECTIVE, launches only.
 
-        logits: the router's, [T, E]. num_rows: int32 [1] on the device; rows from there on are nobody's."""
+        logits: the router's, [T, E]. num_rows: int32 [1] on the device; rows from there on are nobody's. norm: for up
+        to `norms` rows: add the result to a residual, and return the norm of that."""
         weights_TK, slots_TK = self.gate(layer, logits, positions_T, num_rows)
         sent = self._comm.dispatch(x_TD, slots_TK, weights_TK if self._weigh_early else None)
         self.experts(layer, sent.x_ND, sent.row_M, sent.first_S, tiling)
-        return self._comm.combine_weighted(self._y_MD, sent, weights_TK)
+        return self._comm.combine_weighted(self._y_MD, sent, weights_TK, norm)
 
     def gate(
         self, layer: int, logits: Tensor | Product, positions_T: Tensor, num_rows: Tensor

@@ -83,7 +83,9 @@ def check_exchange(ranks: int, config: dict[str, int], **options: object) -> Non
             p.all("same_bits", seed=3, tokens=config["max_tokens"], trials=4)
 
 
-def check_half(ranks: int, config: dict[str, int], in_place: bool = False, **options: Any) -> None:
+def check_half(
+    ranks: int, config: dict[str, int], normed: bool = False, in_place: bool = False, **options: Any
+) -> None:
     """A rank dies between a dispatch and its combine: the others' combine ends, with all that they made themselves."""
     with party(COMMANDS, ranks, devices()) as p:
         opened(p, **config, peer_timeout_s=30.0, **options)
@@ -92,7 +94,7 @@ def check_half(ranks: int, config: dict[str, int], in_place: bool = False, **opt
             alive = list(range(last))
             m.send(
                 "half_exchange", seed=7, tokens=config["max_tokens"], alive=alive, combines=m.rank != last,
-                in_place=in_place,
+                normed=normed, in_place=in_place,
             )  # fmt: skip
         expect(p.ranks[last].reply(), lost=[])
         kill(p.ranks[last])
@@ -322,10 +324,12 @@ def check_deep_ep(ranks: int, config: dict[str, int], **options: Any) -> None:
             ways = every_way if i == 0 or not options.get("interpret") else [i % len(WAYS)]
             answers = p.all("deep_ep", seed=20 + i, tokens=tokens, alive=everyone, ways=ways)
             assert all(a["masked"] == [] for a in answers.values()), answers
+        few = config["max_tokens"] - 1
+        p.all("deep_ep", seed=30, tokens=[few if r else 1 for r in everyone], alive=everyone, ways=[0], room=few)
         others, full = everyone[:-1], [config["max_tokens"]] * ranks
         answers = p.all("deep_ep", only=others, seed=40, tokens=full, alive=others, ways=[1], mask=ranks - 1)
         assert all(a["masked"] == [ranks - 1] for a in answers.values()), answers
-        graph = not options.get("interpret") and not options.get("fp8")
+        graph = not options.get("interpret")
         if graph:
             p.all("deep_ep_capture", seed=5, tokens=config["max_tokens"] // 2)
         p.adopt(list(p.ranks.values()))
@@ -356,6 +360,7 @@ def checks() -> dict[str, Stage]:
         "half": beside(1, check_half, 2, SMALL),
         "half-in-place": beside(3, check_half, 2, SMALL, in_place=True),
         "half-fast": beside(2, check_half, 4, {**SMALL, "slots_per_rank": 6}, mode="fast"),
+        "half-norm": beside(3, check_half, 4, {**SMALL, "slots_per_rank": 6}, normed=True, mode="fast"),
         "exchange-large": beside(4, check_exchange, 2, LARGE, fp8=True),
         "exchange-bf16": beside(1, check_exchange, 2, SMALL),
         "exchange-fp8": beside(2, check_exchange, 2, SMALL, fp8=True),
@@ -379,22 +384,27 @@ def interpreted() -> dict[str, Stage]:
     small = {"max_tokens": 4, "hidden": 256, "top_k": 2, "slots_per_rank": 3}
     shape = {
         "chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "combine_groups": 2, "combine_rows": 4,
-        "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2, "pull_chunk": 128, "pull_warps": 1,
-        "pull_programs": 3,
+        "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2, "row_warps": 1, "pull_chunk": 128,
+        "pull_warps": 1, "pull_programs": 3,
     }  # fmt: skip
 
     def alone(check: Callable[..., None], *arguments: Any, **options: Any) -> Stage:
-        return Stage(partial(check, *arguments, **options, interpret=True, shape=shape), 280.0)
+        return Stage(partial(check, *arguments, **{"interpret": True, "shape": shape, **options}), 280.0)
+
+    # Room for few pairs: what comes is sorted in registers of the one size or the other, or in blocks.
+    long, sizes = {**small, "max_tokens": 9}, {**shape, "few_pairs": 8, "many_pairs": 16, "most_pairs": 16}
 
     return {
         "exchange-bf16": alone(check_exchange, 2, small),
         "exchange-fast": alone(check_exchange, 2, small, mode="fast"),
         "exchange-fp8": alone(check_exchange, 2, small, fp8=True),
+        "exchange-sizes": alone(check_exchange, 2, long, shape=sizes),
         "three-ranks": alone(check_exchange, 3, small),
         "three-ranks-fast": alone(check_exchange, 3, small, mode="fast"),
         "half": alone(check_half, 2, small),
         "half-in-place": alone(check_half, 3, small, in_place=True),
         "half-fast": alone(check_half, 3, small, mode="fast"),
+        "half-norm": alone(check_half, 3, small, normed=True, mode="fast"),
         "meet": alone(check_meet),
         "edges": alone(check_edges),
         "edges-relayed": alone(check_edges, maps_host=False),

@@ -29,7 +29,7 @@ from phalanx.model import device_tables
 from phalanx.model.attention import ForwardBatch, SequenceSlice
 from phalanx.model.config import ModelConfig
 from phalanx.model.cuda import DeviceBatch, DeviceKV, DeviceModel, table_shape
-from phalanx.model.decode_options import DecodeOptions
+from phalanx.model.decode_options import DecodeCut, DecodeOptions
 from phalanx.model.layers import DenseWeights, LayerWeights
 from phalanx.moe.cuda import DeviceBank, DeviceExperts, DeviceLoad, Tiling
 from phalanx.moe.gate import RouteTable
@@ -161,10 +161,13 @@ def check_attention(device: torch.device, large: bool) -> None:
         shapes.append({"num_heads": 32, "num_kv_heads": 4, "head_dim": 128})
         shapes.append({"num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "sliding_window": 700})
     worst = 0.0
+    placed = DecodeOptions(placed=64)
     for seed, changes in enumerate(shapes):
-        for exact, placed in ((False, 0), (False, 64), (True, 0)):
-            options = DecodeOptions(placed=placed)
+        for exact, options in ((False, DecodeOptions()), (False, placed), (True, DecodeOptions())):
             worst = max(worst, _attention_case(model_config(**changes), device, exact, large, seed, options))
+    windowed = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 32, "qk_norm": False, "sliding_window": 70}
+    alone = replace(placed, cut=DecodeCut(warps=1, stages=4, programs=1))  # in the interpreter: several rounds
+    worst = max(worst, _attention_case(model_config(**windowed), device, False, large, len(shapes), alone))
     print(f"    attention: relative error at most {worst:.1e}")
 
 

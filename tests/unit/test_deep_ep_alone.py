@@ -1,74 +1,30 @@
-"""DeepEP's interface on one rank: what is refused, fp8, and the lists of a device, sorted and padded."""
+"""DeepEP's interface on one rank: what is refused, and fp8."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from deep_ep_reference import WAYS, Way, check_round, inputs
-from torch import Tensor
 from torch.distributed import HashStore
 
-from phalanx.comm.base import Dispatched
 from phalanx.comm.deep_ep import Buffer, Shape
 from phalanx.comm.deep_ep_layout import quantize
 from phalanx.comm.local import LocalCommunicator
 from phalanx.comm.peer_memory import BufferLayout
-from phalanx.comm.received import DeviceDispatched
 from phalanx.errors import BadConfig, BadRequest, PhalanxError
 
 SHAPE = Shape(max_tokens=8, hidden=256, top_k=3, num_experts=5)
 
 
-class LikeADevice(LocalCommunicator):
-    """Gives its lists as the CUDA communicator does: sorted by slot, at full capacity, with the counts beside them."""
-
-    def __init__(self, quantizes: bool = False) -> None:
-        super().__init__()
-        self._quantizes = quantizes
-
-    def dispatch(self, x_TD: Tensor, slots_TK: Tensor) -> Dispatched:
-        got = super().dispatch(x_TD, slots_TK)
-        order = got.slot_M.argsort(stable=True)
-        pad = torch.zeros(SHAPE.max_tokens * SHAPE.top_k - len(order), dtype=torch.int64)
-        first_S = torch.searchsorted(got.slot_M[order], torch.arange(SHAPE.num_experts + 1))
-        x_ND, scale_ND = quantize(x_TD, False) if self._quantizes else (x_TD, None)
-        # Rows that belong to no token hold whatever was there before.
-        stale = torch.full((5, SHAPE.hidden), torch.nan).to(x_ND.dtype)
-        x_ND = torch.cat([x_ND.view(torch.uint8), stale.view(torch.uint8)]).view(x_ND.dtype)
-        scale_ND = None if scale_ND is None else torch.cat([scale_ND, torch.full((5, 2), torch.nan)])
-        rows, slots = torch.cat([got.row_M[order], pad]), torch.cat([got.slot_M[order], pad])
-        return DeviceDispatched(x_ND, rows, slots, (got.handle, order), first_S.int(), scale_ND)
-
-    def combine(self, y_MD: Tensor, dispatched: Dispatched) -> Tensor:
-        handle, order = dispatched.handle
-        back = torch.empty_like(y_MD[: len(order)])
-        back[order] = y_MD[: len(order)]
-        return super().combine(back, replace(dispatched, handle=handle))
-
-    def origins(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
-        handle, order = dispatched.handle
-        _, token_M = super().origins(replace(dispatched, handle=handle))
-        token_M = torch.cat([token_M[order], torch.zeros(len(dispatched.row_M) - len(order), dtype=torch.int64)])
-        return torch.zeros_like(token_M), token_M
+def alone(**options: object) -> Buffer:
+    return Buffer(communicator=LocalCommunicator(), low_latency_mode=True, **options)
 
 
-def alone(communicator: LocalCommunicator | None = None, **options: object) -> Buffer:
-    return Buffer(communicator=communicator or LocalCommunicator(), low_latency_mode=True, **options)
-
-
-@pytest.mark.parametrize("make", [LocalCommunicator, LikeADevice], ids=["host", "device"])
-def test_one_rank_gets_its_own_tokens_packed_by_expert(make: Callable[[], LocalCommunicator]) -> None:
-    buffer = alone(make())
+def test_one_rank_gets_its_own_tokens_packed_by_expert() -> None:
+    buffer = alone()
     for seed, tokens in enumerate((8, 0, 1, 5)):
         for way in WAYS:
             check_round(buffer, seed, [tokens], SHAPE, way, alive=(0,))
-
-
-def test_tokens_that_came_as_fp8_are_handed_on_as_they_came() -> None:
-    check_round(alone(LikeADevice(quantizes=True)), 3, [8], SHAPE, Way(fp8=True), alive=(0,))
 
 
 def test_quantizing_keeps_zeros_and_the_largest_and_powers_of_two_add_no_error_of_their_own() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from phalanx.model.attention import ForwardBatch, SequenceSlice
 from phalanx.model.device_tables import (
+    ITEM_WORDS,
     MERGES_AT,
     NUM_ITEMS,
     NUM_MERGES,
@@ -67,9 +68,11 @@ class Attended:
         self.whole: dict[int, range] = {}
         self.sums: dict[int, tuple[int, range]] = {}
         for item in range(parts["header"][NUM_ITEMS]):
-            row, split = parts["tail"][2 * item : 2 * item + 2].tolist()
+            row, split, *about_row, unused = parts["tail"][ITEM_WORDS * item :][:ITEM_WORDS].tolist()
             begin, end = parts["items_at"][row : row + 2].tolist()
             assert begin <= item < end
+            by_row = [int(parts[name][row]) for name in ("positions", "kv_rows", "blocks_at")]
+            assert about_row == [*by_row, begin, end - begin], (about_row, unused)
             seen = range(split * shape.split, min((split + 1) * shape.split, int(parts["positions"][row]) + 1))
             self._keep(row, -1 if end - begin == 1 else item, seen)
         pieces, merges = lists(parts)
