@@ -2,7 +2,7 @@
 """Times the CUDA communicator's kernels in CUDA graphs: two ranks on two devices, checked first.
 
     benchmarks/comm_gpu.py                      all parts but the sweep
-    benchmarks/comm_gpu.py --parts bars,guard   some: bars, guard, adapter, adapter-kinds, nccl, sweep
+    benchmarks/comm_gpu.py --parts bars,guard   some: bars, guard, adapter, adapter-kinds, nccl, sweep, exact
     benchmarks/comm_gpu.py --json FILE          also as JSON
 
 bars: exchanges are compared with a reference, then timed: "exact" and "fast" of the bars (hidden 7168, fp8 dispatch),
@@ -15,9 +15,10 @@ bits, or it is an error.
 guard: two communicators, with masks and time-outs compiled in and without, whose graphs are replayed in turns (on off,
 off on, ...); the median of the ratios of neighbours, and the interval that holds the true median with 95 %, by order
 statistics. adapter: the same exchanges through DeepEP's interface, beside the communicator's own kernels in the same
-run, and the host's time of an eager call. adapter-kinds: in bf16, and with more room
-than tokens. nccl: all_to_all of the same bytes, in processes of its own. sweep: launch shapes. Each part has processes
-of its own: one that fails takes no other with it.
+run, and the host's time of an eager call. adapter-kinds: in bf16, and with more room than tokens. nccl: all_to_all of
+the same bytes, in processes of its own. sweep: launch shapes. exact: results that peers read where they stand
+(`comm.results`, as in all other parts but adapter), beside results that stand elsewhere and are sent, and launch
+shapes, all in turns. Each part has processes of its own: one that fails takes no other with it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from phalanx.comm.cuda import CudaCommunicator
 
 SCRIPT = str(Path(__file__).resolve())
 REPEATS, REPLAYS = 40, 25
-PAIRS, PAIR_REPEATS = 40, 40
+PAIRS, PAIR_REPEATS, TURNS = 40, 40, 30
 WHAT = ("dispatch", "combine", "both")
 
 BARS: dict[str, Any] = {
@@ -75,12 +76,26 @@ SHAPES: dict[str, list[dict[str, int]]] = {
     ],
     "fast": [{}, {"line_tile": 8, "line_warps": 4, "line_senders": 256, "line_receivers": 256}],
 }  # fmt: skip
+SENT = "sent"
+IN_TURNS: dict[str, dict[str, dict[str, Any]]] = {
+    "exact": {
+        SENT: {},
+        "as it is": {},
+        "read 256 columns": {"pull_chunk": 256, "pull_warps": 1, "pull_programs": 1792},
+        "dispatch tiles of 8, 8 warps": {"dispatch_tile": 8, "dispatch_warps": 8},
+        "dispatch 512 columns": {"chunk": 512, "dispatch_groups": 9, "dispatch_tile": 8, "combine_groups": 24},
+    },
+    "engine": {
+        "as it is": {},
+        "dispatch 512 columns": {"chunk": 512, "dispatch_groups": 32},
+    },
+}  # fmt: skip
 ADAPTED: dict[str, tuple[bool, bool, int, tuple[int, ...]]] = {
     "fp8": (True, True, 128, (128, 16, 1)), "quantized": (False, True, 128, (128, 1)),
     "bf16": (False, False, 128, (128, 1)), "room": (True, True, 1024, (128, 1)),
 }  # fmt: skip
 """On the wire fp8, what is returned fp8, room for so many tokens a rank, tokens timed. quantized: on arrival."""
-PARTS = ("bars", "guard", "adapter", "adapter-kinds", "nccl", "sweep")
+PARTS = ("bars", "guard", "adapter", "adapter-kinds", "nccl", "sweep", "exact")
 
 
 # -- in the rank processes ---------------------------------------------------------------------------------------------
@@ -152,6 +167,9 @@ def check(ranks: RankProcess, tokens: list[int], seed: int) -> Reply:
     y = torch.zeros(sent.row_M.shape[0], D, device=ranks.device, dtype=torch.bfloat16)
     y[:count] = rows_MD * (1 + (sent.slot_M[:count, None] + comm.rank * S) / 64)
     out = comm.combine_weighted(y, sent, weights)
+    comm.results.copy_(y)
+    again = comm.combine_weighted(comm.results, sent, weights)
+    assert torch.equal(out.view(torch.int16), again.view(torch.int16)), f"combine of {tokens}: read in place"
     want = torch.zeros(tokens[comm.rank], D, device=ranks.device)
     for k in range(ranks.top_k):
         want += weights[:, k, None] * (x[comm.rank].float() * (1 + mine[:, k, None] / 64)).to(torch.bfloat16).float()
@@ -175,8 +193,10 @@ def off(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm()) if len(want) else 0.0
 
 
-def runs_of(comm: CudaCommunicator, ranks: RankProcess, tokens: int) -> dict[str, Callable[[], torch.Tensor | None]]:
-    """dispatch, combine, both."""
+def runs_of(
+    comm: CudaCommunicator, ranks: RankProcess, tokens: int, in_place: bool = True
+) -> dict[str, Callable[[], torch.Tensor | None]]:
+    """dispatch, combine, both. in_place: the experts' results stand where the communicator wants them."""
     g = torch.Generator().manual_seed(comm.rank)
     places = comm.ep_size * ranks.slots_per_rank
     x = torch.randn(tokens, ranks.hidden, generator=g).to(ranks.device, torch.bfloat16)
@@ -184,6 +204,8 @@ def runs_of(comm: CudaCommunicator, ranks: RankProcess, tokens: int) -> dict[str
     weights = torch.rand(tokens, ranks.top_k, generator=g).to(ranks.device)
     sent = comm.dispatch(x, slots, weights)
     y = torch.randn(sent.row_M.shape[0], ranks.hidden, device=ranks.device, dtype=torch.bfloat16)
+    if in_place:
+        y = comm.results.copy_(y)
     torch.cuda.synchronize()
 
     def dispatch() -> None:
@@ -211,25 +233,29 @@ def measure(ranks: RankProcess, tokens: int) -> Reply:
     return {"us": figures}
 
 
-def pair(ranks: RankProcess, tokens: int) -> Reply:
-    """Replays of graphs of the communicators `on` and `off` in turns: us of each, for dispatch, combine and both."""
-    runs = {name: runs_of(kept[0], ranks, tokens) for name, kept in ranks.kept.items()}
-    align = ranks.kept["on"][0].barrier
+def turns(ranks: RankProcess, tokens: int, rounds: int) -> Reply:
+    """Replays of graphs of all communicators that were put aside, in turns, the first one of a turn being the next one
+    each time: us of each turn, for dispatch, combine and both. Every result has the bits of the first.
+
+    One by one, also a kernel that is the same scatters by 1 us, and is the faster the later it is measured."""
+    names = list(ranks.kept)
+    runs = {name: runs_of(kept[0], ranks, tokens, in_place=name != SENT) for name, kept in ranks.kept.items()}
+    align = ranks.kept[names[0]][0].barrier
     samples: dict[str, dict[str, list[float]]] = {}
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for what in WHAT:
-            graphs = {}
-            for name in runs:
-                runs[name][what]()
+            graphs, firsts, outs = {}, {}, {}
+            for name in names:
+                firsts[name] = runs[name][what]()
                 stream.synchronize()
                 graphs[name] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[name], stream=stream):
-                    for _ in range(PAIR_REPEATS):
-                        runs[name][what]()
-            taken: dict[str, list[float]] = {"on": [], "off": []}
-            for turn in range(PAIRS + 2):
-                for name in ("on", "off") if turn % 2 else ("off", "on"):
+                    outs[name] = [runs[name][what]() for _ in range(PAIR_REPEATS)]
+            taken: dict[str, list[float]] = {name: [] for name in names}
+            for turn in range(rounds + 2):
+                first = turn % len(names)
+                for name in names[first:] + names[:first]:
                     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                     align()
                     start.record()
@@ -237,12 +263,17 @@ def pair(ranks: RankProcess, tokens: int) -> Reply:
                     end.record()
                     end.synchronize()
                     taken[name].append(start.elapsed_time(end) * 1e3 / PAIR_REPEATS)
+            for name, out in firsts.items():
+                same = all(out is None or torch.equal(o.view(torch.int16), out.view(torch.int16)) for o in outs[name])
+                assert same, f"{name}, {what} of {tokens}: other bits than at first"
             samples[what] = {name: us[2:] for name, us in taken.items()}
+    for name, kept in ranks.kept.items():
+        assert kept[0].status().clean, f"{name}: {kept[0].status()}"
     return {"us": samples}
 
 
 COMMANDS = {
-    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "pair": pair,
+    "measure": measure, "check": check, "keep": keep, "close_kept": close_kept, "turns": turns,
     "adapter_check": adapter_runs.check, "adapter": partial(adapter_runs.measure, timed=timed),
 }  # fmt: skip
 
@@ -320,6 +351,31 @@ def sweep(p: Party, rows: dict[str, Any]) -> None:
                 rows[name] = figures(p, name, (128, 16, 1))
 
 
+def exact(p: Party, rows: dict[str, Any]) -> None:
+    """Results elsewhere, which are sent, and in place, which are read; launch shapes, each checked first, in turns."""
+    ranks = list(p.ranks.values())
+    for config, shapes in IN_TURNS.items():
+        for name, shape in shapes.items():
+            p.open(ranks, **CONFIGS[config], shape=shape)
+            p.adopt(ranks)
+            for i, tokens in enumerate(CHECKED[config]):
+                p.all("check", tokens=tokens, seed=i)
+            p.all("keep", name=name)
+        row: dict[str, dict[str, float]] = {name: {} for name in shapes}
+        for n in TIMED[config]:
+            answers = p.all("turns", tokens=n, rounds=TURNS)
+            for what in WHAT:
+                for name in shapes:
+                    both = zip(*(a["us"][what][name] for a in answers.values()), strict=True)
+                    row[name][f"{what} {n}"] = statistics.median(max(us) for us in both)
+        for name in shapes:
+            said = row[name]
+            line = "  ".join(f"{w} " + " / ".join(f"{said[f'{w} {n}']:5.2f}" for n in TIMED[config]) for w in WHAT)
+            print(f"{config + ', ' + name:56s} {line}", flush=True)
+            rows[f"{config} {name}"] = said
+        p.all("close_kept")
+
+
 def interval(ratios: list[float]) -> tuple[float, float, float]:
     """The median and the interval that holds the true one with 95 %, whatever the distribution."""
     ordered, n = sorted(ratios), len(ratios)
@@ -340,7 +396,7 @@ def guard(p: Party, rows: dict[str, Any]) -> None:
             p.adopt(ranks)
             p.all("keep", name=name)
         for n in sizes:
-            answers = p.all("pair", tokens=n)
+            answers = p.all("turns", tokens=n, rounds=PAIRS)
             for what in WHAT:
                 us = {
                     name: [max(pairs) for pairs in zip(*(a["us"][what][name] for a in answers.values()), strict=True)]
@@ -396,6 +452,7 @@ def attempt(name: str, rows: dict[str, Any], seconds: float) -> str:
     with_party = {
         "bars": bars, "guard": guard, "adapter": partial(adapters, kinds=("fp8", "quantized")),
         "adapter-kinds": partial(adapters, kinds=("bf16", "room")), "sweep": sweep,
+        "exact": exact,
     }  # fmt: skip
     try:
         if name == "nccl":

@@ -225,7 +225,7 @@ class CudaBackend:
         experts = kind_for(self.bank)(
             self.bank, routes, self._comm, self._load, top_k=model.top_k, num_experts=model.num_experts,
             norm_topk=model.norm_topk, pairs=config.places * config.max_num_batched_tokens * model.top_k,
-            weigh_early=not exact,
+            weigh_early=not exact, y_MD=self._comm.results,
         )  # fmt: skip
         weights = to_device(weights, device)
         if device.type == "cuda":

@@ -60,11 +60,12 @@ def _send_rows(
 
 
 @triton.jit
-def _plan(
+def plan(
     position, slots, weights, tokens, rank, t, rows,
     S: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, T_MAX: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Of one of our tokens, for each k: the owner of its slot (-1: none), its row of y if that is us, its weight."""
+    """Of one of our tokens, for each k: the owner of its slot (-1: none), its row of y if that is us, its weight, which
+    is 0 where there is no slot, whatever the caller has there."""
     k = tl.arange(0, KP)
     inside = (k < K) & (t < tokens)
     slot_K = tl.load(slots + t * K + k, mask=inside, other=-1).to(tl.int32)
@@ -112,7 +113,7 @@ def _add_rows(
                 total += element(weight_K, j, KP) * row.to(tl.float32)
         if MODE != ROWS:
             tl.store(out + tl.cast(t, tl.int64) * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
-        owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, t + GROUPS, rows, S, K, KP, T_MAX, MODE)
+        owner_K, at_K, weight_K = plan(position, slots, weights, tokens, rank, t + GROUPS, rows, S, K, KP, T_MAX, MODE)
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "notice", "notice_stride", "rows"])
@@ -135,7 +136,7 @@ def combine_kernel(
     r = tl.arange(0, P)
     PROGRAMS: tl.constexpr = CHUNKS * GROUPS
     # What is to be sent and added where does not depend on the peers: know it before they answer.
-    owner_K, at_K, weight_K = _plan(position, slots, weights, tokens, rank, group, rows, S, K, KP, T_MAX, MODE)
+    owner_K, at_K, weight_K = plan(position, slots, weights, tokens, rank, group, rows, S, K, KP, T_MAX, MODE)
     pair, at = _first_rows(position, counts, rank, group, rows, R, K, T_MAX, GROUPS, ROWS_AT_ONCE)
     expected, parity, alive_P = begin(own, state, CUT_AT, COMBINE, R, P, GUARD)
     others_P = tl.where(r == rank, 0, alive_P)

@@ -22,6 +22,7 @@ import select
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -86,7 +87,7 @@ class CudaCommunicator(Communicator):
         self._elastic, self._timeout_s = elastic, peer_timeout_s
         self._padded = power_of_two(ep_size)
         device = device or torch.device("cuda", torch.cuda.current_device())
-        self._shape = shape or LaunchShape.on(device, hidden)
+        self._shape = shape or LaunchShape.on(device, hidden, ep_size * max_tokens * top_k)
         self.layout = BufferLayout(
             ep_size, max_tokens, hidden, top_k, 1 if fp8 else dtype.itemsize, dtype.itemsize,
             self._shape.chunks(hidden) * self._shape.dispatch_groups,
@@ -245,6 +246,20 @@ class CudaCommunicator(Communicator):
         out = torch.empty(tokens, self._top_k, self._hidden, dtype=self._dtype, device=self._device)
         self._kernels.combine(y_MD, dispatched.handle, None, out, tokens, "rows")
         return out
+
+    @cached_property
+    def results(self) -> Tensor:
+        """[R * T * K, D]: where the experts' results stand best, one memory for all layers. LOCAL.
+
+        Under `exact` peers read them there: given to `combine` or `combine_weighted`, whole or its first rows and by
+        all ranks alike, they are not sent. They may be written between a dispatch and its one combine, and at no other
+        time: it is the dispatch that says that the peers have read the last ones. A rank that this one masks by
+        `update_mask` is not waited for, and may read what comes next."""
+        rows, at = self.layout.pairs, self.layout.offsets["y"]
+        if self._mode == "fast":
+            return torch.empty(rows, self._hidden, dtype=self._dtype, device=self._device)
+        part = self._own[at : at + rows * self._hidden * self._dtype.itemsize]
+        return part.view(self._dtype).view(rows, self._hidden)
 
     @property
     def norms(self) -> int:
@@ -509,6 +524,9 @@ class CudaCommunicator(Communicator):
         self.combine_weighted(y, sent, weights)
         if self.norms:
             self.combine_weighted(y, sent, weights, RowNorm(x, x[0].contiguous(), 1e-6))
+        if self._mode == "exact":
+            self.combine(self.results, sent)
+            self.combine_weighted(self.results, sent, weights)
         self.barrier()
         self._tell("cut", [], 0)
         self._memory.wait()

@@ -15,27 +15,35 @@ from phalanx.comm.kernels import DISPATCH, MASK, agreed, begin, draw_ticket, ele
 
 @triton.jit
 def _send_meta(
-    own, state, slots, weights, tokens, rank, to, expected, parity, alive_P,
+    own, state, slots, weights, tokens, rank, to,
     META, COUNT, WEIGHTS, META_FLAG,
     R: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K: tl.constexpr, T_MAX: tl.constexpr,
-    BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, GUARD: tl.constexpr, CUT_AT: tl.constexpr,
 ):  # fmt: skip
     """Tell rank `to` which of its slots each of our tokens wants (and with what weight)."""
+    i = tl.arange(0, BLOCK)
+    # What is to be told is under way before we know the number of this collective.
+    slot = tl.load(slots + i, mask=i < tokens * K, other=-1)
+    weight = tl.zeros([BLOCK], tl.float32)
+    if WEIGHTED:
+        weight = tl.load(weights + i, mask=i < tokens * K, other=0.0)
+    base = own + tl.multiple_of(tl.load(state + MASK + 4 * P + to), 128)
+    expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R, P, GUARD)
     if element(alive_P, to, P) > 0:
-        peer = tl.multiple_of(tl.load(state + MASK + 4 * P + to), 128)
-        base = own + peer
         place = parity * R + rank
-        for start in range(0, tokens * K, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            slot = tl.load(slots + i, mask=i < tokens * K, other=-1)
+        for _ in range(0, tokens * K, BLOCK):
             local = tl.where((slot >= 0) & (slot // S == to), slot - to * S, -1)
             tl.store((base + META).to(tl.pointer_type(tl.int32)) + place * (T_MAX * K) + i, local, mask=i < tokens * K)
             if WEIGHTED:
-                weight = tl.load(weights + i, mask=i < tokens * K, other=0.0)
                 at = (base + WEIGHTS).to(tl.pointer_type(tl.float32)) + place * (T_MAX * K) + i
                 tl.store(at, weight, mask=i < tokens * K)
+            i += BLOCK
+            slot = tl.load(slots + i, mask=i < tokens * K, other=-1)
+            if WEIGHTED:
+                weight = tl.load(weights + i, mask=i < tokens * K, other=0.0)
         tl.store((base + COUNT).to(tl.pointer_type(tl.int64)) + place, tokens.to(tl.int64))
         raise_flag(own, state, META_FLAG + rank * 8, expected, (tl.arange(0, P) == to).to(tl.int32), R, P)
+    draw_ticket(state, expected, DISPATCH)
 
 
 @triton.jit
@@ -208,16 +216,14 @@ def dispatch_kernel(
     """Send every token once to each rank that holds one of its slots, and sort what arrives by slot. COLLECTIVE.
 
     Grid: R + CHUNKS * GROUPS programs. The first R send one rank its list of slots each and end; program (group, chunk)
-    of the others moves a chunk of columns of every GROUPS-th token.
+    of the others moves a chunk of columns of every GROUPS-th token, and raises a flag of its own, if there is one.
     """
     pid = tl.program_id(0)
     if pid < R:
-        expected, parity, alive_P = begin(own, state, CUT_AT, DISPATCH, R, P, GUARD)
         _send_meta(
-            own, state, slots, weights, tokens, rank, pid, expected, parity, alive_P,
-            META, COUNT, WEIGHTS, META_FLAG, R, P, S, K, T_MAX, BLOCK, WEIGHTED,
+            own, state, slots, weights, tokens, rank, pid,
+            META, COUNT, WEIGHTS, META_FLAG, R, P, S, K, T_MAX, BLOCK, WEIGHTED, GUARD, CUT_AT,
         )  # fmt: skip
-        draw_ticket(state, expected, DISPATCH)
     else:
         program = pid - R
         chunk = program % CHUNKS
@@ -229,7 +235,8 @@ def dispatch_kernel(
             own, state, x, slots, slot_TK, x_TD, tokens, rank, group, chunk, parity, alive_P,
             X, SCALES, R, P, S, K, KP, D, T_MAX, CHUNK, GROUPS, TILE, FP8,
         )  # fmt: skip
-        raise_flag(own, state, DATA_FLAG + (rank * (CHUNKS * GROUPS) + program) * 8, expected, alive_P, R, P)
+        if group < tokens:  # who has sent nothing need not say so: how many tokens come is told beside their slots
+            raise_flag(own, state, DATA_FLAG + (rank * (CHUNKS * GROUPS) + program) * 8, expected, alive_P, R, P)
         draw_ticket(state, expected, DISPATCH)
         # The lists arrive long before the tokens: sort them while the tokens are under way.
         told_P = wait_for(
@@ -239,8 +246,9 @@ def dispatch_kernel(
         r = tl.arange(0, P)
         count_P = tl.load((own + COUNT).to(tl.pointer_type(tl.int64)) + parity * R + r, mask=told_P > 0, other=0)
         count_P = tl.minimum(tl.maximum(count_P, 0), T_MAX).to(tl.int32)
+        # Where tokens are few the first programs send them, and the last ones sort.
         _lay_out(
-            own, rows_M, slots_M, position, first, program, CHUNKS * GROUPS, parity, count_P,
+            own, rows_M, slots_M, position, first, CHUNKS * GROUPS - 1 - program, CHUNKS * GROUPS, parity, count_P,
             META, R, P, S, K, T_MAX, FEW, MANY, BLOCK, BLOCKS,
         )  # fmt: skip
         if program == 0:
@@ -248,5 +256,5 @@ def dispatch_kernel(
             tl.store(counts + P, parity)
         wait_for(
             own, state, host, notice, notice_stride, DATA_FLAG + program * 8, CHUNKS * GROUPS, CUT_AT, OPENED_AT,
-            rank, expected, told_P, R, P, GUARD, INTERPRETED,
+            rank, expected, tl.where(group < count_P, told_P, 0), R, P, GUARD, INTERPRETED,
         )  # fmt: skip

@@ -133,6 +133,21 @@ def agreed(value):
 
 
 @triton.jit
+def go_on_alone(own, state, opened_at, rank, opened, R: tl.constexpr, P: tl.constexpr):
+    """A roll call for the epoch `opened` is open: from now on no kernel of ours waits for anybody.
+
+    So we write over what the others may still be reading (`pull_kernels`). They are told before, whoever else tells
+    them, and also those that are masked here."""
+    r = tl.arange(0, P)
+    tl.atomic_max(state + INTERRUPTED, opened, sem="relaxed", scope="gpu")
+    peer_P = tl.load(state + MASK + 4 * P + r, mask=r < R, other=0)  # 0: ourselves, or no member
+    tl.atomic_max(
+        own.to(tl.pointer_type(tl.int64)) + (peer_P + opened_at) // 8 + rank, opened + tl.zeros([P], tl.int64),
+        mask=peer_P != 0, sem="relaxed", scope="sys",
+    )  # fmt: skip
+
+
+@triton.jit
 def give_up(
     own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, elapsed, turn,
     R: tl.constexpr, P: tl.constexpr,
@@ -175,7 +190,7 @@ def give_up(
         )  # fmt: skip
     waiting_P = tl.where(gone_P | masked_P, 0, waiting_P)
     if opened > epoch:
-        tl.atomic_max(state + INTERRUPTED, opened, sem="relaxed", scope="gpu")
+        go_on_alone(own, state, opened_at, rank, opened, R, P)
         waiting_P = tl.zeros([P], tl.int32)
     return waiting_P
 
@@ -216,7 +231,7 @@ def wait_for(
         newest = tl.max(tl.where(arrived_P, seen_P >> 32, 0))
         arrived_P = arrived_P & ((seen_P >> 32) == epoch)
         if newest > epoch:
-            tl.atomic_max(state + INTERRUPTED, newest, sem="relaxed", scope="gpu")
+            go_on_alone(own, state, opened_at, rank, newest, R, P)
     return arrived_P.to(tl.int32)
 
 

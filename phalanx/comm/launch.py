@@ -17,6 +17,7 @@ from phalanx.comm.received import Handle, Lists, RowNorm
 from phalanx.errors import PhalanxError
 
 _BLOCK = 1024  # pairs that dispatch takes at a time when it cannot have all
+_FEW_PAIRS = 2048
 _REGISTERS = 65536  # of a multiprocessor, on every device since 2014
 _TILES_A_ROW = 5
 
@@ -37,6 +38,8 @@ class LaunchShape:
     no more; the others: 0 is no size). line_tile: lines of a row (`comm.line_kernels`, mode `fast`) that a program
     moves at once; line_senders, line_receivers: how many programs at most do the one and the other. row_warps: of
     programs that own a whole row, to norm it (`RowNorm`); row_receivers: up to how many tokens there are such programs.
+    pull_chunk, pull_programs: the columns that a program adds at once, and how many programs at most
+    (`comm.pull_kernels`).
     """
 
     chunk: int = 1024
@@ -55,29 +58,34 @@ class LaunchShape:
     line_receivers: int = 512
     row_warps: int = 4
     row_receivers: int = 256
+    pull_chunk: int = 512
+    pull_warps: int = 2
+    pull_programs: int = 1024
 
     def __post_init__(self) -> None:
         # A word that two threads load may be another one for each: the number of a line is then not that of its data.
         assert self.line_tile * 16 >= 32 * self.line_warps, f"a thread without a word of its own: {self}"
 
     @classmethod
-    def of(cls, hidden: int, programs: int = 128) -> LaunchShape:
+    def of(cls, hidden: int, programs: int = 128, pairs: int = 4096) -> LaunchShape:
         """A shape for about `programs` multiprocessors. Combine's programs wait in threes on each, so as to have more
-        under way."""
+        under way. pairs: the most (token, k) of all ranks; where they are few, 4 warps sort them in their registers."""
         chunk = min(1024, power_of_two(hidden))
         chunks = -(-hidden // chunk)
         return cls(
             chunk=chunk, dispatch_groups=max(1, programs // chunks),
+            dispatch_tile=4 if pairs <= _FEW_PAIRS else 8, dispatch_warps=4 if pairs <= _FEW_PAIRS else 8,
             combine_groups=max(1, 8 * programs // (3 * chunks)),
             line_senders=4 * programs, line_receivers=4 * programs, row_receivers=2 * programs,
+            pull_chunk=min(512, chunk), pull_programs=8 * programs,
         )  # fmt: skip
 
     @classmethod
-    def on(cls, device: torch.device, hidden: int) -> LaunchShape:
+    def on(cls, device: torch.device, hidden: int, pairs: int) -> LaunchShape:
         """`of` for this device. LOCAL."""
         if device.type != "cuda":
-            return cls.of(hidden)
-        return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count))
+            return cls.of(hidden, pairs=pairs)
+        return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count), pairs)
 
     def norms(self, row_lines: int) -> int:
         """Up to how many tokens a combine can norm its rows, of so many lines; 0 where a row is too wide. LOCAL, pure.
@@ -129,11 +137,11 @@ class Kernels:
     def __init__(self, fixed: Fixed) -> None:
         from triton import knobs
 
-        from phalanx.comm import combine_kernels, dispatch_kernels, kernels, line_kernels
+        from phalanx.comm import combine_kernels, dispatch_kernels, kernels, line_kernels, pull_kernels
 
         self._code = kernels
         self._dispatch_kernel, self._combine_kernel = dispatch_kernels.dispatch_kernel, combine_kernels.combine_kernel
-        self._line_kernel = line_kernels.line_combine_kernel
+        self._line_kernel, self._pull_kernel = line_kernels.line_combine_kernel, pull_kernels.pull_kernel
         self._seen: dict[str, tuple[int, int, Any]] = {}
         self._fixed = fixed
         layout, shape, at = fixed.layout, fixed.shape, fixed.layout.offsets
@@ -167,6 +175,12 @@ class Kernels:
             "LINES": row_lines, "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
         }  # fmt: skip
         self.norms = shape.norms(row_lines) if fixed.mode == "fast" else 0
+        self._pull = {
+            **{name: moves[name] for name in (*waits, "S", "K", "KP", "D", "T_MAX")}, "CHUNK": shape.pull_chunk,
+            "BLOCK": 32 * shape.pull_warps,  # a pair a thread: nothing passes from one to another
+            "BLOCKS": min(8, -(-fixed.max_tokens * fixed.top_k // (32 * shape.pull_warps))),
+            "WORDS": at["words"], "READY": at["ready"], "Y": at["y"],
+        }  # fmt: skip
         self._gather = {**waits, "WIDTH": GATHER_WORDS, "ROW": at["row"], "ROW_FLAG": at["row_flag"]}
         self._common = common
 
@@ -201,6 +215,9 @@ class Kernels:
             self._combine_sums(y, handle, weights, out, tokens, norm)
             return
         assert norm is None, mode
+        if self._stands_in_place(y):
+            self._pull_rows(y.shape[0], handle, weights, out, tokens, mode)
+            return
         begin = _begin(self._combine_kernel, c.layout.combine_programs, launch)
         compiled = begin(
             y, handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
@@ -210,6 +227,32 @@ class Kernels:
         self._seen[f"combine ({mode})"] = (c.layout.combine_programs, self._shape.combine_warps, compiled)
         if not launch:
             _load(compiled)
+
+    def _stands_in_place(self, y: Tensor) -> bool:
+        """Whether peers can read y where it is. All ranks must say the same, also one whose y is empty and has, so
+        torch says, no address."""
+        at = y.untyped_storage().data_ptr() + y.storage_offset() * y.element_size()
+        return self._fixed.mode == "exact" and at == self._fixed.own.data_ptr() + self._fixed.layout.offsets["y"]
+
+    def _pull_rows(
+        self, rows: int, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,
+        mode: Literal["rows", "exact"],
+    ) -> None:  # fmt: skip
+        c, ends = self._fixed, self._fixed.ep_size - 1
+        others = 1 + ends * self._pull["BLOCKS"]
+        compiled = self._pull_kernel[(others + self._pull_programs(tokens),)](
+            handle.position, handle.counts, handle.slots_TK, weights if weights is not None else handle.slots_TK,
+            out, *self._words(), tokens, c.rank, rows, **self._pull,
+            MODE=("rows", "exact").index(mode), num_warps=self._shape.pull_warps,
+        )  # fmt: skip
+        most = others + self._pull_programs(c.max_tokens)
+        self._seen[f"combine in place ({mode})"] = (most, self._shape.pull_warps, compiled)
+
+    def _pull_programs(self, tokens: int) -> int:
+        """How many programs read: all do equally much, as far as that goes."""
+        units = tokens * -(-self._fixed.hidden // self._shape.pull_chunk)
+        rounds = -(-units // self._shape.pull_programs)
+        return max(1, -(-units // max(1, rounds)))
 
     def _combine_sums(
         self, y: Tensor, handle: Handle, weights: Tensor, out: Tensor, tokens: int, norm: RowNorm | None

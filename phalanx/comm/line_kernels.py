@@ -86,11 +86,12 @@ def _sum_held(y, ats, weights, rows, word, inside, K: tl.constexpr, D: tl.conste
     found = tl.full((), 0, tl.int32)
     for j in tl.static_range(K):
         here = (ats[j] >= 0) & (ats[j] < rows)
+        weight = tl.where(here, weights[j], 0.0)  # whatever the caller has where there is no slot
         got = tl.load(y_words + ats[j].to(tl.int64) * (D // 4) + word, mask=inside & here, other=0)
-        a += weights[j] * _value(got, 0, y)
-        b += weights[j] * _value(got, 1, y)
-        c += weights[j] * _value(got, 2, y)
-        d += weights[j] * _value(got, 3, y)
+        a += weight * _value(got, 0, y)
+        b += weight * _value(got, 1, y)
+        c += weight * _value(got, 2, y)
+        d += weight * _value(got, 3, y)
         found += here.to(tl.int32)
     return a, b, c, d, found
 

@@ -27,6 +27,9 @@ GATHER_WORDS = 64
 
 _LINE = 128
 
+ROW_BITS = 22
+"""What of a word (`comm.pull_kernels`) says in which row of y a result stands."""
+
 
 class PeerMemoryError(PhalanxError):
     """Device memory could not be exported or mapped; the message says which call failed and why."""
@@ -41,11 +44,13 @@ class BufferLayout:
 
         x           2 * R * T * D * b          (+ 2 * R * T * D / 128 * 4 for the scales of fp8)
         results     2 * K * T * D * 2          (a row per (token, k))
+        y           R * T * K * D * 2          (under `exact` only: our experts' results, for peers to read)
+        words       2 * R * T * K * 8          (under `exact` only: where the peers' stand in their y)
         sums        2 * R * T * D / 60 * 128   (under `fast` only: a row per (rank, token), in lines)
         slot lists  2 * R * T * K * 8          (int32 slot, float32 weight)
         flags       8 * R words a program, and a few lines of counters
 
-    2 ranks, T = 128, D = 7168, K = 8, fp8: 33.2 MB, under `fast` 41.1. It grows with T: larger batches of prefill go
+    2 ranks, T = 128, D = 7168, K = 8, fp8: 62.6 MB, under `fast` 41.1. It grows with T: larger batches of prefill go
     in several waves.
     """
 
@@ -62,6 +67,9 @@ class BufferLayout:
     def __post_init__(self) -> None:
         assert min(self.ep_size, self.max_tokens, self.hidden, self.top_k) >= 1, self
         assert self.hidden % 8 == 0, f"rows are moved 16 bytes at a time: hidden {self.hidden} is no multiple of 8"
+        assert self.fast or self.pairs < 1 << ROW_BITS, (
+            f"{self.pairs} pairs at a rank: words name less than {1 << ROW_BITS} rows"
+        )
         assert self.x_itemsize != 1 or self.hidden % 128 == 0, f"fp8 needs groups of 128 channels, hidden {self.hidden}"
 
     @cached_property
@@ -74,15 +82,18 @@ class BufferLayout:
             "begun": 8 * R,
             "meta_flag": 8 * R,
             "row_flag": 8 * R,
+            "ready": 8 * R,
             "data_flag": 8 * R * self.dispatch_programs,
             "result_flag": 8 * R * self.combine_programs,
             "count": 2 * 8 * R,
             "row": 2 * 8 * R * GATHER_WORDS,
             "meta": 2 * 4 * R * T * K,
             "weights": 2 * 4 * R * T * K,
+            "words": 2 * 8 * R * T * K if not self.fast else 0,
             "scales": 2 * 4 * R * T * (D // 128) if self.x_itemsize == 1 else 0,
             "x": 2 * R * T * D * self.x_itemsize,
             "results": 2 * K * T * D * self.result_itemsize,
+            "y": self.pairs * D * self.result_itemsize if not self.fast else 0,
             "sums": 2 * R * T * lines(D, self.result_itemsize) * _LINE if self.fast else 0,
         }
         offsets, at = {}, 0
@@ -91,6 +102,11 @@ class BufferLayout:
             at += -(-size // _LINE) * _LINE
         offsets["end"] = at
         return offsets
+
+    @property
+    def pairs(self) -> int:
+        """The most (token, k) that a rank's slots may be asked for: all of all ranks."""
+        return self.ep_size * self.max_tokens * self.top_k
 
     @property
     def nbytes(self) -> int:

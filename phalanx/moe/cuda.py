@@ -241,9 +241,11 @@ class DeviceExperts:
     def __init__(
         self, bank: DeviceBank, routes: RouteTable, comm: CudaCommunicator, load: DeviceLoad, *,
         top_k: int, num_experts: int, norm_topk: bool, pairs: int, weigh_early: bool,
+        y_MD: Tensor | None = None,
     ) -> None:  # fmt: skip
         """pairs: the most (token, slot) pairs that a dispatch may bring. weigh_early: the communicator's mode is
-        `fast`, in which weights travel with the tokens."""
+        `fast`, in which weights travel with the tokens. y_MD: where the experts' results stand, [pairs, D]; memory of
+        our own unless given."""
         from phalanx.moe import expert_kernels, kernels
 
         self._code, self._kernel = kernels, expert_kernels.experts_kernel
@@ -257,7 +259,9 @@ class DeviceExperts:
         self._weigh_early = weigh_early
         weights = bank.weights_LSX
         self._h_MF = torch.empty(pairs, bank.expert_width, dtype=bank.dtype, device=weights.device)
-        self._y_MD = torch.empty(pairs, bank.hidden, dtype=bank.dtype, device=weights.device)
+        if y_MD is None:
+            y_MD = torch.empty(pairs, bank.hidden, dtype=bank.dtype, device=weights.device)
+        self._y_MD = y_MD
         on_device = weights.device.type == "cuda"
         self._device = torch.cuda.get_device_properties(weights.device) if on_device else None
         self._programs: dict[Tiling, int] = {}

@@ -83,7 +83,9 @@ def check_exchange(ranks: int, config: dict[str, int], **options: object) -> Non
             p.all("same_bits", seed=3, tokens=config["max_tokens"], trials=4)
 
 
-def check_half(ranks: int, config: dict[str, int], normed: bool = False, **options: Any) -> None:
+def check_half(
+    ranks: int, config: dict[str, int], normed: bool = False, in_place: bool = False, **options: Any
+) -> None:
     """A rank dies between a dispatch and its combine: the others' combine ends, with all that they made themselves."""
     with party(COMMANDS, ranks, devices()) as p:
         opened(p, **config, peer_timeout_s=30.0, **options)
@@ -91,13 +93,9 @@ def check_half(ranks: int, config: dict[str, int], normed: bool = False, **optio
         for m in everyone:
             alive = list(range(last))
             m.send(
-                "half_exchange",
-                seed=7,
-                tokens=config["max_tokens"],
-                alive=alive,
-                combines=m.rank != last,
-                normed=normed,
-            )
+                "half_exchange", seed=7, tokens=config["max_tokens"], alive=alive, combines=m.rank != last,
+                normed=normed, in_place=in_place,
+            )  # fmt: skip
         expect(p.ranks[last].reply(), lost=[])
         kill(p.ranks[last])
         for m in everyone[:last]:
@@ -360,6 +358,7 @@ def checks() -> dict[str, Stage]:
         "deep-ep-fp8": beside(2, check_deep_ep, 2, SMALL, fp8=True),
         "edges": beside(3, check_edges),
         "half": beside(1, check_half, 2, SMALL),
+        "half-in-place": beside(3, check_half, 2, SMALL, in_place=True),
         "half-fast": beside(2, check_half, 4, {**SMALL, "slots_per_rank": 6}, mode="fast"),
         "half-norm": beside(3, check_half, 4, {**SMALL, "slots_per_rank": 6}, normed=True, mode="fast"),
         "exchange-large": beside(4, check_exchange, 2, LARGE, fp8=True),
@@ -385,7 +384,8 @@ def interpreted() -> dict[str, Stage]:
     small = {"max_tokens": 4, "hidden": 256, "top_k": 2, "slots_per_rank": 3}
     shape = {
         "chunk": 128, "dispatch_groups": 2, "dispatch_tile": 2, "combine_groups": 2, "combine_rows": 4,
-        "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2, "row_warps": 1,
+        "line_tile": 2, "line_warps": 1, "line_senders": 3, "line_receivers": 2, "row_warps": 1, "pull_chunk": 128,
+        "pull_warps": 1, "pull_programs": 3,
     }  # fmt: skip
 
     def alone(check: Callable[..., None], *arguments: Any, **options: Any) -> Stage:
@@ -402,6 +402,7 @@ def interpreted() -> dict[str, Stage]:
         "three-ranks": alone(check_exchange, 3, small),
         "three-ranks-fast": alone(check_exchange, 3, small, mode="fast"),
         "half": alone(check_half, 2, small),
+        "half-in-place": alone(check_half, 3, small, in_place=True),
         "half-fast": alone(check_half, 3, small, mode="fast"),
         "half-norm": alone(check_half, 3, small, normed=True, mode="fast"),
         "meet": alone(check_meet),

@@ -84,6 +84,7 @@ def exchange(ranks: RankProcess, seed: int, tokens: list[int], alive: list[int])
     fast, fp8 = ranks.options.get("mode") == "fast", bool(ranks.options.get("fp8"))
     all_inputs = {r: inputs(r, ranks, seed, tokens[r]) for r in range(comm.ep_size)}
     x, slots, weights = (t.to(ranks.device) for t in all_inputs[comm.rank])
+    weights = weights.masked_fill(slots < 0, float("nan"))  # nobody's weight counts for nothing
     sent = comm.dispatch(x, slots, weights if fast else None)
     got = sent.trimmed()
 
@@ -112,6 +113,11 @@ def exchange(ranks: RankProcess, seed: int, tokens: list[int], alive: list[int])
     assert torch.equal(back, expected), f"rows differ at {(back != expected).any(2).nonzero().tolist()[:4]}"
     out = comm.combine_weighted(y, sent, weights)
     close(out, weighted(expected, all_inputs[comm.rank][2]), 2.0 if fast else 1.0)
+    comm.results[: len(y)] = y
+    out_in_place = comm.combine_weighted(comm.results, sent, weights)
+    assert torch.equal(out_in_place, out), "results that peers read add up to something else"
+    back = comm.combine(comm.results[: len(y)], sent).cpu()
+    assert torch.equal(back, expected), f"rows read in place differ at {(back != expected).any(2).nonzero()[:4]}"
     assert out.shape == (tokens[comm.rank], ranks.hidden)
     if comm.norms and seed % 2:
         same_as_a_norm(ranks, seed, y, sent, weights, out)
@@ -140,15 +146,18 @@ def same_as_a_norm(
     torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=0)
 
 
-def half_exchange(ranks: RankProcess, seed: int, tokens: int, alive: list[int], combines: bool, normed: bool) -> Reply:
+def half_exchange(
+    ranks: RankProcess, seed: int, tokens: int, alive: list[int], combines: bool, normed: bool, in_place: bool
+) -> Reply:
     """A dispatch of all ranks, of which only those in `alive` combine: what the others' experts made is missing.
 
-    normed: combine adds to a residual, and norms."""
+    normed: combine adds to a residual, and norms. in_place: it reads results where they stand."""
     comm, S = ranks.comm, ranks.slots_per_rank
     x, slots, weights = (t.to(ranks.device) for t in inputs(comm.rank, ranks, seed, tokens))
     sent = comm.dispatch(x, slots, weights)
     got = sent.trimmed()
     y = expert(got.x_ND[got.row_M], got.slot_M + comm.rank * S)
+    comm.results[: len(y)] = y
     assert comm.status().clean, comm.status()
     if combines:
         fast = ranks.options.get("mode") == "fast"
@@ -159,7 +168,7 @@ def half_exchange(ranks: RankProcess, seed: int, tokens: int, alive: list[int], 
             wide = out.float()
             close(norm, (wide * wide.square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()).cpu(), 2.0)
         else:
-            out = comm.combine_weighted(y, sent, weights)
+            out = comm.combine_weighted(comm.results if in_place else y, sent, weights)
         close(out, weighted(rows_expected(x.cpu(), slots.cpu(), alive, S), weights.cpu()), 2.0 if fast else 1.0)
     status = comm.status()
     return {"lost": sorted(status.lost), "causes": dict(status.causes)}
@@ -178,7 +187,8 @@ def same_bits(ranks: RankProcess, seed: int, tokens: int, trials: int) -> Reply:
         sent = comm.dispatch(x, slots)
         got = sent.trimmed()
         y = expert(got.x_ND[got.row_M], back[got.slot_M + comm.rank * S])
-        out = comm.combine_weighted(y, sent, weights)
+        comm.results[: len(y)] = y
+        out = comm.combine_weighted(comm.results, sent, weights)
         first = out if first is None else first
         assert torch.equal(out.view(torch.int16), first.view(torch.int16)), f"placement {trial} changed bits"
     return {}
@@ -195,7 +205,8 @@ def capture(ranks: RankProcess, seed: int, tokens: int) -> Reply:
         for _ in range(LAYERS):
             sent = comm.dispatch(ranks.x, ranks.slots)
             rows = sent.x_ND[sent.row_M.clamp(0, sent.x_ND.shape[0] - 1)]
-            outs.append(comm.combine_weighted(expert(rows, sent.slot_M + comm.rank * S), sent, ranks.weights))
+            comm.results.copy_(expert(rows, sent.slot_M + comm.rank * S))
+            outs.append(comm.combine_weighted(comm.results, sent, ranks.weights))
         return outs
 
     ranks.graph = torch.cuda.CUDAGraph()

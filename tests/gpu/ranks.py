@@ -222,7 +222,7 @@ class RankProcess:
     ) -> Reply:  # fmt: skip
         """The communicator. `shape`: fields of LaunchShape that are not as for any communicator of this width."""
         self.top_k, self.hidden, self.slots_per_rank = top_k, hidden, slots_per_rank
-        launch = replace(LaunchShape.of(hidden), **(shape or {}))
+        launch = replace(LaunchShape.of(hidden, pairs=ep_size * max_tokens * top_k), **(shape or {}))
         memory: PeerMemory | None = None
         if interpret:
             itemsize = 1 if options.get("fp8") else 2

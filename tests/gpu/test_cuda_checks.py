@@ -17,16 +17,16 @@ from forked import script
 
 GPU_CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check"
 ON_DEVICES = (
-    "deep-ep", "deep-ep-fp8", "edges", "half", "half-fast", "half-norm", "exchange-large", "exchange-bf16",
-    "exchange-fp8", "exchange-fast", "exchange-large-fast", "four-exchange", "eight-exchange", "kill", "kill-unseen",
-    "stop", "waits", "meet", "four-kill", "four-stop", "eight-kill",
+    "deep-ep", "deep-ep-fp8", "edges", "half", "half-in-place", "half-fast", "half-norm", "exchange-large",
+    "exchange-bf16", "exchange-fp8", "exchange-fast", "exchange-large-fast", "four-exchange", "eight-exchange", "kill",
+    "kill-unseen", "stop", "waits", "meet", "four-kill", "four-stop", "eight-kill",
 )  # fmt: skip
 ENGINE = ("attention", "experts", "experts-fp8", "sampler", "engine-one", "flights", "pair", "logits")
 ENGINE_ON_DEVICES = (*ENGINE, "serve", "four", "kill64", "rejoin64", "rejoin64-large", "failures", "vault")
 ENGINE_INTERPRETED = (*ENGINE, "price", "skew")
 INTERPRETED = (
     "exchange-bf16", "exchange-fast", "exchange-fp8", "exchange-sizes", "three-ranks", "three-ranks-fast", "half",
-    "half-fast", "half-norm", "meet", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
+    "half-in-place", "half-fast", "half-norm", "meet", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
 )  # fmt: skip
 
 

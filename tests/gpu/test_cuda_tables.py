@@ -49,6 +49,8 @@ def test_every_part_of_a_buffer_has_the_room_that_its_kernel_addresses(
     assert ends["weights"] - at["weights"] >= 4 * pairs
     assert ends["x"] - at["x"] >= 2 * ep_size * tokens * hidden * x_itemsize
     assert ends["results"] - at["results"] >= 2 * top_k * tokens * hidden * 2
+    assert ends["y"] - at["y"] >= ep_size * tokens * top_k * hidden * 2
+    assert ends["words"] - at["words"] >= 8 * pairs
     if x_itemsize == 1:
         assert ends["scales"] - at["scales"] >= 2 * ep_size * tokens * (hidden // 128) * 4
     sums = layout(*geometry, fast=True).offsets
@@ -56,7 +58,8 @@ def test_every_part_of_a_buffer_has_the_room_that_its_kernel_addresses(
 
 
 def test_the_documented_size_for_the_benchmark_shape_holds() -> None:
-    assert round(layout(2, 128, 7168, 8, 1).nbytes / 1e6, 1) == 33.2
+    assert round(layout(2, 128, 7168, 8, 1).nbytes / 1e6, 1) == 62.6
+    assert round(layout(8, 128, 7168, 8, 1).nbytes / 1e6, 1) == 162.2
     assert round(layout(2, 128, 7168, 8, 1, fast=True).nbytes / 1e6, 1) == 41.1
 
 
