@@ -18,13 +18,11 @@ _BUFFER = 24 << 10
 @dataclass(frozen=True)
 class DecodeCut:
     """How a decode's attention is cut. warps: of a program, each with KEYS keys at a time. stages: blocks that a warp
-    has before it, and the one it works on. programs: a multiprocessor. ask: whether all keys and values are asked for
-    as soon as it is known where they are, before there are queries."""
+    has before it, and the one it works on. programs: a multiprocessor."""
 
     warps: int
     stages: int
     programs: int
-    ask: int = 0
 
     @classmethod
     def of(cls, heads: int, head_dim: int, processors: int) -> DecodeCut:
