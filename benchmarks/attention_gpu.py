@@ -2,18 +2,17 @@
 """The attention of decodes alone, cut in many ways: the shape of Qwen3-30B-A3B, one device, about 40 s.
 
     benchmarks/attention_gpu.py                                    every variant at every shape
-    benchmarks/attention_gpu.py --variants before,4x4@2 --shapes 64x160
+    benchmarks/attention_gpu.py --variants apart,4x4@2 --shapes 64x160
 
 A graph has all layers' attention, each with keys of its own, and before each what comes before it in a step: 128 MB
 are read, so that no cache holds keys, tables or code, and the product of q, k and v is written. Figures: microseconds a
-layer, the median of such replays less that of a graph without attention, in turn with all variants. `before`: placing
-and attention in one kernel as they were (4 warps that share 64 keys), and the kernel that merges splits where contexts
-may be longer than 512. WxS@P: W warps a program, S stages, P programs a multiprocessor; then perhaps b or l: keys asked
-for ahead, in bulk or by lines; then perhaps sN: splits of N keys. A shape is ROWSxCONTEXT, and /LONGEST where tables
-have room for contexts that are not 512 long at most.
+layer, the median of such replays less that of a graph without attention, in turn with all variants. `apart`: what
+--deterministic takes, placing and attention in kernels of their own, and one that merges splits where contexts may be
+longer than 512. WxS@P: W warps a program, S stages, P programs a multiprocessor; then perhaps sN: splits of N keys. A
+shape is ROWSxCONTEXT, and /LONGEST where tables have room for contexts that are not 512 long at most.
 
 Checked first, each variant in a process of its own, which also compiles it: the same rows and the same placed keys as
-the two kernels that --deterministic takes, at every shape and with lengths of all kinds.
+`apart`, at every shape and with lengths of all kinds.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ CHECKED = (
 
 @dataclass(frozen=True)
 class Variant:
-    """cut: None: as it was before. split: instead of the tables' own."""
+    """cut: None: apart. split: instead of the tables' own."""
 
     cut: DecodeCut | None
     split: int = 512
@@ -93,13 +92,13 @@ class Variant:
 
 def _parsed(name: str) -> Variant:
     """See the module's docstring. Raises ArgumentTypeError."""
-    if name == "before":
+    if name == "apart":
         return Variant(None)
-    cut = re.fullmatch(r"(1|2|4|8|16)x([1-9])@(\d+)([bl]?)(?:s(128|256|512))?", name)
+    cut = re.fullmatch(r"(1|2|4|8|16)x([1-9])@(\d+)(?:s(128|256|512))?", name)
     if not cut:
         raise argparse.ArgumentTypeError(f"{name!r} is no variant: such are {', '.join(VARIANTS)}")
-    warps, stages, programs, ask, split = cut.groups()
-    return Variant(DecodeCut(int(warps), int(stages), int(programs), {"b": 1, "l": 2}.get(ask, 0)), int(split or 512))
+    warps, stages, programs, split = cut.groups()
+    return Variant(DecodeCut(int(warps), int(stages), int(programs)), int(split or 512))
 
 
 def _shape(name: str) -> Shape:
@@ -127,10 +126,7 @@ def _shapes(given: str) -> list[Shape]:
     return [_shape(name) for name in given.split(",")]
 
 
-VARIANTS = (
-    "before", "1x4@8", "1x4@8l", "1x3@12", "2x4@4", "2x4@4l", "4x4@2", "4x4@2l", "4x4@2b",
-    "4x3@3", "8x3@1", "8x3@1l", "4x4@2s128", "4x4@2ls256",
-)  # fmt: skip
+VARIANTS = ("apart", "1x4@8", "1x3@12", "2x4@4", "4x4@2", "4x3@3", "8x3@1", "1x4@8s128", "4x4@2s128")
 
 
 class Rig:
@@ -159,16 +155,17 @@ class Rig:
         self.qkv_width = (self.config.num_heads + 2 * self.config.num_kv_heads) * self.config.head_dim
         self.flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
 
-    def model(self, shape: Shape, variant: Variant, plain: bool = False) -> tuple[DeviceModel, DeviceBatch]:
+    def model(self, shape: Shape, variant: Variant) -> tuple[DeviceModel, DeviceBatch]:
         """The model with this cut, and a batch of the shape."""
         made = table_shape(
             self.config, rows=512, sequences=SEQUENCES, max_model_len=shape.longest, block_size=BLOCK,
             num_blocks=self.kv.num_blocks, exact=False, device=self.device,
         )  # fmt: skip
         made = replace(made, split=variant.split)
-        options = DecodeOptions(placed=0 if plain else SEQUENCES, cut=variant.cut)
-        kind = DeviceModel if plain or variant.cut else _before()
-        decoder = kind(self.config, self.weights, cast(Any, None), self.kv, made, exact=False, options=options)
+        options = DecodeOptions(placed=SEQUENCES if variant.cut else 0, cut=variant.cut)
+        decoder = DeviceModel(
+            self.config, self.weights, cast(Any, None), self.kv, made, exact=False, options=options
+        )  # fmt: skip
         slices, contexts, taken = [], shape.contexts(), 0
         order = np.random.default_rng(1).permutation(self.kv.num_blocks).astype(np.int32)
         for i, context in enumerate(contexts):
@@ -188,19 +185,12 @@ class Rig:
         return torch.randn(rows, self.qkv_width, generator=g, device=self.device).to(torch.bfloat16)
 
 
-def _before() -> type[DeviceModel]:
-    """What served before."""
-    from attention_before import ModelBefore
-
-    return ModelBefore
-
-
 def check(name: str) -> float:
     """How far a variant's rows, and the keys that it places, are from those of placing and attending apart."""
     variant, rig, worst = _parsed(name), Rig(1, 3200), 0.0
     for shape in CHECKED:
         decoder, batch = rig.model(shape, variant)
-        plain, plain_batch = rig.model(shape, Variant(None), plain=True)
+        plain, plain_batch = rig.model(shape, Variant(None))
         qkv_TX, clean = rig.qkv(batch.rows), rig.kv.data.clone()
         want = plain.attend(0, qkv_TX.clone(), plain_batch)[: shape.rows]
         placed = rig.kv.data[:, :-1].clone()

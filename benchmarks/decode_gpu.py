@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The device's share of a decode step, with each way of saving time on and off: the shape of Qwen3-30B-A3B.
 
-    benchmarks/decode_gpu.py                                 steps of plain, before, norm apart, served; 30 s
+    benchmarks/decode_gpu.py                                 steps of plain, norm apart, served; 30 s
     benchmarks/decode_gpu.py --batches 64 --variants plain,out,router
     benchmarks/decode_gpu.py --kernels 16                    the times of kernels for these batches
     benchmarks/decode_gpu.py --products                      products first
@@ -12,8 +12,7 @@ device time between two events around a replay, all variants in turn, the median
 Contexts of 160 positions, random weights, random tokens. Kernels' times are from the profiler.
 
 Variants: plain, none of `DecodeOptions`; router, out, placed: that one alone; served: what serves; norm apart: the
-same, with the norm behind the experts in a kernel of its own; before: that, with the attention that served before
-(`attention_before`).
+same, with the norm behind the experts in a kernel of its own.
 
 Kernels that need no peer are compiled by processes of their own, while ranks make weights and communicators.
 
@@ -71,7 +70,6 @@ VARIANTS = {
     "router": DecodeOptions(router=256),
     "out": DecodeOptions(out=256),
     "placed": DecodeOptions(placed=256),
-    "before": replace(SERVED, summed=0),
     "norm apart": replace(SERVED, summed=0),
     "served": SERVED,
 }
@@ -131,12 +129,9 @@ class Parts:
 
     def decoder(self, name: str, layers: int, experts: DeviceExperts) -> DeviceModel:
         """The first layers of the model, as variant `name`. LOCAL."""
-        from attention_before import ModelBefore
-
         model = replace(self.model, num_layers=layers, moe_layers=tuple(range(layers)))
         weights = replace(self.weights, layers=self.weights.layers[:layers])
-        made = ModelBefore if name == "before" else DeviceModel
-        return made(model, weights, experts, self.kv, self.shape, exact=False, options=VARIANTS[name])
+        return DeviceModel(model, weights, experts, self.kv, self.shape, exact=False, options=VARIANTS[name])
 
     def batch(self, rows: int) -> DeviceBatch:
         """`rows` decodes at position CONTEXT of sequences of their own. LOCAL."""
@@ -425,9 +420,7 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--batches", type=_sizes, help="sequences a rank, by commas", default="64,256,16,128,1")
-    parser.add_argument(
-        "--variants", type=_named, help=f"of: {', '.join(VARIANTS)}", default="plain,before,norm apart,served"
-    )
+    parser.add_argument("--variants", type=_named, help=f"of: {', '.join(VARIANTS)}", default="plain,norm apart,served")
     parser.add_argument("--kernels", type=_sizes, help="batches whose kernels are timed", default="64,256")
     parser.add_argument("--products", action="store_true", help="time products of few rows first")
     parser.add_argument("--layers", type=int, default=48)

@@ -315,7 +315,7 @@ class DeviceModel:
             H=config.num_heads, HKV=config.num_kv_heads, G=power_of_two(max(8, self._group)), C=config.head_dim,
             BS=shape.block_size, SPLIT=shape.split, BLOCKS=power_of_two(max(8, shape.split // shape.block_size)),
             ITEMS=shape.max_items, SPLITS=shape.max_splits, W=cut.warps, WINDOW=config.sliding_window or 0,
-            PROGRAMS=programs, NORM=config.qk_norm, ASK=cut.ask, num_warps=cut.warps, num_stages=cut.stages,
+            PROGRAMS=programs, NORM=config.qk_norm, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
     def _decodes(self, index: int, qkv_TX: Tensor, batch: DeviceBatch, out: Tensor, scale: float) -> None:

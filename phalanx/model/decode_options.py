@@ -18,23 +18,20 @@ _BUFFER = 24 << 10
 @dataclass(frozen=True)
 class DecodeCut:
     """How a decode's attention is cut. warps: of a program, each with KEYS keys at a time. stages: blocks that a warp
-    has before it, and the one it works on. programs: a multiprocessor. ask: whether all keys and values are asked for
-    as soon as it is known where they are, before there are queries."""
+    has before it, and the one it works on. programs: a multiprocessor."""
 
     warps: int
     stages: int
     programs: int
-    ask: int = 0
 
     @classmethod
     def of(cls, heads: int, head_dim: int, processors: int) -> DecodeCut:
         """The cut for a batch with so many rows times KV heads. LOCAL, pure.
 
-        A multiprocessor has 8 warps in all, which is as many bytes under way as it takes, in as many programs as let
-        a batch of short contexts end in one round; at least two, so that one begins while the other ends."""
-        programs = 2
-        while programs < _WARPS and heads > programs * processors:
-            programs *= 2
+        A multiprocessor has 8 warps in all, which is as many bytes under way as it takes: four warps share an item
+        while each multiprocessor has one at most, and beyond that each warp has items of its own, since warps that
+        share one wait for each other."""
+        programs = 2 if heads <= processors else _WARPS
         buffers = _BUFFER // (KEYS * head_dim * 2 * 2)
         return cls(_WARPS // programs, 1 + min(max(buffers, 1), 4), programs)
 

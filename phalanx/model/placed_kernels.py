@@ -23,7 +23,7 @@ import triton.language as tl
 from phalanx.model import device_tables
 from phalanx.model.decode_options import KEYS
 from phalanx.model.kernels import _lowest, _normed
-from phalanx.moe.kernels import INTERPRETED, dot
+from phalanx.moe.kernels import dot
 
 _ITEM_WORDS: tl.constexpr = tl.constexpr(device_tables.ITEM_WORDS)
 _N: tl.constexpr = tl.constexpr(KEYS)
@@ -48,45 +48,6 @@ def _turned(at, inside, weight, cos_C, sin_C, eps, C: tl.constexpr, NORM: tl.con
         low, high = _normed(low, high, weight, eps, c, C, HALF)
     a, b = low.to(tl.float32), high.to(tl.float32)
     return (a * cos_C - b * sin_C).to(kind), (b * cos_C + a * sin_C).to(kind)
-
-
-@triton.jit
-def _ask(ids, first_block, kv, lower, upper, W: tl.constexpr, C: tl.constexpr, BS: tl.constexpr,
-         BLOCKS: tl.constexpr, STRIDE: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
-    """Have the keys and values of positions lower..upper brought to the L2 cache, before anything else is ready.
-
-    Each warp asks for its share of every block's rows; an instruction asks for all bytes of one share."""
-    ROWS: tl.constexpr = BS // W
-    b = tl.arange(0, BLOCKS)
-    from_W = tl.arange(0, W) * ROWS
-    rows_WB = upper - (first_block + b)[None, :] * BS - from_W[:, None]
-    bytes_WB = tl.minimum(tl.maximum(rows_WB, 0), ROWS) * (C * kv.dtype.element_ty.primitive_bitwidth // 8)
-    at_WB = kv + ids.to(tl.int64)[None, :] * STRIDE + (from_W * C)[:, None]
-    for part in tl.static_range(2):
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}",
-            "=r,l,r", [(at_WB + part * VALUES).to(tl.int64), bytes_WB], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _ask_lines(ids, first_block, kv, lower, upper, W: tl.constexpr, C: tl.constexpr, BS: tl.constexpr,
-               BLOCKS: tl.constexpr, STRIDE: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
-    """As `_ask`, an instruction for a line of each block."""
-    ROWS: tl.constexpr = BS // W
-    b = tl.arange(0, BLOCKS)
-    from_W = tl.arange(0, W) * ROWS
-    LINE: tl.constexpr = 1024 // kv.dtype.element_ty.primitive_bitwidth
-    rows_WB = upper - (first_block + b)[None, :] * BS - from_W[:, None]
-    at_WB = kv + ids.to(tl.int64)[None, :] * STRIDE + (from_W * C)[:, None]
-    for line in tl.static_range(ROWS * C // LINE):
-        wanted_WB = (rows_WB * C > line * LINE).to(tl.int32)
-        for part in tl.static_range(2):
-            tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}",
-                "=r,l,r", [(at_WB + part * VALUES + line * LINE).to(tl.int64), wanted_WB], dtype=tl.int32,
-                is_pure=False, pack=1,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -165,7 +126,7 @@ def placed_decode_kernel(
     qkv, cos, sin, q_norm, k_norm, tail, num_items, kv, out, sums, peaks, arrived, eps, scale,
     H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr, ITEMS: tl.constexpr, SPLITS: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr,
-    PROGRAMS: tl.constexpr, NORM: tl.constexpr, ASK: tl.constexpr,
+    PROGRAMS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """See `kernels.decode_kernel` and `place_kernel`. qkv: [T, (H + 2 Hkv) C]; C, G and BLOCKS are powers of two, of
     which the last two are no less than 8, or the query heads of a KV head, and the blocks of a split.
@@ -189,10 +150,6 @@ def placed_decode_kernel(
         upper = tl.minimum(split * SPLIT + SPLIT, position)
         first_block = lower // BS
         ids = tl.load(tail + blocks_at + first_block + b, mask=lower + b * BS < upper, other=0)
-        if ASK == 2 and not INTERPRETED:
-            _ask_lines(ids, first_block, kv + h * (BS * C), lower, upper, W, C, BS, BLOCKS, 2 * VALUES, VALUES)
-        if ASK == 1 and not INTERPRETED:
-            _ask(ids, first_block, kv + h * (BS * C), lower, upper, W, C, BS, BLOCKS, 2 * VALUES, VALUES)
         start = qkv + row.to(tl.int64) * ((H + 2 * HKV) * C)
         angle = position.to(tl.int64) * (C // 2) + first_half
         cos_C, sin_C = tl.load(cos + angle), tl.load(sin + angle)

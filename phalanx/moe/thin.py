@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 _PROGRAMS = 240
-"""Programs that a product is cut into, at least, where its shape allows it: enough to ask for all that memory gives."""
+"""Programs that a product is cut into, at least, where its shape allows it: enough to ask for all that memory gives.
+Half as many do with tiles of _MOST_ROWS: their programs have more rounds under way, and parts cost more to add."""
 
 _OUTPUTS = 64
+_DEPTH = 64
 _MOST_ROWS = 64
 _LEAST_DEPTH = 16
 _MOST_PARTS = 16
@@ -35,7 +37,7 @@ class Product:
 
 @dataclass(frozen=True)
 class ThinShape:
-    """How a product is cut. rows: of a tile. depth: inputs a round."""
+    """How a product is cut. rows: of a tile. depth: inputs a round. stages: rounds under way, and the one worked on."""
 
     rows: int
     depth: int
@@ -46,16 +48,17 @@ class ThinShape:
     def of(cls, rows: int, outputs: int, inner: int) -> ThinShape | None:
         """The shape for [rows, inner] x [outputs, inner]; None: the inner dimension cannot be cut so. LOCAL, pure."""
         padded = min(_MOST_ROWS, max(16, 1 << max(0, rows - 1).bit_length()))
-        depth, stages = (128, 3) if padded < 64 else (64, 4)
+        programs, stages = (_PROGRAMS, 4) if padded < _MOST_ROWS else (_PROGRAMS // 2, 6)
+        depth = _DEPTH
         while depth > _LEAST_DEPTH and (inner % depth or 4 * depth > inner):
             depth //= 2
         if inner % depth:
             return None
         tiles = -(-outputs // _OUTPUTS) * -(-rows // padded)
         parts = 1
-        while tiles * parts < _PROGRAMS and inner % (2 * parts * depth) == 0 and parts < _MOST_PARTS:
+        while tiles * parts < programs and inner % (2 * parts * depth) == 0 and parts < _MOST_PARTS:
             parts *= 2
-        return cls(padded, depth, parts, stages)
+        return cls(padded, depth, parts, min(stages, 1 + inner // (parts * depth)))
 
 
 class ThinProducts:

@@ -25,18 +25,43 @@ def test_an_inner_dimension_that_has_no_whole_rounds_is_not_cut() -> None:
     assert ThinShape.of(4, 128, 2048 + 8) is None
 
 
-def test_small_products_are_cut_further_than_large_ones() -> None:
-    def programs(outputs: int, inner: int) -> tuple[int, int]:
-        shape = ThinShape.of(64, outputs, inner)
-        assert shape is not None
-        return shape.parts, shape.parts * -(-outputs // 64)
+def _programs(rows: int, outputs: int, inner: int) -> tuple[int, int]:
+    """Parts, and programs in all."""
+    shape = ThinShape.of(rows, outputs, inner)
+    assert shape is not None
+    return shape.parts, shape.parts * -(-outputs // 64) * -(-rows // shape.rows)
 
-    parts, many = programs(151936, 2048)
-    assert parts == 1
-    assert many > 240
-    parts, many = programs(2048, 4096)
+
+def test_a_product_of_many_outputs_is_not_cut_into_parts() -> None:
+    assert _programs(64, 151936, 2048) == (1, 2374)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 32])
+def test_products_of_the_fewest_rows_have_a_program_and_more_for_each_multiprocessor(rows: int) -> None:
+    parts, programs = _programs(rows, 2048, 4096)
     assert parts > 1
-    assert many >= 240
+    assert programs >= 240
+
+
+def test_taller_tiles_have_half_as_many_parts_and_more_rounds_under_way() -> None:
+    short, tall = ThinShape.of(32, 2048, 4096), ThinShape.of(64, 2048, 4096)
+    assert short is not None
+    assert tall is not None
+    assert tall.parts == short.parts // 2
+    assert tall.stages > short.stages
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 64, 256])
+def test_a_product_of_few_outputs_is_cut_as_far_as_it_goes(rows: int) -> None:
+    parts, _ = _programs(rows, 128, 2048)
+    assert parts == 16
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inner"), [(16, 128, 2048), (64, 128, 2048), (64, 2048, 4096), (7, 7, 16)])
+def test_no_more_rounds_are_under_way_than_a_part_has(rows: int, outputs: int, inner: int) -> None:
+    shape = ThinShape.of(rows, outputs, inner)
+    assert shape is not None
+    assert shape.stages - 1 <= inner // (shape.parts * shape.depth)
 
 
 def test_a_tensor_is_a_product_without_parts() -> None:
