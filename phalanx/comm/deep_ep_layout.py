@@ -177,7 +177,8 @@ def quantize(x_ND: Tensor, round_scale: bool) -> tuple[Tensor, Tensor]:
     round_scale: make each scale the next power of two, so that it adds no rounding of its own. DeepEP's formula."""
     groups = x_ND.float().view(x_ND.shape[0], x_ND.shape[1] // GROUP, GROUP)
     amax_NG = groups.abs().amax(2).clamp_min(_SMALLEST_AMAX)
-    scale_NG, factor_NG = amax_NG / _LARGEST, _LARGEST / amax_NG
+    # Torch takes a number over a tensor for the number times the reciprocal, which is rounded twice; devices divide.
+    scale_NG, factor_NG = amax_NG / _LARGEST, torch.full_like(amax_NG, _LARGEST) / amax_NG
     if round_scale:
         mantissa, exponent = scale_NG.frexp()
         scale_NG = torch.ldexp(torch.ones_like(scale_NG), exponent - (mantissa == 0.5).int())

@@ -62,7 +62,7 @@ class Flight(Protocol):
         """Wait until it has run. Once; flights end in the order of their launches. LOCAL."""
 
     def discard(self) -> None:
-        """Wait until nothing of it runs, or will; what it brought does not count. LOCAL."""
+        """Wait until nothing of it runs, or will; what it brought does not count, also if it is finished. LOCAL."""
 
 
 class StepRunner(Protocol):

@@ -74,7 +74,7 @@ def travelled(x: Tensor, way: Way, scales: Tensor | None) -> Tensor:
             sent.append(group / scale)
         else:
             assert abs(scale / exact - 1) < 1e-6
-            sent.append(group * (448 / largest))
+            sent.append(group * (torch.full_like(largest, 448.0) / largest))
     return restored(torch.cat(sent).to(torch.float8_e4m3fn), scales)
 
 

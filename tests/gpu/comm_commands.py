@@ -164,9 +164,9 @@ def half_exchange(
         out = torch.zeros_like(x)
         if normed:
             gain = torch.ones_like(x[0])
-            norm = comm.combine_weighted(y, sent, weights, RowNorm(out, gain, 0.0))
-            wide = out.float()
-            close(norm, (wide * wide.square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()).cpu(), 2.0)
+            norm = comm.combine_weighted(y, sent, weights, RowNorm(out, gain, 1e-6))
+            wide = out.float()  # all zeros where the lost rank held every expert of a token
+            close(norm, (wide * (wide.square().mean(1, keepdim=True) + 1e-6).rsqrt()).cpu(), 2.0)
         else:
             out = comm.combine_weighted(comm.results if in_place else y, sent, weights)
         close(out, weighted(rows_expected(x.cpu(), slots.cpu(), alive, S), weights.cpu()), 2.0 if fast else 1.0)

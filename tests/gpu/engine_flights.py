@@ -25,15 +25,18 @@ class Watched:
     def __init__(self, runner: StepRunner, *, grounded: bool) -> None:
         self._runner, self._grounded = runner, grounded
         self.vocab_size = runner.vocab_size
-        self.behind = self._under_way = 0
+        self.behind = 0
+        self._under_way: list[Tracked] = []
 
     def launch(self, batch: StepBatch) -> Flight:
-        self.behind += self._under_way > 0
-        self._under_way += 1
-        return Tracked(self, self._runner.launch(batch))
+        self.behind += bool(self._under_way)
+        self._under_way.append(Tracked(self, self._runner.launch(batch)))
+        return self._under_way[-1]
 
-    def landed(self) -> None:
-        self._under_way -= 1
+    def landed(self, flight: Tracked) -> None:
+        """Nothing of it runs any more. One that was finished and is not whole is discarded, too."""
+        if flight in self._under_way:
+            self._under_way.remove(flight)
 
     def may_lead(self, batch: StepBatch) -> bool:
         return not self._grounded and self._runner.may_lead(batch)
@@ -49,7 +52,7 @@ class Watched:
         self._runner.warm_up(limits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tracked:
     """A flight of `Watched`."""
 
@@ -57,11 +60,11 @@ class Tracked:
     flight: Flight
 
     def finish(self) -> Ran:
-        self.runner.landed()
+        self.runner.landed(self)
         return self.flight.finish()
 
     def discard(self) -> None:
-        self.runner.landed()
+        self.runner.landed(self)
         self.flight.discard()
 
 
