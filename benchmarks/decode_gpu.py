@@ -367,8 +367,9 @@ def _named(given: str) -> list[str]:
 
 def _sizes(given: str) -> list[int]:
     """Batches that there is room for."""
-    batches = [int(n) for n in given.split(",") if n]
-    if any(not 0 < n <= max(BATCHES) for n in batches):
+    named = [n for n in given.split(",") if n]
+    batches = [int(n) for n in named if n.isdecimal()]
+    if len(batches) < len(named) or any(not 0 < n <= max(BATCHES) for n in batches):
         raise argparse.ArgumentTypeError(f"{given!r}: batches have 1 to {max(BATCHES)} sequences")
     return batches
 

@@ -25,6 +25,7 @@ from phalanx.server.protocol import (
     ChatRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    named,
 )
 from phalanx.server.roster import RankRecord
 from phalanx.server.scale_api import scale_down
@@ -185,8 +186,8 @@ def _operation(router: APIRouter) -> None:
         known = ("ranks", "new_ep_size", "drain_timeout") if carry_out is scale_down else ("rank",)
         if unknown := sorted(request.params.keys() - set(known)):
             # Without a rank an instruction may mean all of them: a slip of the pen must not.
-            raise ApiError(400, f"params: {unknown[0]!r} is not known, only {', '.join(known)}",
-                           param=f"params.{unknown[0]}")  # fmt: skip
+            raise ApiError(400, f"params: {named(unknown[0])!r} is not known, only {', '.join(known)}",
+                           param=f"params.{named(unknown[0])}")  # fmt: skip
         ranks = carry_out(service, request.params)
         return json_answer({"accepted": True, "instruction": request.instruction, "ranks": ranks}, 202)
 

@@ -237,7 +237,7 @@ class _Order(BaseModel):
     @classmethod
     def _known(cls, body: Any) -> Any:
         if isinstance(body, dict) and (unknown := sorted(map(str, body.keys() - cls.model_fields.keys()))):
-            raise _field_error(unknown[0], f"this field is not known, only {', '.join(cls.model_fields)}")
+            raise _field_error(named(unknown[0]), f"this field is not known, only {', '.join(cls.model_fields)}")
         return body
 
 
@@ -277,6 +277,12 @@ class FieldError(ValueError):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(f"{param}: {message}")
         self.param, self.message = param, message
+
+
+def named(field: str) -> str:
+    """A field's name that a client made up, for an answer: half a surrogate pair cannot be sent, nor need all of a long
+    one be. LOCAL."""
+    return field[:100].encode("utf-8", "backslashreplace").decode()
 
 
 def _field_error(param: str, message: str) -> FieldError:

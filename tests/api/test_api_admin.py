@@ -144,6 +144,24 @@ def test_a_bad_instruction_is_refused(cluster: Cluster, body: dict[str, Any], pa
     assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("field", "shown"),
+    [(r"\ud800", r"\ud800"), ("z" * 100_000, "z" * 100)],
+    ids=["half a surrogate pair", "endless"],
+)
+def test_a_field_whose_name_no_answer_can_hold_is_refused_as_others_are(
+    cluster: Cluster, field: str, shown: str
+) -> None:
+    for body, param in (
+        (f'{{"instruction": "pause", "{field}": 1}}', shown),
+        (f'{{"instruction": "pause", "params": {{"{field}": 1}}}}', f"params.{shown}"),
+    ):
+        answer = cluster.http.post("/fault_tolerance/apply", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+        assert len(answer.json()["error"]["message"]) < 300
+
+
 def test_chaos_is_refused_unless_it_was_enabled(cluster: Cluster) -> None:
     answer = cluster.http.post("/chaos", json={"kind": "kill", "rank": 0})
     assert (answer.status_code, answer.json()["error"]["type"]) == (403, "permission_error")

@@ -76,10 +76,11 @@ def check_memory(config: ServeConfig, checkpoint: Checkpoint, there: int | None 
     if experts + ranks * shape.dense_bytes <= there:
         return
     ways = ["--nnodes spreads the experts over more hosts"]
-    if checkpoint.config.expert_format == "plain":
+    plain = checkpoint.config.expert_format == "plain"
+    if plain:
         ways.append("--quantization fp8 makes them smaller")
     if config.dtype != "bfloat16":
-        ways.append("--dtype bfloat16 halves the others")
+        ways.append(f"--dtype bfloat16 halves {'both' if plain else 'the others'}")
     if ranks > 1:
         ways.append("a lower --ep-size has these fewer times")
     raise BadConfig(
