@@ -344,8 +344,8 @@ def check_deep_ep(ranks: int, config: dict[str, int], **options: Any) -> None:
 
 
 def check_broken_lists() -> None:
-    """DeepEP's counts of lists that a dispatch that was broken off left: within 0 and an expert's room, and what follows
-    the tensors untouched."""
+    """DeepEP's counts of lists that a broken-off dispatch left: within 0 and an expert's room, and what follows the
+    tensors untouched."""
     from phalanx.comm import deep_ep_kernels
 
     experts, ranks, tokens, top_k, hidden = 4, 2, 3, 2, 128

@@ -269,8 +269,8 @@ def _experts_case(device: torch.device, slots: int, hidden: int, width: int, pai
 
 
 def _broken_lists_case(device: torch.device) -> None:
-    """Lists that no whole dispatch leaves, in which every other slot claims all pairs, ask for more tiles than there are
-    counters: nothing beyond those may be written, and all must be zeros again."""
+    """Lists that no whole dispatch leaves: every other slot claims all pairs, which are more tiles than there are
+    counters. Nothing beyond those may be written, and all must be zeros again."""
     from phalanx.moe import expert_kernels
 
     slots, hidden, width, pairs, t = 8, 32, 32, 160, Tiling()
