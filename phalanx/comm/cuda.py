@@ -251,12 +251,12 @@ class CudaCommunicator(Communicator):
     def results(self) -> Tensor:
         """[R * T * K, D]: where the experts' results stand best, one memory for all layers. LOCAL.
 
-        Under `exact` peers read them there: given to `combine` or `combine_weighted`, whole or its first rows and by
-        all ranks alike, they are not sent. They may be written between a dispatch and its one combine, and at no other
-        time: it is the dispatch that says that the peers have read the last ones. A rank that this one masks by
+        With `layout.in_place` peers read them there: given to `combine` or `combine_weighted`, whole or its first rows
+        and by all ranks alike, they are not sent. They may be written between a dispatch and its one combine, and at no
+        other time: it is the dispatch that says that the peers have read the last ones. A rank that this one masks by
         `update_mask` is not waited for, and may read what comes next."""
         rows, at = self.layout.pairs, self.layout.offsets["y"]
-        if self._mode == "fast":
+        if not self.layout.in_place:
             return torch.empty(rows, self._hidden, dtype=self._dtype, device=self._device)
         part = self._own[at : at + rows * self._hidden * self._dtype.itemsize]
         return part.view(self._dtype).view(rows, self._hidden)
@@ -524,7 +524,7 @@ class CudaCommunicator(Communicator):
         self.combine_weighted(y, sent, weights)
         if self.norms:
             self.combine_weighted(y, sent, weights, RowNorm(x, x[0].contiguous(), 1e-6))
-        if self._mode == "exact":
+        if self.layout.in_place:
             self.combine(self.results, sent)
             self.combine_weighted(self.results, sent, weights)
         self.barrier()

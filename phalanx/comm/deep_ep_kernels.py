@@ -46,7 +46,7 @@ def _pack_lists(
         before_EP = tl.cumsum(came_EP, 1) - came_EP
         ranges = (before_EP.to(tl.int64) << 32) | came_EP.to(tl.int64)
         tl.store(layout_range + e[:, None] * R + r[None, :], ranges, mask=(e < S)[:, None] & (r < R)[None, :])
-        number = tl.minimum(number, capacity)
+        number = tl.maximum(tl.minimum(number, capacity), 0)  # lists of a dispatch that was broken off may not fit
         tl.store(count + e, number, mask=e < S)
         if with_stats:
             tl.store(stats + e, tl.load(stats + e, mask=e < S, other=0) + number, mask=e < S)

@@ -20,6 +20,7 @@ _BLOCK = 1024  # pairs that dispatch takes at a time when it cannot have all
 _FEW_PAIRS = 2048
 _REGISTERS = 65536  # of a multiprocessor, on every device since 2014
 _TILES_A_ROW = 5
+_TILES_UNDER_WAY = 10
 
 Mode = Literal["exact", "fast"]
 
@@ -87,12 +88,15 @@ class LaunchShape:
             return cls.of(hidden, pairs=pairs)
         return cls.of(hidden, min(128, torch.cuda.get_device_properties(device).multi_processor_count), pairs)
 
-    def norms(self, row_lines: int) -> int:
-        """Up to how many tokens a combine can norm its rows, of so many lines; 0 where a row is too wide. LOCAL, pure.
+    def norms(self, row_lines: int, peers: int) -> int:
+        """Up to how many tokens a combine can norm its rows, of so many lines, with so many peers; 0 where a row is too
+        wide or comes from too many. LOCAL, pure.
 
         A row stands in the registers of one program, in tiles of a word a thread: its sums, our own share of them, and
-        what is under way. Rows of 2048 values take 5 tiles and 149 registers."""
-        return self.row_receivers if row_lines <= _TILES_A_ROW * self.row_tile else 0
+        all peers', which are under way at once. Rows of 2048 values take 5 tiles and 149 registers with one peer, 160
+        with two. With three they would take 211, and a grid of `row_receivers` programs would not fit every device."""
+        tiles = -(-row_lines // self.row_tile)
+        return self.row_receivers if tiles <= _TILES_A_ROW and tiles * peers <= _TILES_UNDER_WAY else 0
 
     @property
     def row_tile(self) -> int:
@@ -174,7 +178,7 @@ class Kernels:
             **{name: moves[name] for name in (*waits, "S", "K", "D", "T_MAX")},
             "LINES": row_lines, "WEIGHTS": at["weights"], "SUMS_AT": at["sums"], "BEGUN": at["begun"],
         }  # fmt: skip
-        self.norms = shape.norms(row_lines) if fixed.mode == "fast" else 0
+        self.norms = shape.norms(row_lines, fixed.ep_size - 1) if fixed.mode == "fast" else 0
         self._pull = {
             **{name: moves[name] for name in (*waits, "S", "K", "KP", "D", "T_MAX")}, "CHUNK": shape.pull_chunk,
             "BLOCK": 32 * shape.pull_warps,  # a pair a thread: nothing passes from one to another
@@ -232,7 +236,7 @@ class Kernels:
         """Whether peers can read y where it is. All ranks must say the same, also one whose y is empty and has, so
         torch says, no address."""
         at = y.untyped_storage().data_ptr() + y.storage_offset() * y.element_size()
-        return self._fixed.mode == "exact" and at == self._fixed.own.data_ptr() + self._fixed.layout.offsets["y"]
+        return self._fixed.layout.in_place and at == self._fixed.own.data_ptr() + self._fixed.layout.offsets["y"]
 
     def _pull_rows(
         self, rows: int, handle: Handle, weights: Tensor | None, out: Tensor, tokens: int,

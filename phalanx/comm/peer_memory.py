@@ -44,8 +44,8 @@ class BufferLayout:
 
         x           2 * R * T * D * b          (+ 2 * R * T * D / 128 * 4 for the scales of fp8)
         results     2 * K * T * D * 2          (a row per (token, k))
-        y           R * T * K * D * 2          (under `exact` only: our experts' results, for peers to read)
-        words       2 * R * T * K * 8          (under `exact` only: where the peers' stand in their y)
+        y           R * T * K * D * 2          (if `in_place`: our experts' results, for peers to read)
+        words       2 * R * T * K * 8          (if `in_place`: where the peers' stand in their y)
         sums        2 * R * T * D / 60 * 128   (under `fast` only: a row per (rank, token), in lines)
         slot lists  2 * R * T * K * 8          (int32 slot, float32 weight)
         flags       8 * R words a program, and a few lines of counters
@@ -67,9 +67,6 @@ class BufferLayout:
     def __post_init__(self) -> None:
         assert min(self.ep_size, self.max_tokens, self.hidden, self.top_k) >= 1, self
         assert self.hidden % 8 == 0, f"rows are moved 16 bytes at a time: hidden {self.hidden} is no multiple of 8"
-        assert self.fast or self.pairs < 1 << ROW_BITS, (
-            f"{self.pairs} pairs at a rank: words name less than {1 << ROW_BITS} rows"
-        )
         assert self.x_itemsize != 1 or self.hidden % 128 == 0, f"fp8 needs groups of 128 channels, hidden {self.hidden}"
 
     @cached_property
@@ -89,11 +86,11 @@ class BufferLayout:
             "row": 2 * 8 * R * GATHER_WORDS,
             "meta": 2 * 4 * R * T * K,
             "weights": 2 * 4 * R * T * K,
-            "words": 2 * 8 * R * T * K if not self.fast else 0,
+            "words": 2 * 8 * R * T * K if self.in_place else 0,
             "scales": 2 * 4 * R * T * (D // 128) if self.x_itemsize == 1 else 0,
             "x": 2 * R * T * D * self.x_itemsize,
             "results": 2 * K * T * D * self.result_itemsize,
-            "y": self.pairs * D * self.result_itemsize if not self.fast else 0,
+            "y": self.pairs * D * self.result_itemsize if self.in_place else 0,
             "sums": 2 * R * T * lines(D, self.result_itemsize) * _LINE if self.fast else 0,
         }
         offsets, at = {}, 0
@@ -107,6 +104,12 @@ class BufferLayout:
     def pairs(self) -> int:
         """The most (token, k) that a rank's slots may be asked for: all of all ranks."""
         return self.ep_size * self.max_tokens * self.top_k
+
+    @property
+    def in_place(self) -> bool:
+        """Whether peers read results where they stand (`comm.pull_kernels`): under `exact`, unless there can be more of
+        them than a word can name."""
+        return not self.fast and self.pairs <= 1 << ROW_BITS
 
     @property
     def nbytes(self) -> int:

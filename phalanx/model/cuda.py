@@ -21,7 +21,7 @@ from torch import Tensor
 from phalanx.comm.launch import power_of_two
 from phalanx.comm.received import RowNorm
 from phalanx.model.config import ModelConfig
-from phalanx.model.decode_options import KEYS, DecodeCut, DecodeOptions
+from phalanx.model.decode_options import DecodeCut, DecodeOptions, can_place
 from phalanx.model.device_tables import (
     MERGES_AT,
     NUM_ITEMS,
@@ -190,9 +190,9 @@ class DeviceModel:
 
         self._options = options or DecodeOptions.best(exact=exact)
         assert not exact or self._options == DecodeOptions(), f"{self._options}: sums are taken in other orders"
-        head = config.head_dim
-        blocks_fit = shape.block_size % KEYS == 0 and shape.split % shape.block_size == 0
-        self._placed = self._options.placed if head >= 16 and head & (head - 1) == 0 and blocks_fit else 0
+        self._group = config.num_heads // config.num_kv_heads
+        placeable = can_place(self._group, config.head_dim, shape.block_size, shape.split)
+        self._placed = self._options.placed if placeable else 0
         self._placed_code, self._thin = placed_kernels, ThinProducts()
         self.config, self._weights, self._experts, self._kv, self._shape = config, weights, experts, kv, shape
         self._code, self._prefill_code = kernels, prefill_kernels
@@ -200,7 +200,6 @@ class DeviceModel:
         device, dtype = weights.embed.device, weights.embed.dtype
         self._device = device
         self._cos, self._sin = _angles(config, device)
-        self._group = config.num_heads // config.num_kv_heads
         self._tile_m = power_of_two(max(16, self._group))
         self._prefill = prefill or PrefillTiling.of(config.head_dim)
         self._prefill_m = power_of_two(max(16, (shape.cut.tokens if shape.cut else 1) * self._group))

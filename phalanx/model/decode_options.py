@@ -13,6 +13,17 @@ KEYS = 16
 
 _WARPS = 8
 _BUFFER = 24 << 10
+_MOST_SUMS = 4096
+
+
+def can_place(group: int, head_dim: int, block_size: int, split: int) -> bool:
+    """Whether attention can place the new keys itself (`placed_kernels`): with so many query heads a KV head, of this
+    size, KV blocks of so many positions, and so many positions an item. LOCAL, pure.
+
+    A warp keeps its sums in registers, of all query heads of a KV head: 64 of 128 values would pass through memory."""
+    heads_fit = head_dim >= KEYS and head_dim & (head_dim - 1) == 0
+    sums = max(8, 1 << max(0, group - 1).bit_length()) * head_dim
+    return heads_fit and sums <= _MOST_SUMS and block_size % KEYS == 0 and split % block_size == 0
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,7 @@ class DeviceExperts:
         self._device = torch.cuda.get_device_properties(weights.device) if on_device else None
         self._programs: dict[Tiling, int] = {}
         most = -(-pairs // MIN_ROWS) + bank.slots_per_rank
+        self._tiles["MOST"] = most
         self._turns = torch.zeros(int(expert_kernels.READY) + most, dtype=torch.int32, device=weights.device)
 
     @property

@@ -104,12 +104,13 @@ def experts_kernel(
     x, row_M, first, weights, h, y, turns,
     UP_TILE: tl.constexpr, DOWN_TILE: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, F: tl.constexpr,
     D: tl.constexpr, X: tl.constexpr, AT: tl.constexpr, BM: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
-    BK: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr,
+    BK: tl.constexpr, UP_STAGES: tl.constexpr, DOWN_STAGES: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """y[m] = w2 (silu(gate x[row_M[m]]) * up x[row_M[m]]) with the weights of m's slot.
 
     weights: [S, X]; first: int32 [S + 1], where each slot's pairs begin; h: [M, F] and y: [M, D] are written; turns:
-    int32 [READY + tiles of rows], zeros before and after. UP_TILE, DOWN_TILE: how a tile of either product is made.
+    int32 [READY + MOST], zeros before and after; MOST: the most tiles of rows that whole lists may ask for. UP_TILE,
+    DOWN_TILE: how a tile of either product is made.
     Grid: as many programs as run at once, or fewer.
     """
     pid = tl.program_id(0)
@@ -117,10 +118,11 @@ def experts_kernel(
     s = tl.arange(0, SP)
     begin_S = tl.load(first + s, mask=s < S, other=0)
     end_S = tl.load(first + s + 1, mask=s < S, other=0)
-    # A dispatch that was broken off may leave lists of two batches: no count may then be negative.
+    # A dispatch that was broken off may leave lists that do not fit each other: counts may then be negative, and
+    # their sum more than there is room for.
     tiles_S = tl.maximum(end_S - begin_S + BM - 1, 0) // BM
     upto_S = tl.cumsum(tiles_S, 0)
-    tiles = tl.sum(tiles_S)
+    tiles = tl.minimum(tl.sum(tiles_S), MOST)
     UPS: tl.constexpr = (F + UP - 1) // UP
     DOWNS: tl.constexpr = (D + DOWN - 1) // DOWN
     for item in range(pid, tiles * UPS, programs):

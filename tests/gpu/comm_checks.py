@@ -343,6 +343,32 @@ def check_deep_ep(ranks: int, config: dict[str, int], **options: Any) -> None:
             expect(p.ranks[m].reply(), masked=[ranks - 1])
 
 
+def check_broken_lists() -> None:
+    """DeepEP's counts of lists that a broken-off dispatch left: within 0 and an expert's room, and what follows the
+    tensors untouched."""
+    from phalanx.comm import deep_ep_kernels
+
+    experts, ranks, tokens, top_k, hidden = 4, 2, 3, 2, 128
+    capacity, pairs = ranks * tokens, ranks * tokens * top_k
+    first = torch.tensor([0, pairs, 2, 1, pairs], dtype=torch.int32)
+    counts, stats = torch.tensor([tokens, tokens, 0], dtype=torch.int32), torch.full((experts,), 5, dtype=torch.int32)
+    x = torch.ones(2 * ranks * tokens, hidden, dtype=torch.bfloat16)
+    packed = torch.zeros(experts * capacity + 1, hidden, dtype=torch.bfloat16)
+    places, count = torch.full((pairs,), -7, dtype=torch.int32), torch.full((experts,), -7, dtype=torch.int32)
+    src_info = torch.full((experts * capacity + 1,), -7, dtype=torch.int32)
+    deep_ep_kernels.pack_kernel[(3,)](
+        x, count, torch.arange(pairs, dtype=torch.int32), torch.zeros(pairs, dtype=torch.int64), first, counts, packed,
+        count, places, count, src_info, torch.zeros(experts, ranks, dtype=torch.int64), stats, capacity, 1, 0,
+        R=ranks, P=ranks, S=experts, E=experts, K=top_k, KP=top_k, D=hidden, T_MAX=tokens, CHUNK=hidden, CHUNKS=1,
+        LISTS=1, LANES=4, EXPERTS=4, HOW=deep_ep_kernels.COPY.value,
+    )  # fmt: skip
+    assert count.tolist() == [capacity, 0, 0, capacity], count
+    assert stats.tolist() == [5 + n for n in count.tolist()], stats
+    assert ((places >= -1) & (places < experts * capacity)).all(), places
+    assert src_info[-1] == -7, "what follows the experts' lists was written over"
+    assert not packed[-1].any(), "what follows the experts' rows was written over"
+
+
 def checks() -> dict[str, Stage]:
     """Name -> check. Those that show correctness alone come first, several at once, the newest of them at the head of
     their lanes; those that measure have the machine to themselves, and find their kernels compiled."""
@@ -410,4 +436,5 @@ def interpreted() -> dict[str, Stage]:
         "edges-relayed": alone(check_edges, maps_host=False),
         "deep-ep": alone(check_deep_ep, 2, small),
         "deep-ep-fp8": alone(check_deep_ep, 2, small, fp8=True),
+        "deep-ep-lists": Stage(check_broken_lists, 280.0),
     }

@@ -218,6 +218,7 @@ def check_experts(device: torch.device, large: bool) -> None:
     worst = 0.0
     for seed, (slots, hidden, width, pairs) in enumerate(cases):
         worst = max(worst, _experts_case(device, slots, hidden, width, pairs, seed))
+    _broken_lists_case(device)
     for experts, top_k, tokens in ((4, 2, 9), (6, 3, 5), *(((128, 8, 256),) if large else ())):
         _gate_case(device, experts, top_k, tokens)
     print(f"    experts: relative error at most {worst:.1e}")
@@ -265,6 +266,31 @@ def _experts_case(device: torch.device, slots: int, hidden: int, width: int, pai
     bank.close()
     assert same, f"{slots} slots, {hidden} x {width}, {pairs} pairs: bits depend on the tiling"
     return worst
+
+
+def _broken_lists_case(device: torch.device) -> None:
+    """Lists that no whole dispatch leaves: every other slot claims all pairs, which are more tiles than there are
+    counters. Nothing beyond those may be written, and all must be zeros again."""
+    from phalanx.moe import expert_kernels
+
+    slots, hidden, width, pairs, t = 8, 32, 32, 160, Tiling()
+    most = -(-pairs // t.rows) + slots
+    first = torch.tensor([0, pairs] * (slots // 2) + [0], dtype=torch.int32, device=device)
+    assert slots // 2 * -(-pairs // t.rows) > most, "these lists fit"
+    x, weights, h, y = (
+        torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
+        for rows, columns in ((pairs, hidden), (slots, 3 * hidden * width), (pairs, width), (pairs, hidden))
+    )
+    words = torch.full((int(expert_kernels.READY) + most + 64,), 7, dtype=torch.int32, device=device)
+    turns = words[:-64].zero_()
+    expert_kernels.experts_kernel[(1,)](
+        x, torch.arange(pairs, device=device), first, weights, h, y, turns, UP_TILE=expert_kernels.up_tile,
+        DOWN_TILE=expert_kernels.down_tile, S=slots, SP=slots, F=width, D=hidden, X=3 * hidden * width, AT=0, BM=t.rows,
+        UP=t.up, DOWN=t.down, BK=t.depth, UP_STAGES=t.up_stages, DOWN_STAGES=t.down_stages, MOST=most,
+        num_warps=t.warps,
+    )  # fmt: skip
+    assert not turns.any(), "counters are left"
+    assert (words[-64:] == 7).all(), "what follows the counters was written over"
 
 
 def pairs_of(

@@ -27,6 +27,7 @@ ENGINE_INTERPRETED = (*ENGINE, "price", "skew")
 INTERPRETED = (
     "exchange-bf16", "exchange-fast", "exchange-fp8", "exchange-sizes", "three-ranks", "three-ranks-fast", "half",
     "half-in-place", "half-fast", "half-norm", "meet", "edges", "edges-relayed", "deep-ep", "deep-ep-fp8",
+    "deep-ep-lists",
 )  # fmt: skip
 
 

@@ -91,3 +91,23 @@ def test_a_row_of_results_fills_no_more_lines_than_its_bytes_and_their_numbers_n
 def test_a_launch_shape_whose_threads_would_share_words_of_a_line_is_refused() -> None:
     with pytest.raises(AssertionError, match="a word of its own"):
         LaunchShape(line_tile=2, line_warps=2)
+
+
+@pytest.mark.parametrize(("hidden", "peers"), [(2048, 1), (2048, 2), (64, 8), (960, 5), (2400, 0)])
+def test_a_combine_norms_rows_that_registers_hold_with_all_that_is_under_way(hidden: int, peers: int) -> None:
+    shape = LaunchShape.of(hidden)
+    assert shape.norms(lines(hidden, 2), peers) == shape.row_receivers
+
+
+@pytest.mark.parametrize(("hidden", "peers"), [(2048, 3), (2048, 7), (64, 11), (960, 6), (2408, 0), (4096, 1)])
+def test_wider_rows_and_more_peers_are_left_to_the_norms_own_kernel(hidden: int, peers: int) -> None:
+    assert LaunchShape.of(hidden).norms(lines(hidden, 2), peers) == 0
+
+
+def test_results_that_words_cannot_name_are_sent_instead_of_read_in_place() -> None:
+    within, beyond = layout(8, 65536, 64, 8, 2), layout(8, 65537, 64, 8, 2)
+    assert within.in_place
+    assert within.offsets["sums"] - within.offsets["y"] == 8 * 65536 * 8 * 64 * 2
+    assert not beyond.in_place
+    assert beyond.offsets["sums"] == beyond.offsets["y"]
+    assert not layout(2, 128, 64, 8, 2, fast=True).in_place

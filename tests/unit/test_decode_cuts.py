@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phalanx.model.decode_options import DecodeCut
+from phalanx.model.decode_options import DecodeCut, can_place
 
 PROCESSORS = 132
 
@@ -26,3 +26,19 @@ def test_wide_heads_have_fewer_blocks_before_them_and_one_at_least(heads: int, h
     assert 2 <= cut.stages <= 5
     assert cut.stages <= DecodeCut.of(heads, head_dim // 2, PROCESSORS).stages
     assert cut.warps * cut.programs == 8
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (8, 128), (12, 128), (16, 128), (8, 256), (32, 128)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_attention_places_keys_whatever_heads_share_them(group: int, head_dim: int, block_size: int) -> None:
+    assert can_place(group, head_dim, block_size, 512)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "block_size", "split"),
+    [(8, 96, 16, 512), (8, 8, 16, 512), (8, 128, 8, 512), (8, 128, 48, 512), (8, 128, 1024, 512), (33, 128, 16, 512)],
+)
+def test_heads_and_blocks_that_its_kernel_cannot_take_are_left_to_the_other_kernels(
+    group: int, head_dim: int, block_size: int, split: int
+) -> None:
+    assert not can_place(group, head_dim, block_size, split)
