@@ -196,6 +196,41 @@ def give_up(
 
 
 @triton.jit
+def _still_awaited(
+    own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, started,
+    R: tl.constexpr, P: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """`give_up` now, in a wait that began at `started`."""
+    now = now_ns(INTERPRETED)
+    elapsed = now - started
+    turn = (now >> TURN_BITS) % tl.num_programs(0) == tl.program_id(0)
+    turn = INTERPRETED or (turn and elapsed > PATIENT_NS)
+    return give_up(
+        own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, elapsed, turn, R, P
+    )
+
+
+@triton.jit
+def either(a, b):
+    """For reductions of bits."""
+    return a | b
+
+
+@triton.jit
+def still_here(
+    own, state, host, notice, notice_stride, cut_at, opened_at, rank, expected, here_bits, late, started,
+    R: tl.constexpr, P: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """In a wait for the ranks whose bits are set in `late`: the ranks that are here, less those that are given up."""
+    waiting_P = ((late >> tl.arange(0, P).to(tl.int64)) & 1).to(tl.int32)
+    still_P = _still_awaited(
+        own, state, host, notice, notice_stride, cut_at, opened_at, rank, expected >> 32, waiting_P, started,
+        R, P, INTERPRETED,
+    )  # fmt: skip
+    return here_bits & ~(late & ~bits_of(still_P, P))
+
+
+@triton.jit
 def wait_for(
     own, state, host, notice, notice_stride, flags_at, stride, cut_at, opened_at, rank, expected, awaited_P,
     R: tl.constexpr, P: tl.constexpr, GUARD: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -216,13 +251,9 @@ def wait_for(
         rounds += 1
         if GUARD:  # noqa: SIM102  (compiled away)
             if rounds % POLL == 0:
-                now = now_ns(INTERPRETED)
-                elapsed = now - started
-                turn = (now >> TURN_BITS) % tl.num_programs(0) == tl.program_id(0)
-                turn = INTERPRETED or (turn and elapsed > PATIENT_NS)
-                waiting_P = give_up(
-                    own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, elapsed, turn,
-                    R, P,
+                waiting_P = _still_awaited(
+                    own, state, host, notice, notice_stride, cut_at, opened_at, rank, epoch, waiting_P, started,
+                    R, P, INTERPRETED,
                 )  # fmt: skip
     tl.debug_barrier()
     arrived_P = (awaited_P > 0) & (seen_P >= expected)

@@ -24,26 +24,20 @@ import triton.language as tl
 
 from phalanx.comm.kernels import (
     MASK,
-    PATIENT_NS,
     POLL,
     SUMS,
-    TURN_BITS,
     agreed,
     begin,
     bits_of,
     draw_ticket,
-    give_up,
+    either,
     now_ns,
+    still_here,
     wait_for,
 )
 
 W: tl.constexpr = tl.constexpr(16)
 """Words of a line; the last one is its number."""
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
 
 
 @triton.jit
@@ -203,16 +197,10 @@ def _still_here(
     """After a round of waiting for the ranks in `late`: the ranks that are here, less those that are given up."""
     if GUARD:  # noqa: SIM102  (compiled away)
         if (rounds % POLL == 0) and (late != 0):
-            now = now_ns(INTERPRETED)
-            elapsed = now - started
-            waiting_P = ((late >> tl.arange(0, P).to(tl.int64)) & 1).to(tl.int32)
-            turn = (now >> TURN_BITS) % tl.num_programs(0) == tl.program_id(0)
-            turn = INTERPRETED or (turn and elapsed > PATIENT_NS)
-            still_P = give_up(
-                own, state, host, notice, notice_stride, cut_at, opened_at, rank, expected >> 32, waiting_P, elapsed,
-                turn, R, P,
+            here_bits = still_here(
+                own, state, host, notice, notice_stride, cut_at, opened_at, rank, expected, here_bits, late, started,
+                R, P, INTERPRETED,
             )  # fmt: skip
-            here_bits = here_bits & ~(late & ~bits_of(still_P, P))
     return here_bits
 
 
@@ -271,7 +259,7 @@ def _receive(
             a, b, c, d, late_LW = _sum_all(
                 (a0, b0, c0, d0), received, t, rank, wanted, here_bits, expected, line, y, R, T_MAX, LINES, BITS
             )
-            late = tl.reduce(late_LW, None, _either).to(tl.int64)
+            late = tl.reduce(late_LW, None, either).to(tl.int64)
             row = out_words + tl.cast(t, tl.int64) * (D // 4)
             tl.store(row + word, _words(a, b, c, d, y), mask=inside & (late == 0))
             rounds += 1
@@ -315,7 +303,7 @@ def _sum_row(
         )
         sums += ((a, b, c, d),)
         late_LW |= missing
-    return sums, tl.reduce(late_LW, None, _either).to(tl.int64)
+    return sums, tl.reduce(late_LW, None, either).to(tl.int64)
 
 
 @triton.jit

@@ -27,16 +27,15 @@ from phalanx.comm.combine_kernels import ROWS, plan
 from phalanx.comm.kernels import (
     CUT,
     MASK,
-    PATIENT_NS,
     POLL,
-    TURN_BITS,
     begin,
     bits_of,
     draw_ticket,
+    either,
     element,
-    give_up,
     go_on_alone,
     now_ns,
+    still_here,
     wait_for,
 )
 from phalanx.comm.peer_memory import ROW_BITS as _ROW_BITS
@@ -53,11 +52,6 @@ there; to be mistaken for a new one it must be exactly 2**28 combines old, or 2*
 
 
 NOWHERE: tl.constexpr = tl.constexpr(-(1 << 62))
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
 
 
 @triton.jit
@@ -119,25 +113,6 @@ def _point(
 
 
 @triton.jit
-def _still_here(
-    own, state, host, notice, notice_stride, rank, expected, here_bits, late_K, owner_K, started,
-    R: tl.constexpr, P: tl.constexpr, CUT_AT: tl.constexpr, OPENED_AT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """In a wait for those owners: the ranks that are here, less those that are given up."""
-    late_bits_K = tl.where(late_K > 0, tl.full(owner_K.shape, 1, tl.int64) << tl.maximum(owner_K, 0).to(tl.int64), 0)
-    late = tl.reduce(late_bits_K, 0, _either)
-    now = now_ns(INTERPRETED)
-    elapsed = now - started
-    waiting_P = ((late >> tl.arange(0, P).to(tl.int64)) & 1).to(tl.int32)
-    turn = (now >> TURN_BITS) % tl.num_programs(0) == tl.program_id(0)
-    turn = INTERPRETED or (turn and elapsed > PATIENT_NS)
-    still_P = give_up(
-        own, state, host, notice, notice_stride, CUT_AT, OPENED_AT, rank, expected >> 32, waiting_P, elapsed, turn, R, P
-    )
-    return here_bits & ~(late & ~bits_of(still_P, P))
-
-
-@triton.jit
 def _who_left(own, state, rank, expected, alive_P, R: tl.constexpr, P: tl.constexpr, CUT_AT: tl.constexpr,
               OPENED_AT: tl.constexpr):  # fmt: skip
     """After all reads of this program: note whoever went on without us, and may have written over what we read."""
@@ -194,9 +169,12 @@ def _take(
             rounds += 1
             if GUARD:  # noqa: SIM102  (compiled away)
                 if rounds % POLL == 0:
-                    here_bits = _still_here(
-                        own, state, host, notice, notice_stride, rank, expected, here_bits, late_K, owner_K, started,
-                        R, P, CUT_AT, OPENED_AT, INTERPRETED,
+                    late_bits_K = tl.where(
+                        late_K > 0, tl.full(owner_K.shape, 1, tl.int64) << tl.maximum(owner_K, 0).to(tl.int64), 0
+                    )
+                    here_bits = still_here(
+                        own, state, host, notice, notice_stride, CUT_AT, OPENED_AT, rank, expected, here_bits,
+                        tl.reduce(late_bits_K, 0, either), started, R, P, INTERPRETED,
                     )  # fmt: skip
                     late_K = late_K & _has(here_bits, owner_K)
         # Without it the compiler takes the warps for diverged, and has each load wait for the one before it.

@@ -249,10 +249,9 @@ class DeviceExperts:
         from phalanx.moe import expert_kernels, kernels
 
         self._code, self._kernel = kernels, expert_kernels.experts_kernel
-        self._tiles: dict[str, Any] = {
-            "UP_TILE": expert_kernels.up_tile, "DOWN_TILE": expert_kernels.down_tile, "S": bank.slots_per_rank,
-            "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width, "D": bank.hidden,
-            "X": 3 * bank.hidden * bank.expert_width, "AT": 0,
+        self._fixed: dict[str, Any] = {
+            "S": bank.slots_per_rank, "SP": power_of_two(bank.slots_per_rank), "F": bank.expert_width, "D": bank.hidden,
+            "X": bank.weights_LSX.shape[2], "AT": bank.layout.scales_start if bank.layout.format == "fp8" else 0,
         }  # fmt: skip
         self._bank, self._routes, self._comm, self._load = bank, routes, comm, load
         self._top_k, self._num_experts, self._norm_topk = top_k, num_experts, norm_topk
@@ -266,7 +265,7 @@ class DeviceExperts:
         self._device = torch.cuda.get_device_properties(weights.device) if on_device else None
         self._programs: dict[Tiling, int] = {}
         most = -(-pairs // MIN_ROWS) + bank.slots_per_rank
-        self._tiles["MOST"] = most
+        self._fixed["MOST"] = most
         self._turns = torch.zeros(int(expert_kernels.READY) + most, dtype=torch.int32, device=weights.device)
 
     @property
@@ -308,7 +307,7 @@ class DeviceExperts:
         bank, t = self._bank, tiling
         given = (x_ND, row_M, first_S, bank.weights_LSX[layer], self._h_MF, self._y_MD, self._turns)
         cut = {
-            **self._tiles, "BM": t.rows, "UP": t.up, "DOWN": t.down, "BK": t.depth, "UP_STAGES": t.up_stages,
+            **self._fixed, "BM": t.rows, "UP": t.up, "DOWN": t.down, "BK": t.depth, "UP_STAGES": t.up_stages,
             "DOWN_STAGES": t.down_stages, "num_warps": t.warps,
         }  # fmt: skip
         if t not in self._programs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -32,16 +31,6 @@ class BlockTiling(Tiling):
 
 class BlockExperts(DeviceExperts):
     """The MoE layers of a rank whose bank holds blocks."""
-
-    def __init__(self, *parts: Any, **sizes: Any) -> None:
-        """See `DeviceExperts`."""
-        from phalanx.moe import block_kernels
-
-        super().__init__(*parts, **sizes)
-        self._tiles |= {
-            "UP_TILE": block_kernels.block_up_tile, "DOWN_TILE": block_kernels.block_down_tile,
-            "X": self._bank.expert_bytes, "AT": self._bank.layout.scales_start,
-        }  # fmt: skip
 
     def experts(self, layer: int, x_ND: Tensor, row_M: Tensor, first_S: Tensor, tiling: Tiling) -> Tensor:
         """See `DeviceExperts.experts`. LOCAL."""

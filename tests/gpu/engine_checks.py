@@ -284,10 +284,9 @@ def _broken_lists_case(device: torch.device) -> None:
     words = torch.full((int(expert_kernels.READY) + most + 64,), 7, dtype=torch.int32, device=device)
     turns = words[:-64].zero_()
     expert_kernels.experts_kernel[(1,)](
-        x, torch.arange(pairs, device=device), first, weights, h, y, turns, UP_TILE=expert_kernels.up_tile,
-        DOWN_TILE=expert_kernels.down_tile, S=slots, SP=slots, F=width, D=hidden, X=3 * hidden * width, AT=0, BM=t.rows,
-        UP=t.up, DOWN=t.down, BK=t.depth, UP_STAGES=t.up_stages, DOWN_STAGES=t.down_stages, MOST=most,
-        num_warps=t.warps,
+        x, torch.arange(pairs, device=device), first, weights, h, y, turns, S=slots, SP=slots, F=width, D=hidden,
+        X=3 * hidden * width, AT=0, BM=t.rows, UP=t.up, DOWN=t.down, BK=t.depth, UP_STAGES=t.up_stages,
+        DOWN_STAGES=t.down_stages, MOST=most, num_warps=t.warps,
     )  # fmt: skip
     assert not turns.any(), "counters are left"
     assert (words[-64:] == 7).all(), "what follows the counters was written over"
