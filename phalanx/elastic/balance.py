@@ -47,6 +47,10 @@ LONGEST_S = 0.005
 PARTS = 16
 """The window moves on in this many parts: it is as fine as that, and takes so many arrays of memory."""
 
+LOPSIDED = 1.25
+"""Of how many experts of a layer a rank may serve, in even shares, before that is made good for without being asked.
+What is less comes of most returns, and is no worse than what the load does."""
+
 LOOK_S = 0.01
 """How often the store is asked for what others have to do first."""
 
@@ -55,8 +59,9 @@ _NOTHING, _YES, _NO = b"-", b"yes", b"no"
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """When to balance. window, interval: in steps; interval 0: only after a change of membership. min_gain: the part
-    of the experts' time that a plan must save. num_redundant: replicas a layer beyond one an expert."""
+    """When to balance. window, interval: in steps; interval 0: only after a change of membership, where there are
+    replicas to be made up for, or newcomers left experts spread far from evenly. min_gain: the part of the experts'
+    time that a plan must save. num_redundant: replicas a layer beyond one an expert."""
 
     window: int
     interval: int
@@ -179,7 +184,7 @@ class Balancer:
         else:
             self._rounds.clear()
             self._report = Report(replicas=replicas)
-            if adoption.trigger not in ("start", "rebalance") and self._rules.active:
+            if adoption.trigger not in ("start", "rebalance") and (self._rules.active or self._came_at_odds(adoption)):
                 self._begin()
 
     def work(self, step: int) -> None:
@@ -232,6 +237,14 @@ class Balancer:
     @property
     def _leads(self) -> bool:
         return self._world is not None and self._world.view.members[0] == self._me
+
+    def _came_at_odds(self, adoption: Adoption) -> bool:
+        """Whether newcomers left a rank with far more experts of a layer than an even share. Those that prepared for
+        different Worlds and came in together bring what each of them had hoped for (`elastic.rejoin`)."""
+        shape, view = self._shape, adoption.world.view
+        by_rank = adoption.world.placement.slots_LP.reshape(shape.num_layers, -1, shape.slots_per_rank)
+        filled_LN = (by_rank[:, view.ranks] != EMPTY).sum(axis=2)
+        return bool(adoption.joined) and bool((filled_LN.max(axis=1) > LOPSIDED * filled_LN.mean(axis=1)).any())
 
     def _begin(self) -> None:
         """Leave the counts for the lowest rank, unless something is under way; that rank then plans."""

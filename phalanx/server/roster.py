@@ -127,6 +127,7 @@ class Roster:
         self.tally: Tally | None = None
         """The recovery in hand."""
         self.last_recovery: Recovery | None = None
+        """See `remember`."""
         self.balance = Balance()
         self.hosts: dict[int, m.HostState] = {}
         self.vaults: dict[int, m.VaultState] = {}
@@ -383,8 +384,13 @@ class Roster:
         self.tally.add(message)
         living = {i for i in self.members if self.current(*i) is not None}
         done = living <= self.tally.reports.keys()
-        self.last_recovery = self.tally.recovery("complete" if done else "partial")
+        self.remember(self.tally.recovery("complete" if done else "partial"))
         return done
+
+    def remember(self, recovery: Recovery) -> None:
+        """What the status shows as the last recovery: experts that moved while nobody came or went are none."""
+        if recovery.trigger != "rebalance":
+            self.last_recovery = recovery
 
     def cannot_serve(self, message: m.CannotServe) -> None:
         """A rank's view cannot serve. Who of the last view is not in that one can no more than its members: the ranks

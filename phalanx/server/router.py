@@ -486,7 +486,7 @@ class Router:
         tally, self.roster.tally, self._report_by = self.roster.tally, None, None
         if tally is not None:
             recovery = tally.recovery(outcome)
-            self.roster.last_recovery = recovery
+            self.roster.remember(recovery)
             self.metrics.recovered(recovery)
             self._effects.append(Report(recovery))
 

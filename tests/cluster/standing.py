@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,17 @@ class Standing:
         self._service: Service | None = None
 
     @contextmanager
-    def losing(self, *ranks: int) -> Iterator[Service]:
-        """The service with all ranks healthy, of which exactly `ranks` are to die, each once, and to come back."""
+    def losing(self, *ranks: int, also: Sequence[int] = ()) -> Iterator[Service]:
+        """The service with all ranks healthy, of which exactly `ranks` are to die, each once, and to come back.
+
+        also: the same for what only shows meanwhile, a list that grows; a rank is in it as often as it died."""
         if self._service is None:
             self._service = Service(*self._command).__enter__()
         service = self._service
         try:
             before = incarnations(service)
             yield service
-            incarnations(service, [n + (rank in ranks) for rank, n in enumerate(before)])
+            incarnations(service, [n + (*ranks, *also).count(rank) for rank, n in enumerate(before)])
         except BaseException:
             self.end()
             raise

@@ -565,6 +565,20 @@ def test_a_recovery_with_a_silent_reporter_is_closed_after_a_while(desk: Desk) -
     assert [e.recovery.outcome for e in desk.router.take() if isinstance(e, Report)] == ["partial"]
 
 
+def test_a_rebalance_is_reported_and_leaves_the_last_recovery_on_show(desk: Desk) -> None:
+    desk.died(2)
+    desk.meet((0, 0), (1, 0), trigger="failure", lost=(2,))
+    for rank in (0, 1):
+        desk.hear(recovered(rank, 2, 0.01, 1, [2]))
+    desk.meet((0, 0), (1, 0), trigger="rebalance")
+    for rank in (0, 1):
+        desk.hear(recovered(rank, 3, 0.0, 0, []))
+    reports = [e.recovery for e in desk.sent if isinstance(e, Report)]
+    assert [(r.trigger, r.outcome) for r in reports] == [("failure", "complete"), ("rebalance", "complete")]
+    last = desk.router.roster.status()["last_recovery"]
+    assert (last["trigger"], last["lost"]) == ("failure", [2])
+
+
 def test_start_up_is_no_recovery_and_a_join_names_who_joined(desk: Desk) -> None:
     assert desk.router.roster.status()["last_recovery"] is None
     desk.died(2)
