@@ -9,8 +9,9 @@ Two steps may be under way. Where the runner computes on a device (`StepRunner.m
 known without its tokens (`Scheduler.follow`), step n + 1 meets and is launched while n still runs, and takes n's tokens
 from the device; only then is n waited for, checked, committed and told. So the device has work while the host does
 its share. The order of everything COLLECTIVE stays what it is without: header n, n, header n + 1, n + 1; a rank that
-cannot do so meets its peers later, and they wait for it in the header. A failure drops whatever is not committed: both
-steps, when n failed. What was committed before the failure was noticed is told with the next result.
+cannot do so meets its peers later, and they wait for it in the header. Behind the first step after a change of
+membership nothing is launched: its tokens have been waited for long enough. A failure drops whatever is not committed:
+both steps, when n failed. What was committed before the failure was noticed is told with the next result.
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ class Engine:
         self._scheduler = Scheduler(limits)
         self._paused = False
         self._epoch = 0
+        self._fresh = False
+        """Whether this World took another one's place, and no step was committed under it yet."""
         self._step = 0
         self._launched: list[_Launched] = []
         """Steps under way, the older one first: at most two within `step`, at most one between its calls."""
@@ -189,7 +192,7 @@ class Engine:
     def adopt(self, world: World, routes_LEW: npt.NDArray[np.int32]) -> None:
         """Serve under `world` from now on; the communicator has adopted its view. Requests and KV stay. LOCAL."""
         assert not self._launched, "a step of the last World is under way"
-        self._epoch = world.epoch
+        self._epoch, self._fresh = world.epoch, self._epoch > 0
         self._runner.adopt(routes_LEW)
 
     def drop(self) -> None:
@@ -275,7 +278,7 @@ class Engine:
 
     def _following(self, step: _Launched) -> Plan | None:
         """The plan that can be launched behind a step under way; None: it must be committed first. LOCAL."""
-        if self._paused or step.flight is None or not self._runner.may_lead(step.batch):
+        if self._fresh or self._paused or step.flight is None or not self._runner.may_lead(step.batch):
             return None
         return self._scheduler.follow(step.plan)
 
@@ -292,7 +295,7 @@ class Engine:
             outcome = self._sample(step.batch, ran)
         self._faults.point("commit")
         del self._launched[0]
-        self._step = step.number
+        self._step, self._fresh = step.number, False
         self._commit(step, outcome)
         self._laps.lap("commit")
 

@@ -229,6 +229,24 @@ def test_a_boundary_comes_with_the_tokens_of_the_step_before_and_nothing_under_w
     assert bench.run() == {"a": reference(asked)}
 
 
+def test_the_first_step_after_a_change_of_membership_is_told_before_the_next_one_is_launched() -> None:
+    bench, device = on_device()
+    asked = submit("a", [1, 2], max_tokens=9)
+    bench.accept(asked)
+    for _ in range(3):
+        bench.step()
+    bench.engine.drop()
+    bench.meet()
+    under_way = []
+    for index in (3, 4, 5):
+        result = bench.step()
+        assert result is not None
+        assert [token.index for token in result.tokens] == [index]
+        under_way.append(len(device.queue))
+    assert under_way == [0, 1, 1]
+    assert bench.run() == {"a": reference(asked)}
+
+
 def test_a_rank_without_work_launches_its_empty_batches_ahead_too_and_sleeps_when_all_can() -> None:
     bench = Bench(limits(), ep_size=2, runner=Device)
     assert isinstance(bench.runner, Device)
