@@ -5,20 +5,19 @@ Only this file knows both the engine (which computes steps) and the failure path
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
 import torch
-import zmq
 
 from phalanx import messages as m
 from phalanx.backend import Backend, Place, backend
@@ -38,18 +37,11 @@ from phalanx.elastic.vault.transports import transports
 from phalanx.engine.rehearsal import rehearse
 from phalanx.engine.step import Engine, StepResult
 from phalanx.errors import Evicted, ExpertsLost, Left, PeerLost, PhalanxError, TooFewRanks, TooFewSlots
+from phalanx.mail import Mail
 from phalanx.model.known import KnownCheckpoint
 from phalanx.model.layers import DenseWeights
 from phalanx.observe.log import set_up_logging
-from phalanx.process import (
-    EXIT_EVICTED,
-    EXIT_FAILED,
-    EXIT_STOPPED,
-    WorkerSpec,
-    last_words,
-    server_endpoint,
-    worker_endpoint,
-)
+from phalanx.process import EXIT_EVICTED, EXIT_FAILED, EXIT_STOPPED, WorkerSpec, last_words
 from phalanx.testing import faults
 from phalanx.timeline import Stopwatch, Timeline
 from phalanx.world import Member, View
@@ -59,23 +51,15 @@ log = logging.getLogger("phalanx.worker")
 ROUTE_WIDTH = 16
 """W: the columns of the routing table, over which a token's position spreads it among an expert's replicas."""
 
-MAIL_BOUND = 100_000
-"""Messages that may wait in either direction; far beyond what the router lets a rank have."""
-
-
 JOIN_S = 0.25
 """How long members wait for a newcomer that knocked and does not answer: it looks every few milliseconds."""
-
 
 CHECK_PATIENCE_S = 5.0
 """How long a rank waits for another one of its host to check the products, before it does so itself."""
 
-
 BESIDE_S = 0.002
-"""How long a rank goes on after a step with what moves such a change, when one bit of it leads to the next."""
-
-KNOCK_LINGER_MS = 1000
-"""How long a knock may take to be delivered."""
+"""How long a rank goes on after a step with a change that is agreed on beside the steps, when one bit of it leads to
+the next."""
 
 
 class Stopped(BaseException):
@@ -109,7 +93,7 @@ def run(spec: WorkerSpec, parts: Callable[[Place], Backend] = backend) -> int:
         on_it = said_of_device(error)
         expected = isinstance(error, PhalanxError) or on_it  # the message says it all; a bug needs its traceback
         log.error("rank %d.%d fails: %s", spec.rank, spec.incarnation, on_it or error, exc_info=not expected)
-        with contextlib.suppress(OSError), open(last_words(spec.run_dir, spec.rank, spec.incarnation), "w") as file:
+        with suppress(OSError), open(last_words(spec.run_dir, spec.rank, spec.incarnation), "w") as file:
             file.write(on_it or " ".join(f"{type(error).__name__}: {error}".split()))
         if on_device:
             leave_at_once(EXIT_FAILED)
@@ -431,55 +415,6 @@ class Worker:
     @property
     def _name(self) -> dict[str, int]:
         return {"rank": self._me.rank, "incarnation": self._me.incarnation}
-
-
-class Mail:
-    """The sockets between this worker and the server."""
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._run_dir = spec.run_dir
-        self._context = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.setsockopt(zmq.RCVHWM, MAIL_BOUND)
-        self._inbox.bind(worker_endpoint(spec.run_dir, spec.rank, spec.incarnation))
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._outbox.setsockopt(zmq.SNDHWM, MAIL_BOUND)
-        self._outbox.connect(server_endpoint(spec.run_dir))
-
-    def send(self, message: m.ToServer) -> None:
-        """Hand a message to the server. A full queue, with a server that has not read 100,000 messages, is an error:
-        no token may be dropped, and no step may wait. LOCAL."""
-        self._outbox.send(m.encode(message), zmq.NOBLOCK)
-
-    def drain(self) -> Iterator[m.ToWorker]:
-        """What has come in since the last call. LOCAL."""
-        with contextlib.suppress(zmq.Again):
-            while True:
-                yield m.to_worker_decoder.decode(self._inbox.recv(zmq.NOBLOCK))
-
-    def knock(self, view: View, me: Member) -> None:
-        """Tell the members of a view that `me` asks to be let in, by way of the server those whose launcher is another.
-        LOCAL: who is not there does not hear it."""
-        knock = m.Knock(rank=me.rank, incarnation=me.incarnation)
-        elsewhere = False
-        for member in view.members:
-            endpoint = worker_endpoint(self._run_dir, member.rank, member.incarnation)
-            if not os.path.exists(endpoint.removeprefix("ipc://")):
-                elsewhere = True
-                continue
-            socket = self._context.socket(zmq.PUSH)
-            socket.setsockopt(zmq.LINGER, KNOCK_LINGER_MS)
-            socket.connect(endpoint)
-            with contextlib.suppress(zmq.Again):
-                socket.send(m.encode(knock), zmq.NOBLOCK)
-            socket.close()
-        if elsewhere:
-            self.send(knock)
-
-    @property
-    def wake_fd(self) -> int:
-        """Readable when mail came since the last `drain`, which must have gone to its end. LOCAL."""
-        return int(self._inbox.getsockopt(zmq.FD))
 
 
 def _open_vault(address: str, on_device: bool, reached: Callable[[Bytes], object]) -> Vault | None:
