@@ -18,7 +18,7 @@ import torch
 from phalanx.comm.base import Communicator
 from phalanx.comm.cpu import CpuCommunicator
 from phalanx.comm.notices import NoticeBoard
-from phalanx.comm.peer_memory import PeerMemory
+from phalanx.comm.peer_memory import ROW_UNIT, PeerMemory
 from phalanx.config import ServeConfig
 from phalanx.engine.graphs import ladder, token_ladder
 from phalanx.engine.runner import Runner, StepRunner, limits_for
@@ -286,6 +286,15 @@ def check_device(config: ServeConfig) -> None:
     for module, package in (("triton", "triton"), ("cuda.bindings", "cuda-bindings")):
         if not _installed(module):
             raise BadConfig(f"--device cuda needs {package}: pip install 'phalanx[gpu]'")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise BadConfig when no device can compute this model. LOCAL."""
+    if model.hidden % ROW_UNIT:
+        raise BadConfig(
+            f"--device cuda moves {ROW_UNIT} values of a row at a time, and this model's hidden size {model.hidden} is "
+            f"no multiple of {ROW_UNIT}: use --device cpu"
+        )
 
 
 def _installed(module: str) -> bool:

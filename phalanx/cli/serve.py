@@ -173,6 +173,10 @@ def _check_model(config: ServeConfig) -> str:
 
     checkpoint = open_model(config)
     model = checkpoint.config
+    if config.device != "cpu":
+        from phalanx.backend import check_model
+
+        check_model(model)
     check_memory(config, checkpoint)
     config.expert_slots(model.num_experts)
     config.context_length(model.max_position)

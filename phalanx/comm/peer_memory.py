@@ -27,6 +27,9 @@ GATHER_WORDS = 64
 
 _LINE = 128
 
+ROW_UNIT = 8
+"""Values of a row that are moved at a time, 16 bytes of them in bf16."""
+
 ROW_BITS = 22
 """What of a word (`comm.pull_kernels`) says in which row of y a result stands."""
 
@@ -50,8 +53,8 @@ class BufferLayout:
         slot lists  2 * R * T * K * 8          (int32 slot, float32 weight)
         flags       8 * R words a program, and a few lines of counters
 
-    2 ranks, T = 128, D = 7168, K = 8, fp8: 62.6 MB, under `fast` 41.1. It grows with T: larger batches of prefill go
-    in several waves.
+    2 ranks, T = 128, D = 7168, K = 8, fp8: 62.6 MB, under `fast` 41.1. It grows with T, in a service
+    `--max-num-batched-tokens`.
     """
 
     ep_size: int
@@ -66,7 +69,7 @@ class BufferLayout:
 
     def __post_init__(self) -> None:
         assert min(self.ep_size, self.max_tokens, self.hidden, self.top_k) >= 1, self
-        assert self.hidden % 8 == 0, f"rows are moved 16 bytes at a time: hidden {self.hidden} is no multiple of 8"
+        assert self.hidden % ROW_UNIT == 0, f"hidden {self.hidden} is no multiple of {ROW_UNIT}"
         assert self.x_itemsize != 1 or self.hidden % 128 == 0, f"fp8 needs groups of 128 channels, hidden {self.hidden}"
 
     @cached_property

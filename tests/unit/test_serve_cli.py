@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from phalanx.backend import check_model
 from phalanx.cli import main
 from phalanx.config import ServeConfig
 from phalanx.elastic.vault.room import check_memory, room_for
@@ -33,6 +35,13 @@ def refusal(*arguments: str) -> str:
     assert done.output.startswith("phalanx serve: ")
     assert len(done.output.splitlines()) == 1, done.output
     return done.output
+
+
+def test_a_model_whose_rows_a_device_cannot_move_is_refused(served: Path) -> None:
+    model = Checkpoint.open(served).config
+    check_model(model)
+    with pytest.raises(BadConfig, match=r"hidden size 100 is no multiple of 8: use --device cpu"):
+        check_model(dataclasses.replace(model, hidden=100))
 
 
 def without(name: str) -> Callable[[Path], object]:
