@@ -42,7 +42,7 @@ class Ledger:
 
         A member in recovery is as good as any: it queues the request and runs it when it is through. A suspect is
         taken only when nobody else is there, and so is one that is to leave. LOCAL."""
-        able = [r for r in serving if not r.paused]
+        able = [r for r in serving if not r.to_pause]
         able = [r for r in able if not r.leaving] or able
         able = [r for r in able if not r.suspected_by] or able
         return min((r.identity for r in able), key=self._burden, default=None)

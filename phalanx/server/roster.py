@@ -42,6 +42,9 @@ class RankRecord:
     leaving: bool = False
     """The service is being scaled down by it: it gets requests only when nobody else can take them."""
     paused: bool = False
+    """It schedules nothing, as it last said."""
+    to_pause: bool = False
+    """An operator wants it so: requests go by this, for it will do as it is told."""
     suspected_by: set[int] = field(default_factory=set)
     in_recovery: bool = False
     """It said that it suspects others, and has neither adopted a view nor committed a step since."""
@@ -288,7 +291,8 @@ class Roster:
         if not 0 <= identity.rank < self.places:
             return None, []
         lost = [] if known is None or known.dead else [known.identity]
-        self.records[identity.rank] = RankRecord(identity, paused=self.is_to_pause(identity.rank))
+        to_pause = self.is_to_pause(identity.rank)
+        self.records[identity.rank] = RankRecord(identity, paused=to_pause, to_pause=to_pause)
         return self.records[identity.rank], lost
 
     def died(self, message: m.Died) -> list[Identity]:
@@ -423,6 +427,8 @@ class Roster:
             self._unlike_all.add(rank)
         else:
             self._unlike_all.discard(rank)
+        for record in self.records.values():
+            record.to_pause = self.is_to_pause(record.identity.rank)
 
     def is_to_pause(self, rank: int) -> bool:
         """Whether an operator paused the rank: then its next process starts paused. LOCAL."""

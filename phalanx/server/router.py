@@ -89,7 +89,7 @@ class Router:
         if self._closed:
             return self._closed
         why = self.roster.why_not_serving()
-        if not why and all(r.paused for r in self.roster.serving()):
+        if not why and all(r.to_pause for r in self.roster.serving()):
             return "every rank is paused by an operator"
         return why
 
@@ -151,6 +151,7 @@ class Router:
         told = [record.identity for record in self.roster.living() if rank in (None, record.identity.rank)]
         for identity in told:
             self._effects.append(ToRank(identity, m.Pause() if paused else m.Resume()))
+        self._place_held()  # all that go on get their part, whoever is the first to say that it does
         return [identity.rank for identity in told]
 
     # --- the hands of `server.scaling`
@@ -199,7 +200,6 @@ class Router:
                     self.metrics.recoveries.labels("failure", "cannot_serve").inc()
             case m.Paused():
                 self.roster.paused(message)
-                self._place_held()
             case m.Rejected():
                 self._rejected(message)
             case m.Knock():
@@ -249,7 +249,7 @@ class Router:
         self._effects.append(ToRank(identity, submit))
 
     def _place_held(self) -> None:
-        if self._held and any(not r.paused for r in self.roster.serving()):
+        if self._held and any(not r.to_pause for r in self.roster.serving()):
             for flight in list(self._held.values()):
                 self._place(flight)
 

@@ -479,14 +479,30 @@ def test_whoever_comes_to_a_paused_rank_is_paused_until_it_is_told_to_go_on(desk
 
 
 def test_paused_ranks_get_nothing_and_held_requests_start_when_one_goes_on(desk: Desk) -> None:
-    for rank in range(3):
-        desk.hear(m.Paused(rank=rank, incarnation=0, paused=True))
+    desk.router.pause(None, paused=True)
     assert "paused" in desk.router.why_not_ready()
     desk.submit()
     assert desk.router.held == 1
+    for rank in range(3):
+        desk.hear(m.Paused(rank=rank, incarnation=0, paused=True))
+    desk.router.pause(1, paused=False)
     desk.hear(m.Paused(rank=1, incarnation=0, paused=False))
     assert desk.submits()[-1][0] == 1
     assert desk.router.roster.states() == ["paused", "healthy", "paused"]
+
+
+def test_what_was_held_is_spread_over_all_that_go_on_whoever_says_so_first(desk: Desk) -> None:
+    desk.router.pause(None, paused=True)
+    for _ in range(6):
+        desk.submit()
+    for rank in range(3):
+        desk.hear(m.Paused(rank=rank, incarnation=0, paused=True))
+    assert desk.submits() == []
+    desk.router.pause(None, paused=False)
+    desk.hear(m.Paused(rank=2, incarnation=0, paused=False))
+    assert sorted(rank for rank, _ in desk.submits()) == [0, 0, 1, 1, 2, 2]
+    told = [type(e.message) for e in desk.sent if isinstance(e, ToRank) and e.identity.rank == 0]
+    assert told == [m.Pause, m.Resume, m.Submit, m.Submit], "it goes on before it gets anything"
 
 
 def test_a_closed_router_takes_nothing_but_lets_streams_end(desk: Desk) -> None:
