@@ -48,7 +48,7 @@ PARTS = 16
 """The window moves on in this many parts: it is as fine as that, and takes so many arrays of memory."""
 
 LOPSIDED = 1.25
-"""Of how many experts of a layer a rank may serve, in even shares, before that is made good for without being asked.
+"""How many experts of a layer a rank may be left with, in even shares, before a plan is made without being asked for.
 What is less comes of most returns, and is no worse than what the load does."""
 
 LOOK_S = 0.01
@@ -240,11 +240,16 @@ class Balancer:
 
     def _came_at_odds(self, adoption: Adoption) -> bool:
         """Whether newcomers left a rank with far more experts of a layer than an even share. Those that prepared for
-        different Worlds and came in together bring what each of them had hoped for (`elastic.rejoin`)."""
+        different Worlds and came in together bring what each of them had hoped for (`elastic.rejoin`).
+
+        Goes by what all members adopt alike: all or none of them begin."""
+        if adoption.trigger not in ("join", "scale"):
+            return False
         shape, view = self._shape, adoption.world.view
         by_rank = adoption.world.placement.slots_LP.reshape(shape.num_layers, -1, shape.slots_per_rank)
         filled_LN = (by_rank[:, view.ranks] != EMPTY).sum(axis=2)
-        return bool(adoption.joined) and bool((filled_LN.max(axis=1) > LOPSIDED * filled_LN.mean(axis=1)).any())
+        share, most = filled_LN.mean(axis=1), filled_LN.max(axis=1)
+        return bool(((most > LOPSIDED * share) & (most > np.ceil(share))).any())
 
     def _begin(self) -> None:
         """Leave the counts for the lowest rank, unless something is under way; that rank then plans."""

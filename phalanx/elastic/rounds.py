@@ -50,6 +50,8 @@ def solve(problem: Problem) -> Outcome:
     view = View(0, problem.ep_size, problem.members)
     load_LE = np.frombuffer(problem.load, np.int64).reshape(-1, problem.num_experts)
     slots_LP = np.frombuffer(problem.slots, np.int32).reshape(load_LE.shape[0], -1)
+    if not load_LE.any():
+        load_LE = np.ones_like(load_LE)  # nothing was served yet: all are alike
     now = Placement(slots_LP, problem.num_experts, problem.slots_per_rank)
     target = replan(
         load_LE,

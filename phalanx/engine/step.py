@@ -9,9 +9,9 @@ Two steps may be under way. Where the runner computes on a device (`StepRunner.m
 known without its tokens (`Scheduler.follow`), step n + 1 meets and is launched while n still runs, and takes n's tokens
 from the device; only then is n waited for, checked, committed and told. So the device has work while the host does
 its share. The order of everything COLLECTIVE stays what it is without: header n, n, header n + 1, n + 1; a rank that
-cannot do so meets its peers later, and they wait for it in the header. Behind the first step after a change of
-membership nothing is launched: its tokens have been waited for long enough. A failure drops whatever is not committed:
-both steps, when n failed. What was committed before the failure was noticed is told with the next result.
+cannot do so meets its peers later, and they wait for it in the header. Behind the first step of a World that took
+another one's place nothing is launched: its tokens have been waited for long enough. A failure drops whatever is not
+committed: both steps, when n failed. What was committed before the failure was noticed is told with the next result.
 """
 
 from __future__ import annotations

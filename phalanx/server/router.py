@@ -152,6 +152,7 @@ class Router:
         for identity in told:
             self._effects.append(ToRank(identity, m.Pause() if paused else m.Resume()))
         self._place_held()  # all that go on get their part, whoever is the first to say that it does
+        self._gauge()
         return [identity.rank for identity in told]
 
     # --- the hands of `server.scaling`

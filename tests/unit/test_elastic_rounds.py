@@ -137,6 +137,17 @@ def test_missing_replicas_are_made_up_for_whatever_that_gains() -> None:
     assert not at_risk(last, view_of(4)).any()
 
 
+def test_before_anything_is_served_experts_count_alike() -> None:
+    lopsided = np.full((LAYERS, 4, 8), EMPTY, np.int32)
+    for rank, experts in enumerate(([0, 1, 2, 3], [4, 5], [6], [7])):
+        lopsided[:, rank, : len(experts)] = experts
+    now = Placement(lopsided.reshape(LAYERS, -1), 8, 8)
+    outcome = solve(problem(now, np.zeros((LAYERS, 8), np.int64), replicas=8))
+    assert outcome.balancedness[0] == 0.5
+    last = Placement(np.frombuffer(outcome.rounds[-1], np.int32).reshape(LAYERS, -1), 8, 8)
+    assert ((by_rank(last) != EMPTY).sum(axis=2) == 2).all()
+
+
 def outcome_of(planner: PlanProcess) -> Outcome:
     """Wait for the child as the tests may and the service may not."""
     while (outcome := planner.poll()) is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from phalanx.backend import check_model
 from phalanx.cli import main
 from phalanx.config import ServeConfig
 from phalanx.elastic.vault.room import check_memory, room_for
@@ -37,11 +35,16 @@ def refusal(*arguments: str) -> str:
     return done.output
 
 
-def test_a_model_whose_rows_a_device_cannot_move_is_refused(served: Path) -> None:
-    model = Checkpoint.open(served).config
-    check_model(model)
-    with pytest.raises(BadConfig, match=r"hidden size 100 is no multiple of 8: use --device cpu"):
-        check_model(dataclasses.replace(model, hidden=100))
+def test_a_model_whose_rows_a_device_cannot_move_is_refused(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "odd"
+    model.mkdir()
+    shape = json.loads((served / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**shape, "hidden_size": 100}))
+    monkeypatch.setattr("phalanx.cli.serve._check_device", lambda config: None)  # as if there were one
+    said = refusal(str(model), "--load-format", "dummy", "--device", "cuda")
+    assert "hidden size 100 is no multiple of 8: use --device cpu" in said
 
 
 def without(name: str) -> Callable[[Path], object]:
