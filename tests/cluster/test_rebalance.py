@@ -48,9 +48,10 @@ def moving(tiny: Path) -> Iterator[Standing]:
     service.end()
 
 
-def stream_until_dead(service: Service, rank: int, unmoved: Unfailed) -> None:
-    """Stream until a rank has died as it was told to: on a slow machine experts may first move in a later round."""
-    incarnation = service.status()["ranks"][rank]["incarnation"]
+def stream_until_dead(service: Service, rank: int, where: str, unmoved: Unfailed) -> None:
+    """Tell a rank to die, and stream until it has: on a slow machine experts may first move in a later round."""
+    incarnation = service.status()["ranks"][rank]["incarnation"]  # it may die, and be back, at once
+    chaos(service, "kill", rank, where=where)
     dead = False
     while not dead:
         for kind, running in both_kinds(service.url).items():
@@ -85,8 +86,7 @@ def test_a_rank_that_dies_while_experts_are_staged_changes_no_stream(
     moving: Standing, unmoved: Unfailed, rank: int
 ) -> None:
     with moving.losing(rank) as service:
-        chaos(service, "kill", rank, where="stage")
-        stream_until_dead(service, rank, unmoved)
+        stream_until_dead(service, rank, "stage", unmoved)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,7 @@ def test_a_rank_that_dies_at_the_switch_changes_no_stream(
     moving: Standing, unmoved: Unfailed, rank: int, where: str
 ) -> None:
     with moving.losing(rank) as service:
-        chaos(service, "kill", rank, where=where)
-        stream_until_dead(service, rank, unmoved)
+        stream_until_dead(service, rank, where, unmoved)
 
 
 def test_after_a_death_redundant_experts_come_back_by_themselves_in_an_idle_service_without_vault_or_disk(
