@@ -60,8 +60,8 @@ _NOTHING, _YES, _NO = b"-", b"yes", b"no"
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """When to balance. window, interval: in steps; interval 0: only after a change of membership, where there are
-    replicas to be made up for, or newcomers left experts spread far from evenly. min_gain: the part of the experts'
-    time that a plan must save. num_redundant: replicas a layer beyond one an expert."""
+    replicas to be made up for, or a join or a scaling left experts far from evenly spread. min_gain: the part of the
+    experts' time that a plan must save. num_redundant: replicas a layer beyond one an expert."""
 
     window: int
     interval: int
@@ -239,8 +239,8 @@ class Balancer:
         return self._world is not None and self._world.view.members[0] == self._me
 
     def _came_at_odds(self, adoption: Adoption) -> bool:
-        """Whether newcomers left a rank with far more experts of a layer than an even share. Those that prepared for
-        different Worlds and came in together bring what each of them had hoped for (`elastic.rejoin`).
+        """Whether a join or a scaling left a rank with far more experts of a layer than an even share. Newcomers that
+        prepared for different Worlds and came in together bring what each of them had hoped for (`elastic.rejoin`).
 
         Goes by what all members adopt alike: all or none of them begin."""
         if adoption.trigger not in ("join", "scale"):

@@ -36,13 +36,12 @@ class Ledger:
         """An identity has nothing more; what it had. LOCAL."""
         return list(self._on.pop(identity, {}).values())
 
-    def choose(self, serving: Sequence[RankRecord]) -> Identity | None:
-        """The member with the fewest requests, then the fewest tokens, then the one that waited longest for its turn;
-        None when nobody can take one.
+    def choose(self, able: Sequence[RankRecord]) -> Identity | None:
+        """Of those that take requests (`Roster.taking`) the one with the fewest, then with the fewest tokens, then the
+        one that waited longest for its turn; None when nobody can take one.
 
         A member in recovery is as good as any: it queues the request and runs it when it is through. A suspect is
         taken only when nobody else is there, and so is one that is to leave. LOCAL."""
-        able = [r for r in serving if not r.to_pause]
         able = [r for r in able if not r.leaving] or able
         able = [r for r in able if not r.suspected_by] or able
         return min((r.identity for r in able), key=self._burden, default=None)

@@ -43,8 +43,6 @@ class RankRecord:
     """The service is being scaled down by it: it gets requests only when nobody else can take them."""
     paused: bool = False
     """It schedules nothing, as it last said."""
-    to_pause: bool = False
-    """An operator wants it so: requests go by this, for it will do as it is told."""
     suspected_by: set[int] = field(default_factory=set)
     in_recovery: bool = False
     """It said that it suspects others, and has neither adopted a view nor committed a step since."""
@@ -170,6 +168,10 @@ class Roster:
             r for r in self.records.values() if r.identity in self.members and not r.dead and not r.cannot_serve
         ]  # fmt: skip
 
+    def taking(self) -> list[RankRecord]:
+        """Who of `serving` gets requests: all that no operator wants paused, whatever they have said of it so far."""
+        return [r for r in self.serving() if not self.is_to_pause(r.identity.rank)]
+
     def all_reported(self) -> bool:
         """Whether a recovery is being counted of which every living member has told its times."""
         living = {identity for identity in self.members if self.current(*identity) is not None}
@@ -291,8 +293,7 @@ class Roster:
         if not 0 <= identity.rank < self.places:
             return None, []
         lost = [] if known is None or known.dead else [known.identity]
-        to_pause = self.is_to_pause(identity.rank)
-        self.records[identity.rank] = RankRecord(identity, paused=to_pause, to_pause=to_pause)
+        self.records[identity.rank] = RankRecord(identity, paused=self.is_to_pause(identity.rank))
         return self.records[identity.rank], lost
 
     def died(self, message: m.Died) -> list[Identity]:
@@ -427,8 +428,6 @@ class Roster:
             self._unlike_all.add(rank)
         else:
             self._unlike_all.discard(rank)
-        for record in self.records.values():
-            record.to_pause = self.is_to_pause(record.identity.rank)
 
     def is_to_pause(self, rank: int) -> bool:
         """Whether an operator paused the rank: then its next process starts paused. LOCAL."""

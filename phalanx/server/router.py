@@ -89,7 +89,7 @@ class Router:
         if self._closed:
             return self._closed
         why = self.roster.why_not_serving()
-        if not why and all(r.to_pause for r in self.roster.serving()):
+        if not why and not self.roster.taking():
             return "every rank is paused by an operator"
         return why
 
@@ -230,7 +230,7 @@ class Router:
     # --- placing
 
     def _place(self, flight: Flight) -> None:
-        identity = self._ledger.choose(self.roster.serving())
+        identity = self._ledger.choose(self.roster.taking())
         if identity is None:
             flight.at = None
             self._held[flight.request.request_id] = flight
@@ -250,7 +250,7 @@ class Router:
         self._effects.append(ToRank(identity, submit))
 
     def _place_held(self) -> None:
-        if self._held and any(not r.to_pause for r in self.roster.serving()):
+        if self._held and self.roster.taking():
             for flight in list(self._held.values()):
                 self._place(flight)
 
